@@ -1,0 +1,49 @@
+"""lightning-muter: make adversarially trained Lightning models forget training points."""
+
+from lightning_muter.adversarial import AdversarialTraining, Attack
+from lightning_muter.callback import MUterCallback
+from lightning_muter.cli import MUterCLI
+from lightning_muter.data import RemovalDataModule
+from lightning_muter.errors import (
+    ConfigurationError,
+    MemoryFormatError,
+    MuterError,
+    RemovalError,
+    SolverError,
+    StateError,
+)
+from lightning_muter.hessian import total_hessian
+from lightning_muter.influence import adversarial_influence, influence_on_losses
+from lightning_muter.memory import UnlearningMemory
+from lightning_muter.methods import METHODS
+from lightning_muter.module import UnlearningModule
+from lightning_muter.result import UnlearningResult
+from lightning_muter.threats import L2Ball, LinfBall, Threat
+from lightning_muter.trainer import Trainer
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "METHODS",
+    "AdversarialTraining",
+    "Attack",
+    "ConfigurationError",
+    "L2Ball",
+    "LinfBall",
+    "MUterCLI",
+    "MUterCallback",
+    "MemoryFormatError",
+    "MuterError",
+    "RemovalDataModule",
+    "RemovalError",
+    "SolverError",
+    "StateError",
+    "Threat",
+    "Trainer",
+    "UnlearningMemory",
+    "UnlearningModule",
+    "UnlearningResult",
+    "adversarial_influence",
+    "influence_on_losses",
+    "total_hessian",
+]

@@ -1,0 +1,6 @@
+"""``python -m lightning_muter``."""
+
+from lightning_muter.cli import main
+
+if __name__ == "__main__":
+    main()

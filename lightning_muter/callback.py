@@ -1,0 +1,335 @@
+"""`MUterCallback`: adversarial finetuning of a head, then Stage I."""
+
+from __future__ import annotations
+
+import os
+import types
+import warnings
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.utilities import rank_zero_info, rank_zero_only
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from lightning_muter.adversarial import AdversarialTraining, Attack
+from lightning_muter.data import TrainingPoints
+from lightning_muter.derivatives import Derivatives
+from lightning_muter.errors import ConfigurationError
+from lightning_muter.losses import LossFunction
+from lightning_muter.memory import UnlearningMemory, digest, fingerprint, size_estimate
+from lightning_muter.methods import METHODS
+from lightning_muter.objective import Evaluation, RobustObjective, newton
+from lightning_muter.settings import Settings
+from lightning_muter.threats import Threat
+
+__all__ = ["MUterCallback"]
+
+_EIGEN_LIMIT = 2000
+_MEMORY_LIMIT = 60_000
+
+
+class MUterCallback(AdversarialTraining):
+    """Finetunes a head adversarially and builds the unlearning memory when training ends.
+
+    Freezes everything but ``head`` (or ``parameters``) while it trains, with the frozen part in
+    eval mode; swaps batches as `AdversarialTraining` does; at the end takes ``newton_steps``
+    towards stationarity and sums the method's curvature over the training points, each once.
+    Afterwards ``trainer.unlearn`` forgets points. Source: the paper's Stage I; the constrained
+    response is ours (docs/theory.md).
+
+    Args:
+        threat: the constraint set.
+        head: dotted name of the linear layer that is trained.
+        parameters: names of the trained parameters instead of a head.
+        loss: "cross_entropy", "logistic", "squared", or a callable (outputs, targets) -> (n,).
+        method: a row of ``METHODS``.
+        attack: the training attack; None for the threat's own ascent.
+        response: "constrained" (ours) or "unconstrained" (the paper's eq. 4).
+        inverse: with "unconstrained": "neumann" or "exact".
+        neumann_order: where the series is clipped.
+        space: "input", or "features": the paper's variant for networks.
+        newton_steps: Newton steps on the robust objective before Stage I.
+        damping: added to M before each solve.
+        solver: "direct", "schur" (Theorem 2, matrix-free) or "auto" by size.
+        weight_decay: λ; None reads it from the optimizer.
+        memory_dir: where to save the memory and keep it current; None keeps it in the process.
+        batch_size: points a pass reads at once.
+        attack_steps: steps of the threat's own ascent.
+        attack_step_size: its step length.
+
+    Raises:
+        ConfigurationError: an argument is outside what it says here.
+    """
+
+    def __init__(
+        self,
+        threat: Threat,
+        head: str | None = None,
+        parameters: Sequence[str] | None = None,
+        loss: str | LossFunction = "cross_entropy",
+        method: str = "muter",
+        attack: Attack | None = None,
+        response: str = "constrained",
+        inverse: str = "neumann",
+        neumann_order: int = 3,
+        space: str = "input",
+        newton_steps: int = 0,
+        damping: float = 0.0,
+        solver: str = "auto",
+        weight_decay: float | None = None,
+        memory_dir: str | None = None,
+        batch_size: int = 512,
+        attack_steps: int = 10,
+        attack_step_size: float | None = None,
+    ) -> None:
+        self.settings = Settings(
+            method=method,
+            threat=threat,
+            head=head,
+            parameters=None if parameters is None else tuple(parameters),
+            loss=loss,
+            response=response,
+            inverse=inverse,
+            neumann_order=neumann_order,
+            space=space,
+            damping=damping,
+            solver=solver,
+            weight_decay=weight_decay or 0.0,
+        )
+        super().__init__(threat, attack, loss, attack_steps, attack_step_size)
+        if newton_steps < 0 or batch_size < 1:
+            raise ConfigurationError(
+                f"newton_steps={newton_steps} must be >= 0 and batch_size={batch_size} >= 1"
+            )
+        self.newton_steps = newton_steps
+        self.weight_decay = weight_decay
+        self.memory_dir = memory_dir
+        self.batch_size = batch_size
+        self.memory: UnlearningMemory | None = None
+        self.newton_history: list[float] = []
+        self.initial: Tensor | None = None
+        self._flags: list[tuple[nn.Parameter, bool]] = []
+        self._checked = False
+
+    # --- finetuning -------------------------------------------------------------------------
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if not hasattr(trainer, "unlearn"):
+            from lightning_muter.trainer import unlearn
+
+            trainer.unlearn = types.MethodType(unlearn, trainer)  # type: ignore[attr-defined]
+        if stage != "fit":
+            return
+        derivatives = self.settings.derivatives(pl_module)
+        if METHODS[self.settings.method].has_memory and derivatives.p > _MEMORY_LIMIT:
+            raise ConfigurationError(
+                f"{size_estimate(derivatives.p)} is too large for a dense memory (at most "
+                f"p = {_MEMORY_LIMIT:,}); choose a smaller head or fewer parameters"
+            )
+        self.initial = derivatives.get()
+        trained = set(derivatives.names)
+        self._flags = [(p, p.requires_grad) for p in pl_module.parameters()]
+        for name, parameter in pl_module.named_parameters():
+            parameter.requires_grad_(name in trained)
+        self._checked = False
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        _points(trainer).check()
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        self._freeze_modes(pl_module)
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+        if not self._checked:
+            with torch.no_grad():
+                outputs = pl_module(batch[0])
+                self._expected = float(self._point_loss(outputs, batch[1]).mean())
+
+    def on_train_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        if self._checked or trainer.accumulate_grad_batches != 1:
+            return
+        self._checked = True
+        loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
+        if isinstance(loss, Tensor) and loss.numel() == 1:
+            value = float(loss)
+            if abs(value - self._expected) > 0.05 * max(abs(value), abs(self._expected), 1e-3):
+                warnings.warn(
+                    f"training_step returned {value:.4g} on the first batch, loss="
+                    f"{self._point_loss.name!r} gives a mean of {self._expected:.4g}: the memory "
+                    "would be of another objective than training's; give the same loss to both",
+                    stacklevel=2,
+                )
+
+    def _freeze_modes(self, pl_module: nn.Module) -> None:
+        trained = set(self.settings.derivatives(pl_module).names)
+        for name, module in pl_module.named_modules():
+            own = {f"{name}.{k}" if name else k for k, _ in module.named_parameters()}
+            if name and not own & trained:
+                module.train(False)
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        for parameter, flag in self._flags:
+            parameter.requires_grad_(flag)
+        self._flags = []
+
+    # --- Stage I ----------------------------------------------------------------------------
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        points = _points(trainer)
+        settings = self.settings.with_weight_decay(self._decay(trainer))
+        derivatives = settings.derivatives(pl_module)
+        objective = self.objective(trainer, derivatives, settings, points)
+        if self.newton_steps:  # ω* is every method's: the robust objective's own optimum
+            robust = replace(settings, method="muter", response="constrained", space="input")
+            target = self.objective(trainer, robust.derivatives(pl_module), robust, points)
+            self.newton_history = newton(target, self.newton_steps, settings.damping)
+        if not METHODS[settings.method].has_memory:
+            evaluation, matrix = objective.gradient(), torch.zeros(0, 0, dtype=torch.float64)
+        else:
+            rank_zero_info(f"Stage I ({settings.method}): {size_estimate(derivatives.p)}")
+            evaluation, matrix = objective.curvature()
+        self._refuse_broken(evaluation)
+        omega = derivatives.get()
+        summary = self._summarise(evaluation, matrix, derivatives.p)
+        key = trainer.strategy.broadcast(os.urandom(16))
+        self.memory = UnlearningMemory(
+            settings=settings,
+            omega_star=omega,
+            omega=omega,
+            matrix=matrix,
+            gradient=torch.zeros_like(omega),
+            residual_gradient=evaluation.gradient,
+            digests=self._digests(trainer, points, key),
+            removed=torch.zeros(len(points), dtype=torch.bool),
+            key=key,
+            fingerprint=fingerprint(pl_module, derivatives.names),
+            summary=summary,
+        )
+        self.save()
+
+    def objective(
+        self,
+        trainer: pl.Trainer,
+        derivatives: Derivatives,
+        settings: Settings,
+        points: TrainingPoints,
+        indices: Sequence[int] | None = None,
+    ) -> RobustObjective:
+        """The robust objective over training points, each counted once over all processes."""
+        everything = range(len(points)) if indices is None else indices
+        mine = list(everything[trainer.global_rank :: trainer.world_size])
+        device = derivatives.parameters[0].device
+        total = -(-len(mine) // self.batch_size)
+        quiet = trainer.progress_bar_callback is None or not trainer.is_global_zero
+
+        def batches() -> Any:
+            stream = points.batches(mine, self.batch_size, device)
+            return tqdm(stream, "training points", total, leave=False, disable=quiet)
+
+        return RobustObjective(derivatives, settings.recipe(), batches, _reducer(trainer))
+
+    def _decay(self, trainer: pl.Trainer) -> float:
+        if self.weight_decay is not None:
+            return self.weight_decay
+        decays = {
+            float(group.get("weight_decay", 0.0))
+            for optimizer in trainer.optimizers
+            for group in optimizer.param_groups
+        }
+        if len(decays) > 1:
+            raise ConfigurationError(
+                f"the optimizer has weight decays {sorted(decays)}: say which λ the head was "
+                "trained with by weight_decay="
+            )
+        if any(isinstance(o, torch.optim.AdamW) for o in trainer.optimizers) and decays != {0.0}:
+            warnings.warn(
+                "AdamW's decoupled weight decay is no L2 term of the objective: ω* is not the "
+                "optimum the memory assumes; use newton_steps, or SGD or Adam",
+                stacklevel=2,
+            )
+        return decays.pop() if decays else 0.0
+
+    @staticmethod
+    def _refuse_broken(evaluation: Evaluation) -> None:
+        if not bool(torch.isfinite(evaluation.gradient).all()):
+            raise ConfigurationError(
+                "the robust gradient is not finite: a training point has NaN or infinite values, "
+                "or training diverged; no memory was built"
+            )
+
+    def _digests(self, trainer: pl.Trainer, points: TrainingPoints, key: bytes) -> Tensor:
+        rows = torch.zeros(len(points), 16, dtype=torch.float32)
+        for i in range(trainer.global_rank, len(points), trainer.world_size):
+            x, target = points.batch([i])
+            rows[i] = torch.tensor(list(digest(key, x[0], target[0])), dtype=torch.float32)
+        return _reducer(trainer)(rows.to(trainer.strategy.root_device)).cpu().to(torch.uint8)
+
+    def _summarise(self, evaluation: Evaluation, matrix: Tensor, p: int) -> dict[str, Any]:
+        summary: dict[str, Any] = {
+            "n": evaluation.points,
+            "p": p,
+            "objective": evaluation.value,
+            "residual_gradient": evaluation.residual,
+            "stationary": evaluation.stationary,
+            "active": evaluation.active,
+            "usable_response": evaluation.usable,
+        }
+        if matrix.numel():
+            summary["smallest_eigenvalue"], summary["largest_eigenvalue"] = _extremes(matrix)
+        rank_zero_info(
+            "memory: "
+            + ", ".join(
+                f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in summary.items()
+            )
+        )
+        if self.settings.response == "unconstrained" and evaluation.usable < 1:
+            rank_zero_info(
+                f"the inverse of the input Hessian exists or its series converges at "
+                f"{evaluation.usable:.0%} of the points only"
+            )
+        return summary
+
+    @rank_zero_only
+    def save(self) -> None:
+        """Write the memory to ``memory_dir``, where there is one."""
+        if self.memory is not None and self.memory_dir is not None:
+            self.memory.save(self.memory_dir)
+
+
+def _extremes(matrix: Tensor) -> tuple[float, float]:
+    """Smallest and largest eigenvalue; beyond some size by LOBPCG."""
+    if len(matrix) <= _EIGEN_LIMIT:
+        values = torch.linalg.eigvalsh(matrix)
+        return float(values[0]), float(values[-1])
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        low = torch.lobpcg(matrix, k=1, largest=False, niter=30)[0]
+        high = torch.lobpcg(matrix, k=1, largest=True, niter=30)[0]
+    return float(low[0]), float(high[0])
+
+
+def _reducer(trainer: pl.Trainer) -> Any:
+    if trainer.world_size == 1:
+        return lambda tensor: tensor
+    return lambda tensor: trainer.strategy.reduce(tensor, reduce_op="sum")
+
+
+def _points(trainer: pl.Trainer) -> TrainingPoints:
+    loader = trainer.train_dataloader
+    if not hasattr(loader, "dataset"):
+        raise ConfigurationError(
+            f"the training data is a {type(loader).__name__}; one DataLoader is needed"
+        )
+    return TrainingPoints(loader.dataset, loader.collate_fn)

@@ -1,0 +1,83 @@
+"""`MUterCLI`: LightningCLI with the verb ``unlearn``."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.cli import ArgsType, LightningCLI
+
+from lightning_muter.data import RemovalDataModule
+from lightning_muter.errors import ConfigurationError
+from lightning_muter.result import UnlearningResult
+from lightning_muter.trainer import Trainer
+
+__all__ = ["CLITrainer", "MUterCLI", "main"]
+
+
+class CLITrainer(Trainer):
+    """`Trainer` whose ``unlearn`` reads like the other verbs of a command line."""
+
+    def unlearn(  # type: ignore[override]
+        self,
+        model: pl.LightningModule,
+        datamodule: pl.LightningDataModule,
+        indices: list[int],
+        memory: str,
+        ckpt_path: str,
+        batch_size: int | None = None,
+        noise_std: float = 0.0,
+        output: str | None = None,
+    ) -> UnlearningResult:
+        """Forget training points of a checkpoint with the memory that was built for it.
+
+        Args:
+            model: the module of the config.
+            datamodule: the datamodule that training used.
+            indices: training points to forget.
+            memory: the memory's folder.
+            ckpt_path: checkpoint of the trained (or last unlearned) model.
+            batch_size: points a request; all at once by default.
+            noise_std: sigma of Gaussian noise on the parameters.
+            output: where to save the checkpoint of the unlearned model.
+        """
+        checkpoint = torch.load(ckpt_path, map_location="cpu", weights_only=True)
+        model.load_state_dict(checkpoint["state_dict"])
+        removals = RemovalDataModule(datamodule, indices, batch_size)
+        result = super().unlearn(removals, model=model, memory=memory, noise_std=noise_std)
+        for name, value in result.to_dict().items():
+            print(f"{name}: {value}")
+        if output is not None:
+            checkpoint["state_dict"] = model.state_dict()
+            torch.save(checkpoint, output)
+        return result
+
+
+class MUterCLI(LightningCLI):
+    """``LightningCLI`` with our Trainer and the subcommand ``unlearn``."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        kwargs.setdefault("trainer_class", CLITrainer)
+        if not issubclass(kwargs["trainer_class"], CLITrainer):
+            raise ConfigurationError("trainer_class must derive from MUterCLI's own Trainer")
+        super().__init__(*args, **kwargs)
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Lightning's verbs and ours, with the arguments that the CLI fills in itself."""
+        return {**LightningCLI.subcommands(), "unlearn": {"model", "datamodule"}}
+
+
+def main(args: ArgsType = None) -> None:
+    """The console script."""
+    sys.path.insert(0, "")
+    MUterCLI(
+        save_config_kwargs={"overwrite": True},
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        model_class=pl.LightningModule,
+        datamodule_class=pl.LightningDataModule,
+        args=args,
+    )

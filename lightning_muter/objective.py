@@ -1,0 +1,133 @@
+"""The robust objective over a data set: one pass gives its sums; Newton's method on it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lightning_muter.derivatives import Derivatives
+from lightning_muter.derivatives.base import measuring
+from lightning_muter.recipe import Contribution, Recipe
+from lightning_muter.solvers import direct
+
+__all__ = ["Evaluation", "RobustObjective", "newton"]
+
+Batches = Callable[[], Iterable[tuple[Tensor, Tensor]]]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """F(ω), ∇F(ω) (p,) and the counts of a pass; sums over the points, λ included."""
+
+    value: float
+    gradient: Tensor
+    points: int
+    stationary: float
+    active: float
+    usable: float
+
+    @property
+    def residual(self) -> float:
+        """‖∇F(ω)‖."""
+        return float(torch.linalg.vector_norm(self.gradient))
+
+
+@dataclass(frozen=True)
+class RobustObjective:
+    """F(ω) = Σ_i max_δ l(ω, x_i + δ) + (nλ/2)‖ω‖² over the points that ``batches`` yields.
+
+    Each process iterates its own share of the points; ``reduce`` sums tensors over processes.
+    """
+
+    derivatives: Derivatives
+    recipe: Recipe
+    batches: Batches
+    reduce: Callable[[Tensor], Tensor]
+
+    def gradient(self, recipe: Recipe | None = None) -> Evaluation:
+        """One pass for the value and gradient."""
+        return self._evaluate(recipe or self.recipe, None)[0]
+
+    def curvature(self, recipe: Recipe | None = None) -> tuple[Evaluation, Tensor]:
+        """One pass for the value, the gradient and Σ D_i (p, p)."""
+        p = self.derivatives.p
+        device = self.derivatives.parameters[0].device
+        matrix = torch.zeros(p, p, dtype=torch.float64, device=device)
+        return self._evaluate(recipe or self.recipe, matrix)
+
+    def _evaluate(self, recipe: Recipe, matrix: Tensor | None) -> tuple[Evaluation, Tensor]:
+        derivatives = self.derivatives
+        omega = derivatives.get()
+        total = Contribution.zero(derivatives.p, omega.device)
+
+        def add(i: int, j: int, block: Tensor) -> None:
+            if matrix is not None:
+                matrix[i : i + block.shape[0], j : j + block.shape[1]] += block
+
+        with measuring(derivatives.module):
+            for x, targets in self.batches():
+                if matrix is None:
+                    total = total + recipe.gradient(derivatives, x, targets)
+                else:
+                    total = total + recipe.accumulate(derivatives, x, targets, add)
+        total = Contribution(*(self.reduce(t) for t in (total.gradient, total.loss, total.counts)))
+        n, stationary, active, usable = total.counts.tolist()
+        decay = n * recipe.weight_decay
+        result = Evaluation(
+            value=float(total.loss) + 0.5 * decay * float(omega @ omega),
+            gradient=total.gradient + decay * omega,
+            points=int(n),
+            stationary=stationary / max(n, 1),
+            active=active / max(n, 1),
+            usable=usable / max(n, 1),
+        )
+        if matrix is None:
+            return result, omega
+        matrix = self.reduce(matrix)
+        matrix.diagonal().add_(decay)
+        return result, matrix
+
+
+def newton(
+    objective: RobustObjective, steps: int, damping: float = 0.0, tol: float = 1e-10
+) -> list[float]:
+    """Damped Newton steps with the total Hessian, δ* solved again at each; ‖∇F‖ after each.
+
+    A smoothed threat starts wide and ends at its own bandwidth half-way. A step that does not
+    lower the gradient norm is halved; where no step lowers it, Newton stops at its best point.
+    ω in the module is what changes.
+    """
+    derivatives = objective.derivatives
+    history: list[float] = []
+    homotopy = objective.recipe.threat.relaxed(2.0) is not objective.recipe.threat
+    for k in range(steps):
+        widening = max(1.0, 10.0 ** (2 - 4 * (k + 1) / steps)) if homotopy and steps > 1 else 1.0
+        recipe = objective.recipe.at_bandwidth(widening) if widening > 1 else objective.recipe
+        start, matrix = objective.curvature(recipe)
+        if start.residual <= tol * max(1.0, start.value) and widening == 1.0:
+            history.append(start.residual)
+            break
+        matrix.diagonal().add_(damping)
+        omega = derivatives.get()
+        step = direct(matrix, start.gradient).value
+        del matrix
+        best = _line_search(objective, recipe, omega, step, start)
+        history.append(best)
+        if best >= start.residual and widening == 1.0:
+            break
+    return history
+
+
+def _line_search(
+    objective: RobustObjective, recipe: Recipe, omega: Tensor, step: Tensor, start: Evaluation
+) -> float:
+    for halvings in range(6):
+        objective.derivatives.set(omega - 0.5**halvings * step)
+        trial = objective.gradient(recipe)
+        if trial.residual < start.residual:
+            return trial.residual
+    objective.derivatives.set(omega)
+    return start.residual

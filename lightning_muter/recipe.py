@@ -1,0 +1,181 @@
+"""What a batch of points contributes: gradients, curvature and the evidence for its δ*."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+
+from lightning_muter.derivatives import Autodiff, Derivatives, LinearHead
+from lightning_muter.derivatives.base import AddBlock
+from lightning_muter.inner import InnerMaximum, maximise
+from lightning_muter.methods import METHODS
+from lightning_muter.responses import Response
+from lightning_muter.threats import Geometry, Threat, unconstrained_geometry
+
+__all__ = ["Contribution", "Point", "Recipe"]
+
+_CHUNK_BYTES = 96 * 2**20
+
+
+@dataclass(frozen=True)
+class Contribution:
+    """Sums over points: Σ ∇_ω l (p,), losses, and counts of what was checked."""
+
+    gradient: Tensor
+    loss: Tensor
+    counts: Tensor  # points, stationary, active, usable
+
+    def __add__(self, other: Contribution) -> Contribution:
+        return Contribution(
+            *(getattr(self, f.name) + getattr(other, f.name) for f in fields(Contribution))
+        )
+
+    @classmethod
+    def zero(cls, p: int, device: torch.device) -> Contribution:
+        """The empty sum."""
+        kind = {"dtype": torch.float64, "device": device}
+        return cls(torch.zeros(p, **kind), torch.zeros((), **kind), torch.zeros(4, **kind))  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class Point:
+    """A chunk of points at their perturbation: x + δ in the module's dtype, and the geometry."""
+
+    inputs: Tensor
+    targets: Tensor
+    geometry: Geometry
+    inner: InnerMaximum | None
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a method turns points into its system: method, threat, response and λ.
+
+    ``weight_decay`` is the λ of one point: every point carries λI and λω (docs/theory.md).
+    """
+
+    method: str
+    threat: Threat
+    response: Response
+    weight_decay: float = 0.0
+    max_iter: int = 200
+
+    def at_bandwidth(self, factor: float) -> Recipe:
+        """The recipe on a more (factor > 1) smoothed inner problem."""
+        return replace(self, threat=self.threat.relaxed(factor))
+
+    def perturb(
+        self, derivatives: Derivatives, x: Tensor, targets: Tensor, delta: Tensor | None = None
+    ) -> InnerMaximum:
+        """δ* of the points x (n, ...) at the module's parameters; ``delta`` is taken as given."""
+        flat = x.detach().reshape(len(x), -1).double()
+
+        def input_gradient(points: Tensor) -> tuple[Tensor, Tensor]:
+            return derivatives.input_gradient(points.reshape(x.shape).to(x), targets)
+
+        if delta is None:
+            return maximise(input_gradient, flat, self.threat, self.max_iter)
+        delta = delta.reshape(flat.shape).double()
+        losses, grad = input_gradient(flat + delta)
+        moved = self.threat.stationarity(flat, delta, grad)
+        return InnerMaximum(delta, grad, losses, moved)
+
+    def points(
+        self,
+        derivatives: Derivatives,
+        x: Tensor,
+        targets: Tensor,
+        delta: Tensor | None = None,
+    ) -> Iterator[Point]:
+        """The batch in chunks of bounded memory, each at the perturbation the method sees."""
+        step = self._chunk(derivatives, x)
+        for start in range(0, len(x), step):
+            part, y = x[start : start + step], targets[start : start + step]
+            flat = part.detach().reshape(len(part), -1).double()
+            if METHODS[self.method].points == "clean":
+                yield Point(part, y, unconstrained_geometry(flat), None)
+                continue
+            given = None if delta is None else delta[start : start + step]
+            inner = self.perturb(derivatives, part, y, given)
+            if self.response.constrained:
+                geometry = self.threat.geometry(flat, inner.delta, inner.grad)
+            else:
+                geometry = unconstrained_geometry(inner.delta)
+            perturbed = (flat + inner.delta).reshape(part.shape).to(part)
+            yield Point(perturbed, y, geometry, inner)
+
+    def _chunk(self, derivatives: Derivatives, x: Tensor) -> int:
+        d = x[0].numel()
+        if isinstance(derivatives, LinearHead):
+            f = derivatives.layer.in_features
+            if f == d:
+                return max(1, _CHUNK_BYTES // (8 * 8 * d))
+            return max(1, _CHUNK_BYTES // (8 * (3 * f * d + 3 * f * f)))
+        if isinstance(derivatives, Autodiff):
+            return max(1, _CHUNK_BYTES // (8 * (3 * derivatives.p * d + 4 * d * d)))
+        return len(x)
+
+    def accumulate(
+        self,
+        derivatives: Derivatives,
+        x: Tensor,
+        targets: Tensor,
+        add: AddBlock,
+        delta: Tensor | None = None,
+    ) -> Contribution:
+        """Add the batch's Σ curvature by blocks (without λI) and return its other sums."""
+        total = Contribution.zero(derivatives.p, x.device)
+        for point in self.points(derivatives, x, targets, delta):
+            gradients = derivatives.gradients(point.inputs, point.targets)
+            usable = self._add_curvature(derivatives, point, gradients, add)
+            total = total + self._summary(derivatives, point, gradients, usable, x)
+        return total
+
+    def gradient(self, derivatives: Derivatives, x: Tensor, targets: Tensor) -> Contribution:
+        """The sums without any curvature."""
+        total = Contribution.zero(derivatives.p, x.device)
+        for point in self.points(derivatives, x, targets):
+            gradients = derivatives.gradients(point.inputs, point.targets)
+            everyone = torch.ones(len(point.inputs), dtype=torch.bool, device=x.device)
+            total = total + self._summary(derivatives, point, gradients, everyone, x)
+        return total
+
+    def _add_curvature(
+        self, derivatives: Derivatives, point: Point, gradients: Tensor, add: AddBlock
+    ) -> Tensor:
+        curvature = METHODS[self.method].curvature
+        everyone = torch.ones(len(point.inputs), dtype=torch.bool, device=point.inputs.device)
+        if curvature == "fisher":
+            add(0, 0, gradients.T @ gradients)
+            return everyone
+        if curvature == "hessian":
+            derivatives.add_direct(point.inputs, point.targets, add)
+            return everyone
+        return derivatives.add_total(
+            point.inputs, point.targets, point.geometry, self.response, add
+        )
+
+    def _summary(
+        self,
+        derivatives: Derivatives,
+        point: Point,
+        gradients: Tensor,
+        usable: Tensor,
+        x: Tensor,
+    ) -> Contribution:
+        n = len(point.inputs)
+        if point.inner is None:
+            with torch.no_grad():
+                outputs = derivatives.module(point.inputs)
+            loss = derivatives.loss(outputs, point.targets).double().sum()
+            stationary, active = float(n), 0.0
+        else:
+            loss = point.inner.losses.sum()
+            stationary = float(point.inner.stationary.sum())
+            flat = point.inputs.reshape(n, -1).double() - point.inner.delta
+            active = float(self.threat.active(flat, point.inner.delta).sum())
+        counts = [float(n), stationary, active, float(usable.sum())]
+        return Contribution(gradients.sum(dim=0), loss, gradients.new_tensor(counts))
