@@ -119,7 +119,8 @@ class Attack:
         adversarial = attack(images.clamp(0, 1), targets)
         if self._mean is not None and self._std is not None:
             adversarial = (adversarial - self._mean.to(x)) / self._std.to(x)
-        return adversarial.detach().to(x)
+        result: Tensor = adversarial.detach().to(x)
+        return result
 
 
 class AdversarialTraining(pl.Callback):
@@ -193,10 +194,10 @@ class AdversarialTraining(pl.Callback):
                 value = self._point_loss(outputs, targets) if correct is None else correct.float()
                 metric.to(x.device).update(value)
 
-    def _report(self, stage: str) -> None:
+    def _report(self, pl_module: pl.LightningModule, stage: str) -> None:
         kind = "loss" if self._point_loss.name == "squared" else "acc"
         for name, metric in (("clean", self._clean), ("robust", self._robust)):
-            self.log(f"{stage}_{name}_{kind}", metric.compute(), rank_zero_only=False)
+            pl_module.log(f"{stage}_{name}_{kind}", metric.compute())
             metric.reset()
 
     def on_validation_batch_end(
@@ -222,7 +223,7 @@ class AdversarialTraining(pl.Callback):
         self._measure(pl_module, batch)
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._report("val")
+        self._report(pl_module, "val")
 
     def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._report("test")
+        self._report(pl_module, "test")

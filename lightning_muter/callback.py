@@ -274,7 +274,8 @@ class MUterCallback(AdversarialTraining):
         for i in range(trainer.global_rank, len(points), trainer.world_size):
             x, target = points.batch([i])
             rows[i] = torch.tensor(list(digest(key, x[0], target[0])), dtype=torch.float32)
-        return _reducer(trainer)(rows.to(trainer.strategy.root_device)).cpu().to(torch.uint8)
+        total: Tensor = _reducer(trainer)(rows.to(trainer.strategy.root_device))
+        return total.cpu().to(torch.uint8)
 
     def _summarise(self, evaluation: Evaluation, matrix: Tensor, p: int) -> dict[str, Any]:
         summary: dict[str, Any] = {
@@ -327,7 +328,7 @@ def _reducer(trainer: pl.Trainer) -> Any:
 
 
 def _points(trainer: pl.Trainer) -> TrainingPoints:
-    loader = trainer.train_dataloader
+    loader: Any = trainer.train_dataloader
     if not hasattr(loader, "dataset"):
         raise ConfigurationError(
             f"the training data is a {type(loader).__name__}; one DataLoader is needed"

@@ -30,7 +30,7 @@ class TrainingPoints:
         self.collate = collate or default_collate
 
     def __len__(self) -> int:
-        return len(self.dataset)  # type: ignore[arg-type]
+        return len(self.dataset)
 
     def batch(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Inputs and targets of some points."""

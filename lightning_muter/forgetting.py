@@ -125,7 +125,7 @@ def _schur(
             top = top - g.T @ (g @ v)
         if fisher:
             return top
-        alphas = rest.split(sizes) if with_delta else [None] * len(blocks)
+        alphas = torch.split(rest, sizes) if with_delta else [None] * len(blocks)
         bottoms = []
         for block, alpha in zip(blocks, alphas, strict=True):
             top = top - block.products.ww(v)

@@ -36,8 +36,8 @@ class Contribution:
     @classmethod
     def zero(cls, p: int, device: torch.device) -> Contribution:
         """The empty sum."""
-        kind = {"dtype": torch.float64, "device": device}
-        return cls(torch.zeros(p, **kind), torch.zeros((), **kind), torch.zeros(4, **kind))  # type: ignore[arg-type]
+        flat = torch.zeros(p + 5, dtype=torch.float64, device=device)
+        return cls(flat[:p], flat[p], flat[p + 1 :])
 
 
 @dataclass(frozen=True)

@@ -59,7 +59,7 @@ class Dense:
         return self.matrices @ vectors
 
     def weighted_sum(self, weights: Tensor) -> Tensor:
-        return torch.tensordot(weights, self.matrices, dims=1)
+        return torch.einsum("n,nij->ij", weights, self.matrices)
 
     def congruence(self, jacobian: Tensor) -> Dense:
         return Dense(jacobian @ self.matrices @ jacobian.mT)

@@ -85,7 +85,7 @@ def conjugate_gradients(
     limit = 10 * len(rhs) if max_iter is None else max_iter
     threshold = tol * float(torch.linalg.vector_norm(rhs))
     status, iterations = "max_iterations", 0
-    for iterations in range(limit + 1):  # noqa: B007
+    for iterations in range(limit + 1):
         if float(torch.linalg.vector_norm(r)) <= threshold:
             status = "converged"
             break

@@ -5,6 +5,7 @@ Source: the inner responses of L2 and L-infinity balls are ours (docs/theory.md)
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 
@@ -23,7 +24,8 @@ def _dot(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _norm(a: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(a, dim=1, keepdim=True)
+    norm: Tensor = torch.linalg.vector_norm(a, dim=1, keepdim=True)
+    return norm
 
 
 @dataclass(frozen=True)
@@ -124,10 +126,6 @@ class Threat(ABC):
 
     def _radius(self, x: Tensor) -> float:
         return self.eps
-
-    def response(self, x: Tensor, delta: Tensor, grad: Tensor) -> Geometry:
-        """Alias of `geometry`: how the maximiser is free to move (docs/theory.md)."""
-        return self.geometry(x, delta, grad)
 
 
 @dataclass(frozen=True)
@@ -277,4 +275,4 @@ class LinfBall(Threat):
         return Geometry(shift, (~held).to(delta), torch.zeros_like(delta))
 
     def _radius(self, x: Tensor) -> float:
-        return self.eps * float(x.shape[1]) ** 0.5
+        return self.eps * math.sqrt(x.shape[1])

@@ -73,7 +73,7 @@ def unlearn(
     """`Trainer.unlearn` for any trainer; a trainer with a `MUterCallback` has it as a method."""
     if noise_std < 0:
         raise ConfigurationError(f"noise_std={noise_std} must be >= 0")
-    callback = next((c for c in trainer.callbacks if isinstance(c, MUterCallback)), None)  # type: ignore[attr-defined]
+    callback = next((c for c in _callbacks(trainer) if isinstance(c, MUterCallback)), None)
     model = model if model is not None else trainer.lightning_module
     if isinstance(model, UnlearningModule):
         model = model.model
@@ -103,13 +103,17 @@ def unlearn(
         else:
             trainer.predict(server, dataloaders=datamodule, return_predictions=False)
     finally:
-        model.trainer = trainer  # type: ignore[assignment]
+        model.trainer = trainer
     if not server.outcomes:
         raise RemovalError("the removal data had no batch: name at least one point to forget")
     total = time.perf_counter() - start
     if corrector_steps or bound:
         return _finish(server, trainer, callback, datamodule, before, total, corrector_steps, bound)
     return _result(server, before, total)
+
+
+def _callbacks(trainer: pl.Trainer) -> list[pl.Callback]:
+    return list(getattr(trainer, "callbacks", []))
 
 
 def _memory(

@@ -29,19 +29,20 @@ class Autodiff(Derivatives):
         sizes = [p.numel() for p in self.parameters]
 
         def loss(omega: Tensor, x: Tensor, y: Tensor) -> Tensor:
-            parts = omega.split(sizes)
+            parts = torch.split(omega, sizes)
             values = {
                 name: part.reshape(shape)
                 for name, part, shape in zip(self.names, parts, shapes, strict=True)
             }
             outputs = functional_call(module, values, (x.unsqueeze(0),))
-            return self.loss.function(outputs, y.unsqueeze(0)).squeeze(0)
+            return self.loss(outputs, y.unsqueeze(0)).squeeze(0)
 
         return loss, torch.cat([p.detach().reshape(-1) for p in self.parameters])
 
     def gradients(self, x: Tensor, targets: Tensor) -> Tensor:
         loss, omega = self._point()
-        return vmap(grad(loss), (None, 0, 0))(omega, x, targets).double()
+        gradients: Tensor = vmap(grad(loss), (None, 0, 0))(omega, x, targets)
+        return gradients.detach().double()
 
     def add_direct(self, x: Tensor, targets: Tensor, add: AddBlock) -> None:
         products = self.products(x, targets)
@@ -56,7 +57,7 @@ class Autodiff(Derivatives):
         self.add_direct(x, targets, add)
         loss, omega = self._point()
         mixed = vmap(jacrev(grad(loss), argnums=1), (None, 0, 0))(omega, x, targets)
-        mixed = mixed.reshape(len(x), self.p, -1).double()  # ∂ωδ l
+        mixed = mixed.detach().reshape(len(x), self.p, -1).double()  # ∂ωδ l
         r, usable = response.dense(geometry, self.second_input_derivatives(x, targets))
         left = (mixed @ r.matrices).permute(1, 0, 2).reshape(self.p, -1)
         add(0, 0, left @ mixed.permute(1, 0, 2).reshape(self.p, -1).T)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -136,7 +136,7 @@ class Derivatives(ABC):
         g_omega = torch.cat([g.reshape(-1) for g in grads[:-1]])
         g_delta = grads[-1]
 
-        def apply(outputs: Tensor, vector: Tensor, wanted: list[Tensor]) -> list[Tensor]:
+        def apply(outputs: Tensor, vector: Tensor, wanted: Sequence[Tensor]) -> list[Tensor]:
             if not outputs.requires_grad:
                 return [torch.zeros_like(w) for w in wanted]
             found = torch.autograd.grad(

@@ -1,0 +1,75 @@
+"""Data and modules that the benchmark scripts share."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+
+def arguments(description: str) -> argparse.ArgumentParser:
+    """A parser with ``--data``, the folder that holds mnist.npz."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--data", default=os.environ.get("LIGHTNING_MUTER_DATA", "data"))
+    return parser
+
+
+def mnist(data: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Images in [0, 1] (n, 28, 28) float64 and labels, train and test."""
+    with np.load(Path(data) / "mnist.npz") as file:
+        train, test = file["train_images"], file["test_images"]
+        labels = [torch.tensor(file[k]).long() for k in ("train_labels", "test_labels")]
+    images = [torch.tensor(x).double() / 255 for x in (train, test)]
+    return images[0], labels[0], images[1], labels[1]
+
+
+def one_or_seven(data: str) -> tuple[Tensor, Tensor]:
+    """MNIST-b: digits 1 (0) and 7 (1), flattened."""
+    x, y, _, _ = mnist(data)
+    keep = (y == 1) | (y == 7)
+    return x[keep].reshape(-1, 784), (y[keep] == 7).long()
+
+
+class Points(pl.LightningDataModule):
+    """A TensorDataset's train loader."""
+
+    def __init__(self, x: Tensor, y: Tensor, batch_size: int = 128) -> None:
+        super().__init__()
+        self.dataset, self.size = TensorDataset(x, y), batch_size
+
+    def train_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
+        return DataLoader(self.dataset, batch_size=self.size, shuffle=True)
+
+
+class Logistic(pl.LightningModule):
+    """Logistic regression without a bias."""
+
+    def __init__(self, lr: float = 0.1, weight_decay: float = 1e-3) -> None:
+        super().__init__()
+        self.head = nn.Linear(784, 1, bias=False)
+        self.lr, self.weight_decay = lr, weight_decay
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(x)
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        return F.binary_cross_entropy_with_logits(self(batch[0]).squeeze(1), batch[1].to(batch[0]))
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=self.lr, weight_decay=self.weight_decay)
+
+
+QUIET = {
+    "accelerator": "cpu",
+    "logger": False,
+    "enable_checkpointing": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+}

@@ -1,0 +1,86 @@
+"""Stage I against the plain weighted Gram product, and one removal (p = 784, float64)."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+
+import torch
+from common import Logistic, arguments, one_or_seven
+
+from lightning_muter import L2Ball
+from lightning_muter.derivatives import LinearHead
+from lightning_muter.derivatives.base import measuring
+from lightning_muter.forgetting import forget
+from lightning_muter.losses import resolve_loss
+from lightning_muter.memory import UnlearningMemory
+from lightning_muter.objective import RobustObjective
+from lightning_muter.settings import Settings
+
+
+def main() -> None:
+    """Print one JSON line."""
+    given = arguments(__doc__ or "").parse_args()
+    torch.manual_seed(0)
+    x, y = one_or_seven(given.data)
+    model = Logistic().double()
+    derivatives = LinearHead(model, "head", resolve_loss("logistic"))
+    settings = Settings(
+        method="muter",
+        threat=L2Ball(1.0),
+        head="head",
+        parameters=None,
+        loss="logistic",
+        response="constrained",
+        inverse="neumann",
+        neumann_order=3,
+        space="input",
+        damping=0.0,
+        solver="auto",
+        weight_decay=1e-3,
+    )
+    objective = RobustObjective(
+        derivatives, settings.recipe(), lambda: [(x, y)], lambda tensor: tensor
+    )
+    weights = torch.rand(len(x), dtype=torch.float64)
+    gram, stage = [], []
+    for _ in range(5):
+        start = time.perf_counter()
+        x.T @ (x * weights.unsqueeze(1))
+        gram.append(time.perf_counter() - start)
+        start = time.perf_counter()
+        _, matrix = objective.curvature()
+        stage.append(time.perf_counter() - start)
+    omega = derivatives.get()
+    memory = UnlearningMemory(
+        settings=settings,
+        omega_star=omega,
+        omega=omega,
+        matrix=matrix,
+        gradient=torch.zeros_like(omega),
+        residual_gradient=torch.zeros_like(omega),
+        digests=torch.zeros(len(x), 16, dtype=torch.uint8),
+        removed=torch.zeros(len(x), dtype=torch.bool),
+        key=b"",
+        fingerprint="",
+    )
+    removals = []
+    with measuring(model):
+        for i in range(30):
+            outcome = forget(memory, derivatives, [i], x[i : i + 1], y[i : i + 1])
+            removals.append(outcome.seconds)
+    print(
+        json.dumps(
+            {
+                "gram_s": statistics.median(gram),
+                "stage_one_s": statistics.median(stage),
+                "ratio": statistics.median(s / g for s, g in zip(stage, gram, strict=True)),
+                "removal_median_ms": 1e3 * statistics.median(removals),
+            }
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()

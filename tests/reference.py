@@ -1,0 +1,83 @@
+"""Slow, obvious formulas that the package is checked against."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def robust_logistic(w: Tensor, x: Tensor, y: Tensor, eps: float, lam: float) -> Tensor:
+    """Closed form for an L2 ball: softplus of minus the worst margin; w is (d + 1,)."""
+    sign = 2 * y.to(x) - 1
+    margin = sign * (x @ w[:-1] + w[-1]) - eps * w[:-1].norm()
+    return F.softplus(-margin).sum() + 0.5 * len(x) * lam * w.square().sum()
+
+
+def robust_squared(w: Tensor, x: Tensor, y: Tensor, eps: float, lam: float) -> Tensor:
+    """Closed form for an L2 ball: half the squared worst residual; w is (d + 1,)."""
+    residual = (x @ w[:-1] + w[-1] - y).abs() + eps * w[:-1].norm()
+    return 0.5 * residual.square().sum() + 0.5 * len(x) * lam * w.square().sum()
+
+
+def hessian(function: Callable[[Tensor], Tensor], w: Tensor) -> Tensor:
+    return torch.autograd.functional.hessian(function, w)
+
+
+def parameters(module: nn.Module, names: list[str]) -> Tensor:
+    found = dict(module.named_parameters())
+    return torch.cat([found[name].detach().reshape(-1) for name in names])
+
+
+def brute_force_total_hessian(
+    module: nn.Module,
+    names: list[str],
+    loss: Callable[[Tensor, Tensor], Tensor],
+    x: Tensor,
+    y: Tensor,
+    delta: Tensor,
+    response: Callable[[Tensor, Tensor, Tensor], Tensor],
+) -> Tensor:
+    """Σ ∂ωω + ∂ωδ R ∂δω, one point and one dense Hessian in (ω, δ) at a time."""
+    w = parameters(module, names)
+    shapes = [dict(module.named_parameters())[name].shape for name in names]
+    p, total = len(w), torch.zeros(len(w), len(w), dtype=w.dtype)
+    for i in range(len(x)):
+
+        def joint(v: Tensor, i: int = i) -> Tensor:
+            parts = torch.split(v[:p], [s.numel() for s in shapes])
+            values = {k: q.reshape(s) for k, q, s in zip(names, parts, shapes, strict=True)}
+            inputs = (x[i].reshape(-1) + v[p:]).reshape(1, *x.shape[1:])
+            outputs = torch.func.functional_call(module, values, (inputs,))
+            return loss(outputs, y[i : i + 1])
+
+        at = torch.cat([w, delta[i].reshape(-1)])
+        grad = torch.autograd.functional.jacobian(joint, at).reshape(-1)[p:]
+        full = hessian(lambda v: joint(v).sum(), at)
+        r = response(delta[i].reshape(-1), grad, full[p:, p:])
+        total += full[:p, :p] + full[:p, p:] @ r @ full[p:, :p]
+    return total
+
+
+def sphere_response(delta: Tensor, grad: Tensor, curvature: Tensor, eps: float) -> Tensor:
+    """Pseudo-inverse of P (μI - ∂δδ) P on the sphere's tangent space."""
+    unit = delta / delta.norm()
+    p = torch.eye(len(delta), dtype=delta.dtype) - torch.outer(unit, unit)
+    k = p @ (grad.norm() / eps * torch.eye(len(delta), dtype=delta.dtype) - curvature) @ p
+    return torch.linalg.pinv(k, rtol=1e-12, hermitian=True)
+
+
+def smoothed_sign_response(
+    delta: Tensor, grad: Tensor, curvature: Tensor, eps: float, tau: float
+) -> Tensor:
+    """Inverse of Λ - ∂δδ."""
+    shift = (grad.square() + tau**2) ** 1.5 / (eps * tau**2)
+    return torch.linalg.inv(torch.diag(shift) - curvature)
+
+
+def neumann_response(delta: Tensor, grad: Tensor, curvature: Tensor, order: int) -> Tensor:
+    """-Σ_{j ≤ k} (I - ∂δδ)^j, term by term."""
+    eye = torch.eye(len(delta), dtype=delta.dtype)
+    return -sum(torch.linalg.matrix_power(eye - curvature, j) for j in range(order + 1))
