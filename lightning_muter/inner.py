@@ -64,20 +64,34 @@ def maximise(
     delta = torch.zeros_like(x) if start is None else threat.project(x, start)
     losses, grad = input_gradient(x + delta)
     size = torch.full_like(x[:, :1], torch.inf)
+    target, moved = _fixed_point(x, threat, delta, grad)
     for _ in range(max_iter):
-        candidate = threat.ascend(x, delta, grad, size)
-        moved = threat.stationarity(x, delta, grad)
         if bool((moved <= tol).all()):
             break
+        whole = torch.isinf(size)
+        candidate = target
+        if not bool(whole.all()):
+            candidate = torch.where(whole, target, threat.ascend(x, delta, grad, size))
         new_losses, new_grad = input_gradient(x + candidate)
         before = losses + threat.merit(delta, grad)
         after = new_losses + threat.merit(candidate, grad)
         slack = 10 * torch.finfo(x.dtype).eps * (1 + before.abs())
         better = (after >= before - slack).unsqueeze(1)
-        delta = torch.where(better, candidate, delta)
-        grad = torch.where(better, new_grad, grad)
-        losses = torch.where(better.squeeze(1), new_losses, losses)
-        shorter = torch.where(torch.isinf(size), torch.ones_like(size), size / 2)
+        if bool(better.all()):
+            delta, grad, losses = candidate, new_grad, new_losses
+        else:
+            delta = torch.where(better, candidate, delta)
+            grad = torch.where(better, new_grad, grad)
+            losses = torch.where(better.squeeze(1), new_losses, losses)
+        shorter = torch.where(whole, torch.ones_like(size), size / 2)
         longer = torch.where(size >= 1, torch.full_like(size, torch.inf), size * 2)
         size = torch.where(better, longer, shorter)
-    return InnerMaximum(delta, grad, losses, threat.stationarity(x, delta, grad))
+        target, moved = _fixed_point(x, threat, delta, grad)
+    return InnerMaximum(delta, grad, losses, moved)
+
+
+def _fixed_point(
+    x: Tensor, threat: Threat, delta: Tensor, grad: Tensor
+) -> tuple[Tensor, Tensor]:
+    target = threat.ascend(x, delta, grad, torch.full_like(grad[:, :1], torch.inf))
+    return target, threat.distance(x, target - delta)

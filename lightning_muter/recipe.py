@@ -112,7 +112,7 @@ class Recipe:
         if isinstance(derivatives, LinearHead):
             f = derivatives.layer.in_features
             if f == d:
-                return max(1, _CHUNK_BYTES // (8 * 8 * d))
+                return max(1, _CHUNK_BYTES // (16 * 8 * d))
             return max(1, _CHUNK_BYTES // (8 * (3 * f * d + 3 * f * f)))
         if isinstance(derivatives, Autodiff):
             return max(1, _CHUNK_BYTES // (8 * (3 * derivatives.p * d + 4 * d * d)))

@@ -20,7 +20,7 @@ _RANK = 1e-10
 class DiagonalLowRank:
     """diag(diagonal) + Σ_k coefficients_k factors_k factors_kᵀ, point by point.
 
-    Shapes: diagonal (n, d), factors (n, d, k), coefficients (n, k).
+    Shapes: diagonal (n, d), factors (n, k, d), coefficients (n, k).
     """
 
     diagonal: Tensor
@@ -29,22 +29,24 @@ class DiagonalLowRank:
 
     def apply(self, vectors: Tensor) -> Tensor:
         """Products with vectors (n, d, c)."""
-        inner = self.coefficients.unsqueeze(2) * (self.factors.mT @ vectors)
-        return self.diagonal.unsqueeze(2) * vectors + self.factors @ inner
+        inner = self.coefficients.unsqueeze(2) * (self.factors @ vectors)
+        return self.diagonal.unsqueeze(2) * vectors + self.factors.mT @ inner
 
     def weighted_sum(self, weights: Tensor) -> Tensor:
         """Σ_i weights_i of the matrices, (d, d)."""
-        total = torch.diag(weights @ self.diagonal)
-        for k in range(self.factors.shape[2]):
+        diagonal = weights @ self.diagonal
+        total = torch.diag(diagonal)
+        negligible = torch.finfo(weights.dtype).eps * float(diagonal.abs().max()) / len(weights)
+        for k in range(self.factors.shape[1]):
             scale = weights * self.coefficients[:, k]
-            if bool(scale.any()):
-                column = self.factors[:, :, k]
+            column = self.factors[:, k]
+            if float((scale.abs() * torch.linalg.vector_norm(column, dim=1).square()).max()) > negligible:
                 total.addmm_(column.T, column * scale.unsqueeze(1))
         return total
 
     def congruence(self, jacobian: Tensor) -> Dense:
         """J · self · Jᵀ for J (n, F, d)."""
-        outer = jacobian @ self.factors
+        outer = jacobian @ self.factors.mT
         diagonal = (jacobian * self.diagonal.unsqueeze(1)) @ jacobian.mT
         return Dense(diagonal + (outer * self.coefficients.unsqueeze(1)) @ outer.mT)
 
@@ -94,8 +96,8 @@ class Constrained:
             torch.zeros_like(geometry.free),
         )
         # T = P Δ^{-1} P; with a normal Δ is a multiple of the identity on the free coordinates
-        normal_scale = (geometry.normal.square() * inverse).sum(dim=1)
-        base = DiagonalLowRank(inverse, geometry.normal.unsqueeze(2), -normal_scale.unsqueeze(1))
+        normal_scale = torch.linalg.vecdot(geometry.normal * inverse, geometry.normal)
+        base = DiagonalLowRank(inverse, geometry.normal.unsqueeze(1), -normal_scale.unsqueeze(1))
         tv = base.apply(v)
         inner = v.mT @ tv
         eye = torch.eye(s.shape[1], dtype=s.dtype, device=s.device)
@@ -107,7 +109,7 @@ class Constrained:
         return (
             DiagonalLowRank(
                 inverse * keep,
-                torch.cat([geometry.normal.unsqueeze(2), tv @ basis], dim=2),
+                torch.cat([geometry.normal.unsqueeze(1), basis.mT @ tv.mT], dim=1),
                 torch.cat([-normal_scale.unsqueeze(1), values], dim=1) * keep,
             ),
             usable,
@@ -167,7 +169,9 @@ class Unconstrained:
         if v.shape[1] > v.shape[2]:  # the null space of ∂δδ: (I - 0)^j never decays
             converged = torch.zeros_like(converged)
         return (
-            DiagonalLowRank(torch.full_like(v[:, :, 0], rest), q @ basis, values - rest),
+            DiagonalLowRank(
+                torch.full_like(v[:, :, 0], rest), (q @ basis).mT.contiguous(), values - rest
+            ),
             converged,
         )
 

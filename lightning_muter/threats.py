@@ -118,11 +118,14 @@ class Threat(ABC):
     def active(self, x: Tensor, delta: Tensor) -> Tensor:
         """Which points (n,) have the ball's constraint active."""
 
+    def distance(self, x: Tensor, move: Tensor) -> Tensor:
+        """Length (n,) of a move of delta relative to the radius of the set."""
+        return _norm(move).squeeze(1) / self._radius(x)
+
     def stationarity(self, x: Tensor, delta: Tensor, grad: Tensor) -> Tensor:
         """Distance (n,) that the fixed-point map still moves delta, relative to its radius."""
         size = torch.full_like(grad[:, :1], torch.inf)
-        moved = _norm(self.ascend(x, delta, grad, size) - delta).squeeze(1)
-        return moved / self._radius(x)
+        return self.distance(x, self.ascend(x, delta, grad, size) - delta)
 
     def _radius(self, x: Tensor) -> float:
         return self.eps
@@ -141,6 +144,8 @@ class L2Ball(Threat):
     """
 
     def project(self, x: Tensor, delta: Tensor) -> Tensor:
+        if self.data_range is None:
+            return delta * (self.eps / _norm(delta).clamp(min=_TINY)).clamp(max=1.0)
         low, high = self.bounds(x)
         clipped = delta.clamp(low, high)
         outside = _norm(clipped) > self.eps
@@ -173,16 +178,17 @@ class L2Ball(Threat):
         return self.project(x, delta + size * grad / _norm(grad).clamp(min=_TINY))
 
     def ascend(self, x: Tensor, delta: Tensor, grad: Tensor, size: Tensor) -> Tensor:
-        unit = self.eps * grad / _norm(grad).clamp(min=_TINY)
+        unit = grad * (self.eps / _norm(grad).clamp(min=_TINY))
         whole = torch.isinf(size)
+        if self.data_range is None and bool(whole.all()):
+            return unit
         v = torch.where(whole, unit, delta + torch.where(whole, 1.0, size) * unit)
-        low, high = self.bounds(x)
-        candidate = self.project(x, v)
         if self.data_range is None:
-            return candidate
+            return self.project(x, v)
         # the fixed-point map goes to the farthest point along the gradient, on the sphere if the
         # box lets it: scale up where clipping fell short of it
-        return torch.where(whole, self._scale_to_sphere(v, low, high), candidate)
+        low, high = self.bounds(x)
+        return torch.where(whole, self._scale_to_sphere(v, low, high), self.project(x, v))
 
     def merit(self, delta: Tensor, grad: Tensor) -> Tensor:
         return torch.zeros_like(delta[:, 0])
@@ -191,10 +197,12 @@ class L2Ball(Threat):
         return _norm(delta).squeeze(1) >= self.eps * (1 - 1e-4)
 
     def geometry(self, x: Tensor, delta: Tensor, grad: Tensor) -> Geometry:
-        low, high = self.bounds(x)
-        slack = 1e-6 * self.eps
-        held = ((delta >= high - slack) & (grad > 0)) | ((delta <= low + slack) & (grad < 0))
-        free = (~held).to(delta)
+        free = torch.ones_like(delta)
+        if self.data_range is not None:
+            low, high = self.bounds(x)
+            slack = 1e-6 * self.eps
+            held = ((delta >= high - slack) & (grad > 0)) | ((delta <= low + slack) & (grad < 0))
+            free = (~held).to(delta)
         on_sphere = self.active(x, delta).unsqueeze(1).to(delta)
         delta_free, grad_free = delta * free, grad * free
         norm = _norm(delta_free)
