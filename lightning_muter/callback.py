@@ -113,6 +113,7 @@ class MUterCallback(AdversarialTraining):
         self.newton_history: list[float] = []
         self.initial: Tensor | None = None
         self._flags: list[tuple[nn.Parameter, bool]] = []
+        self._was_training: list[nn.Module] = []
         self._checked = False
 
     # --- finetuning -------------------------------------------------------------------------
@@ -176,13 +177,17 @@ class MUterCallback(AdversarialTraining):
         trained = set(self.settings.derivatives(pl_module).names)
         for name, module in pl_module.named_modules():
             own = {f"{name}.{k}" if name else k for k, _ in module.named_parameters()}
-            if name and not own & trained:
-                module.train(False)
+            if name and not own & trained and module.training:
+                self._was_training.append(module)
+                module.training = False
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         for parameter, flag in self._flags:
             parameter.requires_grad_(flag)
         self._flags = []
+        for module in self._was_training:
+            module.training = True
+        self._was_training = []
 
     # --- Stage I ----------------------------------------------------------------------------
 

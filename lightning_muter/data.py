@@ -155,4 +155,7 @@ class RemovalDataModule(pl.LightningDataModule):
         sampler: DistributedSampler[Any] = DistributedSampler(
             dataset, num_replicas=1, rank=0, shuffle=False
         )
-        return DataLoader(dataset, batch_size=self.batch_size, sampler=sampler)
+        generator = torch.Generator()  # of its own: the global random state is the user's
+        return DataLoader(
+            dataset, batch_size=self.batch_size, sampler=sampler, generator=generator
+        )

@@ -232,7 +232,7 @@ class UnlearningMemory:
         folder = Path(directory)
         folder.mkdir(parents=True, exist_ok=True)
         name = f"state-{len(self.ledger):06d}-{os.urandom(4).hex()}.safetensors"
-        tensors = {key: getattr(self, key).detach().cpu().contiguous() for key in _TENSORS}
+        tensors = {key: getattr(self, key).detach().cpu().clone() for key in _TENSORS}
         tensors["removed"] = tensors["removed"].to(torch.uint8)
         save_file(tensors, folder / name)
         ledger = "".join(json.dumps(entry) + "\n" for entry in self.ledger)
