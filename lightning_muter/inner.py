@@ -12,8 +12,8 @@ from lightning_muter.threats import Threat
 
 __all__ = ["InnerMaximum", "maximise"]
 
-#: (x (n, d)) -> losses (n,) and their gradient in the input (n, d)
-InputGradient = Callable[[Tensor], tuple[Tensor, Tensor]]
+#: (x (m, d), which points they are (m,)) -> losses (m,) and their gradient in the input (m, d)
+InputGradient = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 STATIONARY = 1e-3
 
@@ -62,36 +62,31 @@ def maximise(
     """
     tol = max(tol, 20 * torch.finfo(x.dtype).eps)
     delta = torch.zeros_like(x) if start is None else threat.project(x, start)
-    losses, grad = input_gradient(x + delta)
+    losses, grad = input_gradient(x + delta, torch.arange(len(x), device=x.device))
     size = torch.full_like(x[:, :1], torch.inf)
-    target, moved = _fixed_point(x, threat, delta, grad)
+    moved = threat.stationarity(x, delta, grad)
     for _ in range(max_iter):
-        if bool((moved <= tol).all()):
+        todo = torch.nonzero(moved > tol).flatten()
+        if len(todo) == 0:
             break
-        whole = torch.isinf(size)
-        candidate = target
-        if not bool(whole.all()):
-            candidate = torch.where(whole, target, threat.ascend(x, delta, grad, size))
-        new_losses, new_grad = input_gradient(x + candidate)
-        before = losses + threat.merit(delta, grad)
-        after = new_losses + threat.merit(candidate, grad)
+        point, now, slope = x[todo], delta[todo], grad[todo]
+        candidate = threat.ascend(point, now, slope, size[todo])
+        value, new_slope = input_gradient(point + candidate, todo)
+        before = losses[todo] + threat.merit(now, slope)
+        after = value + threat.merit(candidate, slope)
         slack = 10 * torch.finfo(x.dtype).eps * (1 + before.abs())
         better = (after >= before - slack).unsqueeze(1)
-        if bool(better.all()):
-            delta, grad, losses = candidate, new_grad, new_losses
-        else:
-            delta = torch.where(better, candidate, delta)
-            grad = torch.where(better, new_grad, grad)
-            losses = torch.where(better.squeeze(1), new_losses, losses)
-        shorter = torch.where(whole, torch.ones_like(size), size / 2)
-        longer = torch.where(size >= 1, torch.full_like(size, torch.inf), size * 2)
-        size = torch.where(better, longer, shorter)
-        target, moved = _fixed_point(x, threat, delta, grad)
+        delta[todo] = torch.where(better, candidate, now)
+        grad[todo] = torch.where(better, new_slope, slope)
+        losses[todo] = torch.where(better.squeeze(1), value, losses[todo])
+        size[todo] = _next_size(size[todo], better)
+        moved[todo] = threat.stationarity(point, delta[todo], grad[todo])
     return InnerMaximum(delta, grad, losses, moved)
 
 
-def _fixed_point(
-    x: Tensor, threat: Threat, delta: Tensor, grad: Tensor
-) -> tuple[Tensor, Tensor]:
-    target = threat.ascend(x, delta, grad, torch.full_like(grad[:, :1], torch.inf))
-    return target, threat.distance(x, target - delta)
+
+def _next_size(size: Tensor, better: Tensor) -> Tensor:
+    """Twice the step after a success, half of it after a failure; 1 is next to infinity."""
+    shorter = torch.where(torch.isinf(size), torch.ones_like(size), size / 2)
+    longer = torch.where(size >= 1, torch.full_like(size, torch.inf), size * 2)
+    return torch.where(better, longer, shorter)

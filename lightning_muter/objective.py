@@ -96,8 +96,8 @@ def newton(
 ) -> list[float]:
     """Damped Newton steps with the total Hessian, δ* solved again at each; ‖∇F‖ after each.
 
-    A smoothed threat starts wide and ends at its own bandwidth half-way. A step that does not
-    lower the gradient norm is halved; where no step lowers it, Newton stops at its best point.
+    A smoothed threat starts wide and ends at its own bandwidth half-way. A step that lowers
+    neither F nor its gradient is halved; where none does, Newton stops at its best point.
     ω in the module is what changes.
     """
     derivatives = objective.derivatives
@@ -116,7 +116,7 @@ def newton(
         del matrix
         best = _line_search(objective, recipe, omega, step, start)
         history.append(best)
-        if best >= start.residual and widening == 1.0:
+        if widening == 1.0 and torch.equal(derivatives.get(), omega):
             break
     return history
 
@@ -127,7 +127,7 @@ def _line_search(
     for halvings in range(6):
         objective.derivatives.set(omega - 0.5**halvings * step)
         trial = objective.gradient(recipe)
-        if trial.residual < start.residual:
+        if trial.residual < start.residual or trial.value < start.value:
             return trial.residual
     objective.derivatives.set(omega)
     return start.residual

@@ -73,13 +73,14 @@ class Recipe:
         """δ* of the points x (n, ...) at the module's parameters; ``delta`` is taken as given."""
         flat = x.detach().reshape(len(x), -1).double()
 
-        def input_gradient(points: Tensor) -> tuple[Tensor, Tensor]:
-            return derivatives.input_gradient(points.reshape(x.shape).to(x), targets)
+        def input_gradient(points: Tensor, which: Tensor) -> tuple[Tensor, Tensor]:
+            shaped = points.reshape(len(points), *x.shape[1:]).to(x)
+            return derivatives.input_gradient(shaped, targets[which])
 
         if delta is None:
             return maximise(input_gradient, flat, self.threat, self.max_iter)
         delta = delta.reshape(flat.shape).double()
-        losses, grad = input_gradient(flat + delta)
+        losses, grad = derivatives.input_gradient((flat + delta).reshape(x.shape).to(x), targets)
         moved = self.threat.stationarity(flat, delta, grad)
         return InnerMaximum(delta, grad, losses, moved)
 

@@ -48,7 +48,7 @@ def test_projection_is_the_nearest_allowed_point(threat: Threat, seed: int, scal
 @pytest.mark.parametrize("threat", THREATS, ids=str)
 def test_maximiser_of_a_linear_loss_beats_random_points(threat: Threat) -> None:
     x, g = draw(0, 1.0)
-    found = maximise(lambda z: ((z * g).sum(dim=1), g), x, threat)
+    found = maximise(lambda z, i: ((z * g[i]).sum(dim=1), g[i]), x, threat)
     assert bool(found.stationary.all())
 
     def merit(delta: Tensor) -> Tensor:
@@ -64,7 +64,7 @@ def test_interior_maximum_is_found_and_free() -> None:
     x = torch.zeros(1, 2, dtype=torch.float64)
     peak = torch.tensor([[0.2, -0.1]], dtype=torch.float64)
 
-    def loss(z: Tensor) -> tuple[Tensor, Tensor]:
+    def loss(z: Tensor, which: Tensor) -> tuple[Tensor, Tensor]:
         return -(z - peak).square().sum(dim=1), -2 * (z - peak)
 
     threat = L2Ball(1.0)
@@ -79,7 +79,7 @@ def test_l2_geometry_holds_coordinates_at_the_data_range() -> None:
     x = torch.tensor([[0.95, 0.5, 0.5]], dtype=torch.float64)
     g = torch.tensor([[1.0, 1.0, 1.0]], dtype=torch.float64)
     threat = L2Ball(0.5, data_range=(0, 1))
-    found = maximise(lambda z: ((z * g).sum(dim=1), g.expand_as(z)), x, threat)
+    found = maximise(lambda z, i: ((z * g).sum(dim=1), g.expand_as(z)), x, threat)
     rest = ((0.25 - 0.05**2) / 2) ** 0.5
     expected = torch.tensor([[0.05, rest, rest]], dtype=torch.float64)
     torch.testing.assert_close(found.delta, expected)
