@@ -128,7 +128,9 @@ def plot(relative: dict[str, float], path: str = "quickstart.png") -> None:
     """Distance to Retrain of every method, relative to none."""
     names = sorted(relative, key=lambda name: relative[name])
     figure, axes = plt.subplots(figsize=(6, 3.2), layout="constrained")
-    colours = ["#1b4f72" if n == "muter" else "#d0d3d4" if n == "none" else "#85929e" for n in names]
+    colours = [
+        "#1b4f72" if n == "muter" else "#d0d3d4" if n == "none" else "#85929e" for n in names
+    ]
     bars = axes.barh(names, [relative[n] for n in names], color=colours, edgecolor="black")
     axes.bar_label(bars, [f"{relative[n]:.2g}" for n in names], padding=3)
     axes.axvline(1.0, color="black", linestyle="--", linewidth=1)

@@ -156,6 +156,4 @@ class RemovalDataModule(pl.LightningDataModule):
             dataset, num_replicas=1, rank=0, shuffle=False
         )
         generator = torch.Generator()  # of its own: the global random state is the user's
-        return DataLoader(
-            dataset, batch_size=self.batch_size, sampler=sampler, generator=generator
-        )
+        return DataLoader(dataset, batch_size=self.batch_size, sampler=sampler, generator=generator)

@@ -84,7 +84,6 @@ def maximise(
     return InnerMaximum(delta, grad, losses, moved)
 
 
-
 def _next_size(size: Tensor, better: Tensor) -> Tensor:
     """Twice the step after a success, half of it after a failure; 1 is next to infinity."""
     shorter = torch.where(torch.isinf(size), torch.ones_like(size), size / 2)

@@ -40,7 +40,10 @@ class DiagonalLowRank:
         for k in range(self.factors.shape[1]):
             scale = weights * self.coefficients[:, k]
             column = self.factors[:, k]
-            if float((scale.abs() * torch.linalg.vector_norm(column, dim=1).square()).max()) > negligible:
+            if (
+                float((scale.abs() * torch.linalg.vector_norm(column, dim=1).square()).max())
+                > negligible
+            ):
                 total.addmm_(column.T, column * scale.unsqueeze(1))
         return total
 

@@ -45,7 +45,9 @@ def test_fit_then_unlearn(
 ) -> None:
     monkeypatch.syspath_prepend(str(ROOT))
     monkeypatch.chdir(tmp_path)
-    main(["fit", *CONFIG, "-c", str(ROOT / "callbacks" / "muter_l2.yaml"), "--trainer.max_epochs=1"])
+    main(
+        ["fit", *CONFIG, "-c", str(ROOT / "callbacks" / "muter_l2.yaml"), "--trainer.max_epochs=1"]
+    )
     removal = ["--memory", "runs/memory", "--ckpt_path", "runs/last.ckpt", "--indices", "[3,17]"]
     main(["unlearn", *CONFIG, *removal, "--output", "forgotten.ckpt"])
     assert "no certificate" in capsys.readouterr().out

@@ -130,9 +130,7 @@ def test_feature_space_is_a_linear_model_of_the_features() -> None:
     head[0].weight.data = net[2].weight.data.clone()
     options = {"response": "unconstrained", "neumann_order": 5}
     zero = torch.zeros(N, D, dtype=torch.float64)
-    got = total_hessian(
-        net, (x, y), L2Ball(0.1), head="2", space="features", delta=zero, **options
-    )
+    got = total_hessian(net, (x, y), L2Ball(0.1), head="2", space="features", delta=zero, **options)
     features = net[1](net[0](x)).detach()
     expected = total_hessian(
         head, (features, y), L2Ball(0.1), head="0", delta=zero[:, :7], **options
@@ -145,7 +143,11 @@ def test_custom_loss_equals_the_named_one() -> None:
     net = nn.Sequential(nn.Linear(D, C)).double()
     named = total_hessian(net, (x, y), L2Ball(0.3), head="0")
     custom = total_hessian(
-        net, (x, y), L2Ball(0.3), head="0", loss=lambda z, t: F.cross_entropy(z, t, reduction="none")
+        net,
+        (x, y),
+        L2Ball(0.3),
+        head="0",
+        loss=lambda z, t: F.cross_entropy(z, t, reduction="none"),
     )
     torch.testing.assert_close(named, custom)
 

@@ -20,9 +20,7 @@ def system(values: list[float], seed: int = 0) -> tuple[Tensor, Tensor]:
 
 
 @settings(max_examples=30, deadline=None)
-@given(
-    values=st.lists(st.floats(0.1, 100), min_size=2, max_size=12), seed=st.integers(0, 10**6)
-)
+@given(values=st.lists(st.floats(0.1, 100), min_size=2, max_size=12), seed=st.integers(0, 10**6))
 def test_definite_systems(values: list[float], seed: int) -> None:
     a, b = system(values, seed)
     expected = torch.linalg.solve(a, b)
