@@ -75,11 +75,14 @@ def forget(
         removal.diagonal().add_(decay)
         gradient = total.gradient + decay * memory.omega_star
         rhs = memory.gradient + gradient
+        remaining = memory.matrix - removal
         if settings.solver == "schur" or (settings.solver == "auto" and memory.p > _DIRECT_LIMIT):
             solution = _schur(memory, recipe, derivatives, x, targets, rhs)
         else:
-            matrix = memory.matrix - removal if method.downdate else memory.matrix.clone()
-            matrix.diagonal().add_(settings.damping)
+            matrix = remaining if method.downdate else memory.matrix
+            if settings.damping > 0:
+                matrix = matrix.clone()
+                matrix.diagonal().add_(settings.damping)
             solution = direct(matrix, rhs)
     if solution.status == "indefinite":
         warnings.warn(
@@ -92,7 +95,7 @@ def forget(
     if noise_std > 0:
         omega = omega + noise_std * torch.randn_like(omega)
     entry = {"m": m, "residual": solution.residual, "status": solution.status}
-    after = memory.forget(indices, removal, gradient, omega, entry)
+    after = memory.forget(indices, remaining, gradient, omega, entry)
     return Outcome(after, solution, total, time.perf_counter() - start)
 
 

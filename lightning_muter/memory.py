@@ -109,18 +109,26 @@ class UnlearningMemory:
     def forget(
         self,
         indices: list[int],
-        curvature: Tensor,
+        remaining: Tensor,
         gradient: Tensor,
         omega: Tensor,
         entry: dict[str, Any],
     ) -> UnlearningMemory:
-        """Stage III: M - ΣD (p, p), G + Σ(∇l + λω*) (p,), and the request in the ledger."""
+        """Stage III: M - ΣD (p, p), G + Σ(∇l + λω*) (p,), and the request in the ledger.
+
+        Args:
+            indices: the points that go.
+            remaining: M_{r+1} = M_r - Σ_S D_i (p, p).
+            gradient: Σ_S (∇l_i + λω*) (p,), added to G_r.
+            omega: the current ω^u (p,).
+            entry: what else the ledger should say of the request.
+        """
         removed = self.removed.clone()
         removed[indices] = True
         record = {"request": len(self.ledger) + 1, "indices": indices, **entry}
         return replace(
             self,
-            matrix=self.matrix - curvature,
+            matrix=remaining,
             gradient=self.gradient + gradient,
             omega=omega,
             removed=removed,
