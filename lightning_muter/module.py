@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from typing import Any
 
 import pytorch_lightning as pl
@@ -76,7 +77,8 @@ class UnlearningModule(pl.LightningModule):
             memory, derivatives, indices, x, targets, self._noise_std, share, _reducer(trainer)
         )
         if self._noise_std > 0 and trainer.world_size > 1:
-            trainer.strategy.broadcast(outcome.memory.omega)
+            omega = trainer.strategy.broadcast(outcome.memory.omega)
+            outcome = replace(outcome, memory=replace(outcome.memory, omega=omega))
         return outcome
 
     def _commit(self, outcome: Outcome, derivatives: Derivatives) -> None:
