@@ -75,7 +75,7 @@ def forget(
         removal.diagonal().add_(decay)
         gradient = total.gradient + decay * memory.omega_star
         rhs = memory.gradient + gradient
-        remaining = memory.matrix - removal
+        remaining = removal.neg_().add_(memory.matrix)  # in place: p x p is what is large
         if settings.solver == "schur" or (settings.solver == "auto" and memory.p > _DIRECT_LIMIT):
             solution = _schur(memory, recipe, derivatives, x, targets, rhs)
         else:

@@ -69,18 +69,19 @@ def maximise(
         todo = torch.nonzero(moved > tol).flatten()
         if len(todo) == 0:
             break
-        point, now, slope = x[todo], delta[todo], grad[todo]
-        candidate = threat.ascend(point, now, slope, size[todo])
+        some: Tensor | slice = slice(None) if len(todo) == len(x) else todo
+        point, now, slope = x[some], delta[some], grad[some]
+        candidate = threat.ascend(point, now, slope, size[some])
         value, new_slope = input_gradient(point + candidate, todo)
-        before = losses[todo] + threat.merit(now, slope)
+        before = losses[some] + threat.merit(now, slope)
         after = value + threat.merit(candidate, slope)
         slack = 10 * torch.finfo(x.dtype).eps * (1 + before.abs())
         better = (after >= before - slack).unsqueeze(1)
-        delta[todo] = torch.where(better, candidate, now)
-        grad[todo] = torch.where(better, new_slope, slope)
-        losses[todo] = torch.where(better.squeeze(1), value, losses[todo])
-        size[todo] = _next_size(size[todo], better)
-        moved[todo] = threat.stationarity(point, delta[todo], grad[todo])
+        delta[some] = torch.where(better, candidate, now)
+        grad[some] = torch.where(better, new_slope, slope)
+        losses[some] = torch.where(better.squeeze(1), value, losses[some])
+        size[some] = _next_size(size[some], better)
+        moved[some] = threat.stationarity(point, delta[some], grad[some])
     return InnerMaximum(delta, grad, losses, moved)
 
 

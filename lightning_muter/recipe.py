@@ -44,6 +44,7 @@ class Contribution:
 class Point:
     """A chunk of points at their perturbation: x + δ in the module's dtype, and the geometry."""
 
+    origin: Tensor  # x (n, d), flat and float64
     inputs: Tensor
     targets: Tensor
     geometry: Geometry
@@ -97,7 +98,7 @@ class Recipe:
             part, y = x[start : start + step], targets[start : start + step]
             flat = part.detach().reshape(len(part), -1).double()
             if METHODS[self.method].points == "clean":
-                yield Point(part, y, unconstrained_geometry(flat), None)
+                yield Point(flat, part, y, unconstrained_geometry(flat), None)
                 continue
             given = None if delta is None else delta[start : start + step]
             inner = self.perturb(derivatives, part, y, given)
@@ -106,7 +107,7 @@ class Recipe:
             else:
                 geometry = unconstrained_geometry(inner.delta)
             perturbed = (flat + inner.delta).reshape(part.shape).to(part)
-            yield Point(perturbed, y, geometry, inner)
+            yield Point(flat, perturbed, y, geometry, inner)
 
     def _chunk(self, derivatives: Derivatives, x: Tensor) -> int:
         d = x[0].numel()
@@ -130,26 +131,23 @@ class Recipe:
         """Add the batch's Σ curvature by blocks (without λI) and return its other sums."""
         total = Contribution.zero(derivatives.p, x.device)
         for point in self.points(derivatives, x, targets, delta):
-            gradients = derivatives.gradients(point.inputs, point.targets)
-            usable = self._add_curvature(derivatives, point, gradients, add)
-            total = total + self._summary(derivatives, point, gradients, usable, x)
+            usable = self._add_curvature(derivatives, point, add)
+            total = total + self._summary(derivatives, point, usable)
         return total
 
     def gradient(self, derivatives: Derivatives, x: Tensor, targets: Tensor) -> Contribution:
         """The sums without any curvature."""
         total = Contribution.zero(derivatives.p, x.device)
         for point in self.points(derivatives, x, targets):
-            gradients = derivatives.gradients(point.inputs, point.targets)
             everyone = torch.ones(len(point.inputs), dtype=torch.bool, device=x.device)
-            total = total + self._summary(derivatives, point, gradients, everyone, x)
+            total = total + self._summary(derivatives, point, everyone)
         return total
 
-    def _add_curvature(
-        self, derivatives: Derivatives, point: Point, gradients: Tensor, add: AddBlock
-    ) -> Tensor:
+    def _add_curvature(self, derivatives: Derivatives, point: Point, add: AddBlock) -> Tensor:
         curvature = METHODS[self.method].curvature
         everyone = torch.ones(len(point.inputs), dtype=torch.bool, device=point.inputs.device)
         if curvature == "fisher":
+            gradients = derivatives.gradients(point.inputs, point.targets)
             add(0, 0, gradients.T @ gradients)
             return everyone
         if curvature == "hessian":
@@ -159,14 +157,7 @@ class Recipe:
             point.inputs, point.targets, point.geometry, self.response, add
         )
 
-    def _summary(
-        self,
-        derivatives: Derivatives,
-        point: Point,
-        gradients: Tensor,
-        usable: Tensor,
-        x: Tensor,
-    ) -> Contribution:
+    def _summary(self, derivatives: Derivatives, point: Point, usable: Tensor) -> Contribution:
         n = len(point.inputs)
         if point.inner is None:
             with torch.no_grad():
@@ -176,7 +167,7 @@ class Recipe:
         else:
             loss = point.inner.losses.sum()
             stationary = float(point.inner.stationary.sum())
-            flat = point.inputs.reshape(n, -1).double() - point.inner.delta
-            active = float(self.threat.active(flat, point.inner.delta).sum())
+            active = float(self.threat.active(point.origin, point.inner.delta).sum())
+        gradient = derivatives.gradient_sum(point.inputs, point.targets)
         counts = [float(n), stationary, active, float(usable.sum())]
-        return Contribution(gradients.sum(dim=0), loss, gradients.new_tensor(counts))
+        return Contribution(gradient, loss, gradient.new_tensor(counts))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
 import torch
@@ -32,26 +32,43 @@ class DiagonalLowRank:
         inner = self.coefficients.unsqueeze(2) * (self.factors @ vectors)
         return self.diagonal.unsqueeze(2) * vectors + self.factors.mT @ inner
 
-    def weighted_sum(self, weights: Tensor) -> Tensor:
-        """Σ_i weights_i of the matrices, (d, d)."""
-        diagonal = weights @ self.diagonal
-        total = torch.diag(diagonal)
-        negligible = torch.finfo(weights.dtype).eps * float(diagonal.abs().max()) / len(weights)
+    def add_weighted_sum(self, total: Tensor, weights: Tensor) -> None:
+        """total (d, d) += Σ_i weights_i of the matrices."""
+        total.diagonal().add_(weights @ self.diagonal)
         for k in range(self.factors.shape[1]):
-            scale = weights * self.coefficients[:, k]
-            column = self.factors[:, k]
-            if (
-                float((scale.abs() * torch.linalg.vector_norm(column, dim=1).square()).max())
-                > negligible
-            ):
-                total.addmm_(column.T, column * scale.unsqueeze(1))
-        return total
+            _add_outer_products(total, self.factors[:, k], weights * self.coefficients[:, k])
+
+    def compressed(self) -> DiagonalLowRank:
+        """The same matrices without the factors that vanish, to rounding, at every point."""
+        size = self.coefficients.abs() * self.factors.square().sum(dim=2)
+        scale = torch.finfo(size.dtype).eps * self.diagonal.abs().amax(dim=1, keepdim=True)
+        kept = (size > scale).any(dim=0)
+        if bool(kept.all()):
+            return self
+        return replace(self, factors=self.factors[:, kept], coefficients=self.coefficients[:, kept])
 
     def congruence(self, jacobian: Tensor) -> Dense:
         """J · self · Jᵀ for J (n, F, d)."""
         outer = jacobian @ self.factors.mT
         diagonal = (jacobian * self.diagonal.unsqueeze(1)) @ jacobian.mT
         return Dense(diagonal + (outer * self.coefficients.unsqueeze(1)) @ outer.mT)
+
+
+def _add_outer_products(total: Tensor, rows: Tensor, weights: Tensor) -> None:
+    """total += Σ_i weights_i rows_i rows_iᵀ; one outer product where all rows are parallel.
+
+    They are for a linear model of one output under an L2 ball: every normal is ±w/‖w‖.
+    """
+    first = rows[weights.abs().argmax()]
+    unit = first / torch.linalg.vector_norm(first)
+    tolerance = 4 * torch.finfo(rows.dtype).eps
+    for part in (rows[:2], rows):
+        along = part @ unit
+        apart = float((part - along.unsqueeze(1) * unit).abs().max())
+        if not apart <= tolerance * float(along.abs().max()):
+            total.addmm_(rows.T, rows * weights.unsqueeze(1))
+            return
+    total.addr_(unit, unit, alpha=float(weights @ along.square()))
 
 
 @dataclass(frozen=True)
@@ -63,8 +80,8 @@ class Dense:
     def apply(self, vectors: Tensor) -> Tensor:
         return self.matrices @ vectors
 
-    def weighted_sum(self, weights: Tensor) -> Tensor:
-        return torch.einsum("n,nij->ij", weights, self.matrices)
+    def add_weighted_sum(self, total: Tensor, weights: Tensor) -> None:
+        total.add_(torch.einsum("n,nij->ij", weights, self.matrices))
 
     def congruence(self, jacobian: Tensor) -> Dense:
         return Dense(jacobian @ self.matrices @ jacobian.mT)
@@ -100,7 +117,9 @@ class Constrained:
         )
         # T = P Δ^{-1} P; with a normal Δ is a multiple of the identity on the free coordinates
         normal_scale = torch.linalg.vecdot(geometry.normal * inverse, geometry.normal)
-        base = DiagonalLowRank(inverse, geometry.normal.unsqueeze(1), -normal_scale.unsqueeze(1))
+        base = DiagonalLowRank(
+            inverse, geometry.normal.unsqueeze(1), -normal_scale.unsqueeze(1)
+        ).compressed()
         tv = base.apply(v)
         inner = v.mT @ tv
         eye = torch.eye(s.shape[1], dtype=s.dtype, device=s.device)
@@ -109,14 +128,16 @@ class Constrained:
         middle = torch.linalg.solve(eye_minus.mT, s.mT).mT
         values, basis = torch.linalg.eigh((middle + middle.mT) / 2)
         keep = usable.to(s).unsqueeze(1)
-        return (
-            DiagonalLowRank(
-                inverse * keep,
-                torch.cat([geometry.normal.unsqueeze(1), basis.mT @ tv.mT], dim=1),
-                torch.cat([-normal_scale.unsqueeze(1), values], dim=1) * keep,
-            ),
-            usable,
-        )
+        bend = DiagonalLowRank(inverse, basis.mT @ tv.mT, values).compressed()
+        if bend.factors.shape[1]:
+            base = DiagonalLowRank(
+                inverse,
+                torch.cat([base.factors, bend.factors], dim=1),
+                torch.cat([base.coefficients, bend.coefficients], dim=1),
+            )
+        if not bool(usable.all()):
+            base = replace(base, diagonal=inverse * keep, coefficients=base.coefficients * keep)
+        return base, usable
 
     def dense(self, geometry: Geometry, h: Tensor) -> tuple[Dense, Tensor]:
         projector = torch.diag_embed(geometry.free)

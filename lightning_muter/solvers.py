@@ -53,10 +53,11 @@ def direct(matrix: Tensor, rhs: Tensor) -> Solution:
         >>> direct(2 * torch.eye(2), torch.ones(2)).value
         tensor([0.5000, 0.5000])
     """
-    factor, info = torch.linalg.cholesky_ex(matrix)
+    factor, info = torch.linalg.cholesky_ex(matrix.mT, upper=True)  # mT: LAPACK's own layout
     pivots = torch.diagonal(factor)
     if int(info) == 0 and float(pivots.min()) ** 2 > _SINGULAR * float(pivots.max()) ** 2:
-        value = torch.cholesky_solve(rhs.unsqueeze(1), factor).squeeze(1)
+        half = torch.linalg.solve_triangular(factor.mT, rhs.unsqueeze(1), upper=False)
+        value = torch.linalg.solve_triangular(factor, half, upper=True).squeeze(1)
         return _finite(Solution(value, _relative(matrix @ value - rhs, rhs), 0, "converged"))
     values, basis = torch.linalg.eigh(matrix)
     largest = values.abs().max()

@@ -164,6 +164,10 @@ class Derivatives(ABC):
     def gradients(self, x: Tensor, targets: Tensor) -> Tensor:
         """∇_ω l of every point (n, p), float64."""
 
+    def gradient_sum(self, x: Tensor, targets: Tensor) -> Tensor:
+        """Σ ∇_ω l (p,), float64."""
+        return self.gradients(x, targets).sum(dim=0)
+
     @abstractmethod
     def add_direct(self, x: Tensor, targets: Tensor, add: AddBlock) -> None:
         """Σ ∂ωω l, block by block."""

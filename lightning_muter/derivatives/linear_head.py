@@ -42,6 +42,7 @@ class LinearHead(Derivatives):
         self.layer = layer
         self.feature_space = feature_space
         self._second_order: bool | None = None
+        self._reads_input = False
 
     def features(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The head's input h (n, F) and the outputs z (n, C), with the graph to x."""
@@ -67,6 +68,11 @@ class LinearHead(Derivatives):
             )
         return h, outputs.reshape(len(x), -1)
 
+    def gradient_sum(self, x: Tensor, targets: Tensor) -> Tensor:
+        h, r, _ = self._head(x, targets)
+        weight = (r.T @ h).reshape(-1)
+        return torch.cat([weight, r.sum(dim=0)]) if self.layer.bias is not None else weight
+
     def gradients(self, x: Tensor, targets: Tensor) -> Tensor:
         h, r, _ = self._head(x, targets)
         weight = (r.unsqueeze(2) * h.unsqueeze(1)).reshape(len(x), -1)
@@ -75,8 +81,10 @@ class LinearHead(Derivatives):
     def _head(self, x: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         with torch.no_grad():
             h, z = self.features(x)
+        # the head of a linear model reads the input's own memory: J is the identity
+        self._reads_input = h.data_ptr() == x.data_ptr() and h.numel() == x.numel()
         r, s = self.loss.derivatives(z.double(), targets)
-        return h.detach().double(), r, s
+        return h.double(), r, s
 
     def add_direct(self, x: Tensor, targets: Tensor, add: AddBlock) -> None:
         h, _, s = self._head(x, targets)
@@ -86,10 +94,10 @@ class LinearHead(Derivatives):
             for b in range(a, c):  # S ⊗ h̃h̃ᵀ
                 self._add(a, b, h.T @ (h * s[:, a, b, None]), add)
 
-    def _extend(self, h: Tensor, value: float = 1.0) -> Tensor:
+    def _extend(self, h: Tensor) -> Tensor:
         if self.layer.bias is None:
             return h
-        return torch.cat([h, torch.full_like(h[:, :1], value)], dim=1)
+        return torch.cat([h, torch.ones_like(h[:, :1])], dim=1)
 
     def _add(self, a: int, b: int, block: Tensor, add: AddBlock) -> None:
         """Place the (F̃, F̃) block of classes (a, b), and of (b, a), in the order of ω."""
@@ -110,21 +118,21 @@ class LinearHead(Derivatives):
         sw = s @ w  # (n, C, F): rows (S W)_a
         t = b.apply(sw.mT)  # (n, F, C): columns B (S W)_aᵀ
         quadratic = s + sw @ t  # direct weight and h̃h̃ᵀ's indirect one
-        h = self._extend(h)
+        h, f = self._extend(h), self.layer.in_features
         for a in range(s.shape[1]):
             for c in range(a, s.shape[1]):
                 # G = r ⊗ I + (S W) ⊗ h̃, so G B Gᵀ falls into the four terms below
                 left = h * (0.5 * quadratic[:, a, c, None])
-                left = left + self._extend(r[:, a, None] * t[:, :, c], 0.0)
+                left[:, :f].addcmul_(r[:, a, None], t[:, :, c])
                 if a == c:
-                    block = h.T @ left
-                    block = block + block.T
+                    half = h.T @ left
+                    block = half + half.T
                 else:
                     right = h * (0.5 * quadratic[:, a, c, None])
-                    right = right + self._extend(r[:, c, None] * t[:, :, a], 0.0)
-                    block = left.T @ h + h.T @ right
-                f = self.layer.in_features
-                block[:f, :f] += b.weighted_sum(r[:, a] * r[:, c])
+                    right[:, :f].addcmul_(r[:, c, None], t[:, :, a])
+                    block = left.T @ h
+                    block.addmm_(h.T, right)
+                b.add_weighted_sum(block[:f, :f], r[:, a] * r[:, c])
                 self._add(a, c, block, add)
         return usable
 
@@ -138,26 +146,19 @@ class LinearHead(Derivatives):
         s: Tensor,
     ) -> tuple[DiagonalLowRank | Dense, Tensor]:
         """B = J R Jᵀ (n, F, F)."""
-        jacobian, bends = (None, False) if self.feature_space else self._jacobian(x, targets)
-        if jacobian is None:
-            v = w.T.expand(len(x), -1, -1)
-            return response.low_rank(geometry, v, s)
+        if self.feature_space or self._reads_input:
+            return response.low_rank(geometry, w.T.expand(len(x), -1, -1), s)
+        jacobian, bends = self._jacobian(x, targets)
         if bends:
             r, usable = response.dense(geometry, self.second_input_derivatives(x, targets))
             return r.congruence(jacobian), usable
         low, usable = response.low_rank(geometry, (w @ jacobian).mT, s)
         return low.congruence(jacobian), usable
 
-    def _jacobian(self, x: Tensor, targets: Tensor) -> tuple[Tensor | None, bool]:
-        """J (n, F, d), or None where h is x itself; whether φ has second derivatives here."""
+    def _jacobian(self, x: Tensor, targets: Tensor) -> tuple[Tensor, bool]:
+        """J (n, F, d), and whether φ has second derivatives here."""
         inputs = x.detach().requires_grad_(True)
         h, z = self.features(inputs)
-        flat = inputs.reshape(len(x), -1)
-        if h.shape == flat.shape and torch.equal(h, flat):
-            probe = torch.linspace(-1, 1, h.numel(), dtype=h.dtype, device=h.device)
-            (back,) = torch.autograd.grad(h, inputs, probe.reshape(h.shape), retain_graph=True)
-            if torch.equal(back.reshape(-1), probe):
-                return None, False
         r, _ = self.loss.derivatives(z.detach().double(), targets)
         bends = self._bends(inputs, h, (r.to(h) @ self.layer.weight.detach()))
         rows = []
