@@ -115,7 +115,8 @@ class Recipe:
             f = derivatives.layer.in_features
             if f == d:
                 return max(1, _CHUNK_BYTES // (16 * 8 * d))
-            return max(1, _CHUNK_BYTES // (8 * (3 * f * d + 3 * f * f)))
+            dense = 4 * d * d if derivatives.prefers_dense(x) else 0
+            return max(1, _CHUNK_BYTES // (8 * (8 * f * d + 3 * f * f + dense)))
         if isinstance(derivatives, Autodiff):
             return max(1, _CHUNK_BYTES // (8 * (3 * derivatives.p * d + 4 * d * d)))
         return len(x)

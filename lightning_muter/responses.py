@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
@@ -9,11 +10,16 @@ import torch
 from torch import Tensor
 
 from lightning_muter.errors import ConfigurationError
+from lightning_muter.solvers import batched_conjugate_gradients
 from lightning_muter.threats import Geometry
 
 __all__ = ["Constrained", "DiagonalLowRank", "Response", "Unconstrained", "resolve_response"]
 
+#: vectors (n, k, d) -> ∂δδ l times them
+InputCurvature = Callable[[Tensor], Tensor]
+
 _RANK = 1e-10
+_TOL = 1e-9
 
 
 @dataclass(frozen=True)
@@ -96,11 +102,20 @@ class Response(Protocol):
     @property
     def constrained(self) -> bool: ...
 
+    @property
+    def matrix_free(self) -> bool:
+        """Whether `products` is there."""
+
     def low_rank(self, geometry: Geometry, v: Tensor, s: Tensor) -> tuple[DiagonalLowRank, Tensor]:
         """R for ∂δδ l = V S Vᵀ with V (n, d, C), S (n, C, C)."""
 
     def dense(self, geometry: Geometry, h: Tensor) -> tuple[Dense, Tensor]:
         """R for ∂δδ l = H (n, d, d)."""
+
+    def products(
+        self, geometry: Geometry, curvature: InputCurvature, vectors: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """R times vectors (n, k, d), for ∂δδ l known by its products alone."""
 
 
 @dataclass(frozen=True)
@@ -154,6 +169,22 @@ class Constrained:
         r = projector @ inverse * usable.to(h)[:, None, None]
         return Dense((r + r.mT) / 2), usable
 
+    @property
+    def matrix_free(self) -> bool:
+        return True
+
+    def products(
+        self, geometry: Geometry, curvature: InputCurvature, vectors: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        shift = geometry.shift.unsqueeze(1)
+
+        def k(alpha: Tensor) -> Tensor:
+            return geometry.project(shift * alpha - curvature(alpha))
+
+        inverse = torch.where(shift > 0, 1 / shift.clamp(min=1e-300), torch.ones_like(shift))
+        found, usable = batched_conjugate_gradients(k, geometry.project(vectors), inverse, _TOL)
+        return found * usable[:, None, None], usable
+
 
 @dataclass(frozen=True)
 class Unconstrained:
@@ -203,6 +234,21 @@ class Unconstrained:
         theta, basis = torch.linalg.eigh(h)
         values, converged = self._spectral(theta)
         return Dense((basis * values.unsqueeze(1)) @ basis.mT), converged
+
+    @property
+    def matrix_free(self) -> bool:
+        return self.inverse == "neumann"
+
+    def products(
+        self, geometry: Geometry, curvature: InputCurvature, vectors: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        term, total = vectors, vectors.clone()
+        before = after = torch.linalg.vector_norm(vectors, dim=2)
+        for _ in range(self.order):
+            term = term - curvature(term)
+            total += term
+            before, after = after, torch.linalg.vector_norm(term, dim=2)
+        return -total, (after < before).all(dim=1)
 
 
 def resolve_response(

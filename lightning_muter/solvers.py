@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_muter.errors import SolverError
 
-__all__ = ["Solution", "conjugate_gradients", "direct", "minres"]
+__all__ = ["Solution", "batched_conjugate_gradients", "conjugate_gradients", "direct", "minres"]
 
 Operator = Callable[[Tensor], Tensor]
 
@@ -104,6 +104,38 @@ def conjugate_gradients(
         rz, previous = torch.dot(r, z), rz
         direction = z + (rz / previous) * direction
     return _finite(Solution(x, _relative(operator(x) - rhs, rhs), iterations, status))
+
+
+def batched_conjugate_gradients(
+    operator: Operator, rhs: Tensor, inverse: Tensor, tol: float, max_iter: int = 500
+) -> tuple[Tensor, Tensor]:
+    """Solve one system a point for k right-hand sides each, (n, k, d), all points at once.
+
+    Returns:
+        The solutions (n, k, d), and which points (n,) met positive curvature only and converged;
+        a system that is done no longer changes, whatever else is in the batch.
+    """
+    x, r = torch.zeros_like(rhs), rhs.clone()
+    z = inverse * r
+    direction = z.clone()
+    rz = (r * z).sum(dim=2, keepdim=True)
+    limit = tol * torch.linalg.vector_norm(rhs, dim=2, keepdim=True)
+    bad = torch.zeros_like(rz, dtype=torch.bool)
+    for _ in range(max_iter):
+        todo = (torch.linalg.vector_norm(r, dim=2, keepdim=True) > limit) & ~bad
+        if not bool(todo.any()):
+            break
+        product = operator(direction)
+        curvature = (direction * product).sum(dim=2, keepdim=True)
+        bad |= todo & (curvature <= 0)
+        step = torch.where(todo & ~bad, rz / curvature, torch.zeros_like(rz))
+        x += step * direction
+        r -= step * product
+        z = inverse * r
+        rz, before = (r * z).sum(dim=2, keepdim=True), rz
+        direction = z + torch.where(todo, rz / before, torch.zeros_like(rz)) * direction
+    done = torch.linalg.vector_norm(r, dim=2, keepdim=True) <= limit
+    return x, (done & ~bad).all(dim=1).squeeze(1)
 
 
 def minres(

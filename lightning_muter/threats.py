@@ -42,9 +42,12 @@ class Geometry:
     normal: Tensor
 
     def project(self, alpha: Tensor) -> Tensor:
-        """P alpha, point by point (n, d)."""
-        kept = alpha * self.free
-        return kept - self.normal * _dot(self.normal, kept)
+        """P alpha for alpha (n, d), or for k vectors a point (n, k, d)."""
+        free, normal = self.free, self.normal
+        if alpha.ndim == 3:
+            free, normal = free.unsqueeze(1), normal.unsqueeze(1)
+        kept = alpha * free
+        return kept - normal * (normal * kept).sum(dim=-1, keepdim=True)
 
     def freeze(self, points: Tensor) -> Geometry:
         """The same geometry with the perturbation of the masked points (n,) held still."""

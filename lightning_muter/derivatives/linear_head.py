@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -12,6 +14,8 @@ from lightning_muter.responses import Dense, DiagonalLowRank, Response
 from lightning_muter.threats import Geometry
 
 __all__ = ["LinearHead"]
+
+_SOLVE = 10  # products with ∂δδ l that a conjugate gradient solve takes, about
 
 
 class LinearHead(Derivatives):
@@ -149,11 +153,28 @@ class LinearHead(Derivatives):
         if self.feature_space or self._reads_input:
             return response.low_rank(geometry, w.T.expand(len(x), -1, -1), s)
         jacobian, bends = self._jacobian(x, targets)
+        if bends and response.matrix_free and not self.prefers_dense(x):
+            found, usable = response.products(geometry, self._input_curvature(x, targets), jacobian)
+            b = found @ jacobian.mT
+            return Dense((b + b.mT) / 2), usable
         if bends:
             r, usable = response.dense(geometry, self.second_input_derivatives(x, targets))
             return r.congruence(jacobian), usable
         low, usable = response.low_rank(geometry, (w @ jacobian).mT, s)
         return low.congruence(jacobian), usable
+
+    def prefers_dense(self, x: Tensor) -> bool:
+        """Whether all of ∂δδ l (d products a point) is cheaper than solves for J's F rows."""
+        return x[0].numel() <= _SOLVE * self.layer.in_features
+
+    def _input_curvature(self, x: Tensor, targets: Tensor) -> Callable[[Tensor], Tensor]:
+        dd = self.products(x, targets).dd
+
+        def curvature(vectors: Tensor) -> Tensor:
+            rows = [dd(vectors[:, k]) for k in range(vectors.shape[1])]
+            return torch.stack(rows, dim=1)
+
+        return curvature
 
     def _jacobian(self, x: Tensor, targets: Tensor) -> tuple[Tensor, bool]:
         """J (n, F, d), and whether φ has second derivatives here."""
