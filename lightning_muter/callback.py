@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import types
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
@@ -26,7 +27,10 @@ from lightning_muter.objective import Evaluation, RobustObjective, newton
 from lightning_muter.settings import Settings
 from lightning_muter.threats import Threat
 
-__all__ = ["MUterCallback"]
+__all__ = ["MODEL_FILE", "MUterCallback", "reducer"]
+
+#: the checkpoint of the model at ω*, beside the memory
+MODEL_FILE = "model.ckpt"
 
 _EIGEN_LIMIT = 2000
 _MEMORY_LIMIT = 60_000
@@ -56,7 +60,8 @@ class MUterCallback(AdversarialTraining):
         damping: added to M before each solve.
         solver: "direct", "schur" (Theorem 2, matrix-free) or "auto" by size.
         weight_decay: λ; None reads it from the optimizer.
-        memory_dir: where to save the memory and keep it current; None keeps it in the process.
+        memory_dir: where to save the memory, keep it current, and put the model at ω*
+            (``model.ckpt``); None keeps the memory in the process.
         batch_size: points a pass reads at once.
         attack_steps: steps of the threat's own ascent.
         attack_step_size: its step length.
@@ -223,6 +228,8 @@ class MUterCallback(AdversarialTraining):
             summary=summary,
         )
         self.save()
+        if self.memory_dir is not None:  # other checkpoints may precede the Newton steps
+            trainer.save_checkpoint(Path(self.memory_dir) / MODEL_FILE, weights_only=True)
 
     def objective(
         self,
@@ -243,7 +250,7 @@ class MUterCallback(AdversarialTraining):
             stream = points.batches(mine, self.batch_size, device)
             return tqdm(stream, "training points", total, leave=False, disable=quiet)
 
-        return RobustObjective(derivatives, settings.recipe(), batches, _reducer(trainer))
+        return RobustObjective(derivatives, settings.recipe(), batches, reducer(trainer))
 
     def _decay(self, trainer: pl.Trainer) -> float:
         if self.weight_decay is not None:
@@ -279,7 +286,7 @@ class MUterCallback(AdversarialTraining):
         for i in range(trainer.global_rank, len(points), trainer.world_size):
             x, target = points.batch([i])
             rows[i] = torch.tensor(list(digest(key, x[0], target[0])), dtype=torch.float32)
-        total: Tensor = _reducer(trainer)(rows.to(trainer.strategy.root_device))
+        total: Tensor = reducer(trainer)(rows.to(trainer.strategy.root_device))
         return total.cpu().to(torch.uint8)
 
     def _summarise(self, evaluation: Evaluation, matrix: Tensor, p: int) -> dict[str, Any]:
@@ -326,10 +333,16 @@ def _extremes(matrix: Tensor) -> tuple[float, float]:
     return float(low[0]), float(high[0])
 
 
-def _reducer(trainer: pl.Trainer) -> Any:
+def reducer(trainer: pl.Trainer) -> Callable[[Tensor], Tensor]:
+    """A function that sums a tensor over the processes of a trainer."""
     if trainer.world_size == 1:
         return lambda tensor: tensor
-    return lambda tensor: trainer.strategy.reduce(tensor, reduce_op="sum")
+
+    def total(tensor: Tensor) -> Tensor:
+        summed: Tensor = trainer.strategy.reduce(tensor, reduce_op="sum")
+        return summed
+
+    return total
 
 
 def _points(trainer: pl.Trainer) -> TrainingPoints:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.cli import ArgsType, LightningCLI
 
+from lightning_muter.callback import MODEL_FILE
 from lightning_muter.data import RemovalDataModule
 from lightning_muter.errors import ConfigurationError
 from lightning_muter.result import UnlearningResult
@@ -26,7 +29,7 @@ class CLITrainer(Trainer):
         datamodule: pl.LightningDataModule,
         indices: list[int],
         memory: str,
-        ckpt_path: str,
+        ckpt_path: str | None = None,
         batch_size: int | None = None,
         noise_std: float = 0.0,
         output: str | None = None,
@@ -38,20 +41,29 @@ class CLITrainer(Trainer):
             datamodule: the datamodule that training used.
             indices: training points to forget.
             memory: the memory's folder.
-            ckpt_path: checkpoint of the trained (or last unlearned) model.
+            ckpt_path: checkpoint of the trained (or last unlearned) model; the memory's own
+                ``model.ckpt`` by default.
             batch_size: points a request; all at once by default.
             noise_std: sigma of Gaussian noise on the parameters.
-            output: where to save the checkpoint of the unlearned model.
+            output: where to save the checkpoint of the unlearned model; ``unlearned.ckpt`` in the
+                memory's folder by default.
         """
-        checkpoint = torch.load(ckpt_path, map_location="cpu", weights_only=True)
+        folder = Path(memory)
+        source = folder / MODEL_FILE if ckpt_path is None else Path(ckpt_path)
+        if not source.is_file():
+            raise ConfigurationError(f"there is no checkpoint {source}: say --ckpt_path")
+        checkpoint = torch.load(source, map_location="cpu", weights_only=True)
         model.load_state_dict(checkpoint["state_dict"])
         removals = RemovalDataModule(datamodule, indices, batch_size)
         result = super().unlearn(removals, model=model, memory=memory, noise_std=noise_std)
         for name, value in result.to_dict().items():
             print(f"{name}: {value}")
-        if output is not None:
-            checkpoint["state_dict"] = model.state_dict()
-            torch.save(checkpoint, output)
+        checkpoint["state_dict"] = model.state_dict()
+        target = folder / "unlearned.ckpt" if output is None else Path(output)
+        partial = target.with_suffix(target.suffix + ".new")
+        torch.save(checkpoint, partial)
+        os.replace(partial, target)
+        print(f"saved: {target}")
         return result
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -16,6 +17,7 @@ from lightning_muter.memory import UnlearningMemory
 from lightning_muter.methods import METHODS
 from lightning_muter.recipe import Contribution, Point, Recipe
 from lightning_muter.solvers import Solution, conjugate_gradients, direct, minres
+from lightning_muter.threats import Geometry
 
 __all__ = ["Outcome", "forget"]
 
@@ -77,7 +79,8 @@ def forget(
         rhs = memory.gradient + gradient
         remaining = removal.neg_().add_(memory.matrix)  # in place: p x p is what is large
         if settings.solver == "schur" or (settings.solver == "auto" and memory.p > _DIRECT_LIMIT):
-            solution = _schur(memory, recipe, derivatives, x, targets, rhs)
+            mine_of_all = _Share(share, reduce)
+            solution = _schur(memory, recipe, derivatives, x, targets, rhs, mine_of_all)
         else:
             matrix = remaining if method.downdate else memory.matrix
             if settings.damping > 0:
@@ -99,6 +102,19 @@ def forget(
     return Outcome(after, solution, total, time.perf_counter() - start)
 
 
+@dataclass(frozen=True)
+class _Share:
+    """This process's slice of a request, and the sum over processes."""
+
+    rows: slice
+    reduce: Callable[[Tensor], Tensor]
+
+    def before(self, m: int) -> int:
+        """How many of m points belong to lower ranks, counted rank by rank."""
+        step = self.rows.step or 1
+        return sum(len(range(rank, m, step)) for rank in range(self.rows.start or 0))
+
+
 def _schur(
     memory: UnlearningMemory,
     recipe: Recipe,
@@ -106,47 +122,43 @@ def _schur(
     x: Tensor,
     targets: Tensor,
     rhs: Tensor,
+    share: _Share,
 ) -> Solution:
-    """Theorem 2's block system, matrix-free in the points' blocks."""
+    """Theorem 2's block system, matrix-free; each process applies the blocks of its own points.
+
+    The vector is [Δω, Δα of all points], the same on every process.
+    """
     method = METHODS[recipe.method]
-    points = list(recipe.points(derivatives, x, targets)) if method.downdate else []
+    mine = (x[share.rows], targets[share.rows])
+    points = list(recipe.points(derivatives, *mine)) if method.downdate else []
     if method.curvature == "total" and recipe.response.constrained:
         points = [_freeze_unusable(derivatives, recipe, point) for point in points]
-    blocks = [_PointBlock.of(derivatives, point) for point in points]
-    m = sum(len(point.inputs) for point in points)
+    blocks = [_block(derivatives, recipe, point) for point in points]
     with_delta = method.curvature == "total"
-    fisher = method.curvature == "fisher"
-    gradients = [derivatives.gradients(b.inputs, b.targets) for b in points] if fisher else []
+    m, d, p = len(x) if method.downdate else 0, x[0].numel(), memory.p
+    first = p + share.before(m) * d
     shift = memory.settings.damping - m * recipe.weight_decay
-    p = memory.p
-    sizes = [block.point.inputs[0].numel() * len(block.point.inputs) for block in blocks]
+    length = p + m * d if with_delta else p
 
     def operator(vector: Tensor) -> Tensor:
-        v, rest = vector[:p], vector[p:]
-        top = memory.matrix @ v + shift * v
-        for g in gradients:
-            top = top - g.T @ (g @ v)
-        if fisher:
-            return top
-        alphas = torch.split(rest, sizes) if with_delta else [None] * len(blocks)
-        bottoms = []
-        for block, alpha in zip(blocks, alphas, strict=True):
-            top = top - block.products.ww(v)
-            if alpha is not None:
-                a = alpha.reshape(block.point.geometry.free.shape)
-                top = top + block.products.wd(block.point.geometry.project(a))
-                bottoms.append((block.cross(v) + block.k(a)).reshape(-1))
-        return torch.cat([top, *bottoms])
+        result, at = torch.zeros_like(vector), first
+        for block in blocks:
+            size = block.size if with_delta else 0
+            top, bottom = block.apply(vector[:p], vector[at : at + size])
+            result[:p] += top
+            result[at : at + size] = bottom
+            at += size
+        result = share.reduce(result)
+        result[:p] += memory.matrix @ vector[:p] + shift * vector[:p]
+        return result
 
-    full = torch.cat([rhs, rhs.new_zeros(sum(sizes))]) if with_delta else rhs
-    inverse = memory.matrix.diagonal().clamp(min=1e-12).reciprocal()
-    if with_delta and recipe.response.constrained:
-        shifts = [b.point.geometry.shift.clamp(min=1e-12).reshape(-1) for b in blocks]
-        frees = [b.point.geometry.free.reshape(-1) for b in blocks]
-        scale = [torch.where(f > 0, 1 / s, torch.ones_like(s)) for f, s in zip(frees, shifts)]  # noqa: B905
-        inverse = torch.cat([inverse, *scale])
-    elif with_delta:
-        inverse = torch.cat([inverse, rhs.new_ones(sum(sizes))])
+    inverse, at = rhs.new_zeros(length), first
+    for block in blocks if with_delta else []:
+        inverse[at : at + block.size] = block.inverse_diagonal()
+        at += block.size
+    inverse = share.reduce(inverse)
+    inverse[:p] = memory.matrix.diagonal().clamp(min=1e-12).reciprocal()
+    full = torch.cat([rhs, rhs.new_zeros(length - p)])
     tol = 1e-10 if derivatives.dtype == torch.float64 else 1e-6
     solution = conjugate_gradients(operator, full, lambda v: inverse * v, tol)
     if solution.status != "converged":
@@ -166,22 +178,61 @@ def _freeze_unusable(derivatives: Derivatives, recipe: Recipe, point: Point) -> 
     return replace(point, geometry=point.geometry.freeze(~usable))
 
 
-@dataclass(frozen=True)
-class _PointBlock:
-    point: Point
-    products: Products
+def _block(derivatives: Derivatives, recipe: Recipe, point: Point) -> _Block:
+    curvature = METHODS[recipe.method].curvature
+    if curvature == "fisher":
+        return _FisherBlock(derivatives.gradients(point.inputs, point.targets))
+    products = derivatives.products(point.inputs, point.targets)
+    if curvature == "hessian":
+        return _DirectBlock(products)
+    return _TotalBlock(products, point.geometry)
 
-    @classmethod
-    def of(cls, derivatives: Derivatives, point: Point) -> _PointBlock:
-        return cls(point, derivatives.products(point.inputs, point.targets))
 
-    def cross(self, v: Tensor) -> Tensor:
-        """P ∂δω l v (n, d)."""
-        return self.point.geometry.project(self.products.dw(v))
+class _Block(ABC):
+    """The rows and columns of some points in the block system."""
 
-    def k(self, alpha: Tensor) -> Tensor:
-        """P (Δ - ∂δδ) P α + (I - P) α (n, d)."""
-        geometry = self.point.geometry
+    size: int = 0  # how many of the unknowns are Δα
+
+    @abstractmethod
+    def apply(self, v: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:
+        """Products (p,) and (size,) with Δω and with the points' Δα."""
+
+    def inverse_diagonal(self) -> Tensor:
+        """A preconditioner (size,) of K."""
+        return torch.ones(self.size, dtype=torch.float64)
+
+
+class _FisherBlock(_Block):
+    def __init__(self, gradients: Tensor) -> None:
+        self.gradients = gradients
+
+    def apply(self, v: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:
+        return -(self.gradients.T @ (self.gradients @ v)), alpha
+
+
+class _DirectBlock(_Block):
+    def __init__(self, products: Products) -> None:
+        self.products = products
+
+    def apply(self, v: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:
+        return -self.products.ww(v), alpha
+
+
+class _TotalBlock(_Block):
+    """[-∂ωω, ∂ωδ P; P ∂δω, P K P + (I - P)]."""
+
+    def __init__(self, products: Products, geometry: Geometry) -> None:
+        self.products, self.geometry = products, geometry
+        self.size = geometry.free.numel()
+
+    def apply(self, v: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:
+        geometry, products = self.geometry, self.products
+        alpha = alpha.reshape(geometry.free.shape)
         free = geometry.project(alpha)
-        inner = geometry.shift * free - self.products.dd(free)
-        return geometry.project(inner) + (alpha - free)
+        top = products.wd(free) - products.ww(v)
+        inner = geometry.shift * free - products.dd(free) + products.dw(v)
+        return top, (geometry.project(inner) + (alpha - free)).reshape(-1)
+
+    def inverse_diagonal(self) -> Tensor:
+        shift = torch.where(self.geometry.free > 0, self.geometry.shift, 1.0)
+        return torch.where(shift > 0, 1 / shift.clamp(min=1e-300), 1.0).reshape(-1)

@@ -135,6 +135,10 @@ class UnlearningMemory:
             ledger=(*self.ledger, record),
         )
 
+    def at(self, omega: Tensor) -> UnlearningMemory:
+        """The memory with another current ω^u (p,), as corrector steps leave it."""
+        return replace(self, omega=omega.to(self.omega))
+
     # --- checks -----------------------------------------------------------------------------
 
     def check_indices(self, indices: list[int]) -> None:
@@ -240,7 +244,8 @@ class UnlearningMemory:
         folder = Path(directory)
         folder.mkdir(parents=True, exist_ok=True)
         name = f"state-{len(self.ledger):06d}-{os.urandom(4).hex()}.safetensors"
-        tensors = {key: getattr(self, key).detach().cpu().clone() for key in _TENSORS}
+        tensors = {key: getattr(self, key).detach().cpu() for key in _TENSORS}
+        tensors["omega"] = tensors["omega"].clone()  # it may share ω*'s memory
         tensors["removed"] = tensors["removed"].to(torch.uint8)
         save_file(tensors, folder / name)
         ledger = "".join(json.dumps(entry) + "\n" for entry in self.ledger)

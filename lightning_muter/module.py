@@ -10,7 +10,7 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
-from lightning_muter.callback import MUterCallback, _reducer
+from lightning_muter.callback import MUterCallback, reducer
 from lightning_muter.derivatives import Derivatives
 from lightning_muter.errors import RemovalError
 from lightning_muter.forgetting import Outcome, forget
@@ -74,7 +74,7 @@ class UnlearningModule(pl.LightningModule):
         trainer = self.trainer
         share = slice(trainer.global_rank, None, trainer.world_size)
         outcome = forget(
-            memory, derivatives, indices, x, targets, self._noise_std, share, _reducer(trainer)
+            memory, derivatives, indices, x, targets, self._noise_std, share, reducer(trainer)
         )
         if self._noise_std > 0 and trainer.world_size > 1:
             omega = trainer.strategy.broadcast(outcome.memory.omega)
@@ -83,12 +83,16 @@ class UnlearningModule(pl.LightningModule):
 
     def _commit(self, outcome: Outcome, derivatives: Derivatives) -> None:
         """Write first, then the memory in hand, then the model: a failed write changes nothing."""
-        start = time.perf_counter()
-        if self._memory_dir is not None and self.trainer.is_global_zero:
-            outcome.memory.save(self._memory_dir)
-        self.write_seconds += time.perf_counter() - start
-        self.memory = outcome.memory
-        if self._callback is not None:
-            self._callback.memory = outcome.memory
+        self.keep(outcome.memory)
         derivatives.set(outcome.memory.omega)
         self.outcomes.append(outcome)
+
+    def keep(self, memory: UnlearningMemory) -> None:
+        """Make a memory the current one: on disk first, then in this process."""
+        start = time.perf_counter()
+        if self._memory_dir is not None and self.trainer.is_global_zero:
+            memory.save(self._memory_dir)
+        self.write_seconds += time.perf_counter() - start
+        self.memory = memory
+        if self._callback is not None:
+            self._callback.memory = memory

@@ -15,6 +15,9 @@ from lightning_muter.solvers import direct
 
 __all__ = ["Evaluation", "RobustObjective", "newton"]
 
+#: a Hessian is used again while a step lowers the gradient to this share
+_PAYS = 0.3
+
 Batches = Callable[[], Iterable[tuple[Tensor, Tensor]]]
 
 
@@ -96,9 +99,10 @@ def newton(
 ) -> list[float]:
     """Damped Newton steps with the total Hessian, δ* solved again at each; ‖∇F‖ after each.
 
-    A smoothed threat starts wide and ends at its own bandwidth half-way. A step that lowers
-    neither F nor its gradient is halved; where none does, Newton stops at its best point.
-    ω in the module is what changes.
+    Each Hessian serves further steps, a gradient pass each, as long as they pay. A smoothed threat
+    starts wide and ends at its own bandwidth half-way. A step that lowers neither F nor its
+    gradient is halved; where none does, Newton stops at its best point. ω in the module is what
+    changes.
     """
     derivatives = objective.derivatives
     history: list[float] = []
@@ -112,22 +116,36 @@ def newton(
             break
         matrix.diagonal().add_(damping)
         omega = derivatives.get()
-        step = direct(matrix, start.gradient).value
+        history.append(_descend(objective, recipe, matrix, start, tol).residual)
         del matrix
-        best = _line_search(objective, recipe, omega, step, start)
-        history.append(best)
         if widening == 1.0 and torch.equal(derivatives.get(), omega):
             break
     return history
 
 
+def _descend(
+    objective: RobustObjective, recipe: Recipe, matrix: Tensor, start: Evaluation, tol: float
+) -> Evaluation:
+    """Steps with one Hessian until they stop paying, and the evaluation where they end."""
+    while True:
+        omega = objective.derivatives.get()
+        step = direct(matrix, start.gradient).value
+        trial = _line_search(objective, recipe, omega, step, start)
+        if trial is None:
+            return start
+        paid = trial.residual < _PAYS * start.residual
+        start = trial
+        if not paid or start.residual <= tol * max(1.0, start.value):
+            return start
+
+
 def _line_search(
     objective: RobustObjective, recipe: Recipe, omega: Tensor, step: Tensor, start: Evaluation
-) -> float:
+) -> Evaluation | None:
     for halvings in range(6):
         objective.derivatives.set(omega - 0.5**halvings * step)
         trial = objective.gradient(recipe)
         if trial.residual < start.residual or trial.value < start.value:
-            return trial.residual
+            return trial
     objective.derivatives.set(omega)
-    return start.residual
+    return None

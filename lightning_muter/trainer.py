@@ -5,22 +5,21 @@ from __future__ import annotations
 import copy
 import os
 import time
-import warnings
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
 from torch.utils.data import DataLoader, Subset
 
-from lightning_muter.callback import MUterCallback
-from lightning_muter.data import RemovalDataModule, training_points
+from lightning_muter.callback import MUterCallback, reducer
+from lightning_muter.correction import Bound, correct, strong_convexity_bound
+from lightning_muter.data import RemovalDataModule, TrainingPoints, training_points
 from lightning_muter.errors import ConfigurationError, RemovalError, StateError
 from lightning_muter.memory import UnlearningMemory
 from lightning_muter.methods import METHODS
 from lightning_muter.module import UnlearningModule
-from lightning_muter.objective import RobustObjective
+from lightning_muter.objective import Evaluation, RobustObjective
 from lightning_muter.result import UnlearningResult
-from lightning_muter.solvers import direct
 
 __all__ = ["Trainer", "unlearn"]
 
@@ -84,12 +83,7 @@ def unlearn(
     derivatives = state.settings.derivatives(model)
     state.check_model(derivatives)
     if isinstance(datamodule, RemovalDataModule):
-        state.check_indices(datamodule.indices)
-        points = datamodule.training_points()
-        if len(points) != state.n:
-            raise RemovalError(
-                f"the data set has {len(points)} points, the memory was built on {state.n}"
-            )
+        _check_points(state, datamodule)
     elif corrector_steps or bound:
         raise ConfigurationError("corrector_steps and bound need a RemovalDataModule")
     before = derivatives.get()
@@ -102,14 +96,46 @@ def unlearn(
             trainer.predict(server, datamodule=datamodule, return_predictions=False)
         else:
             trainer.predict(server, dataloaders=datamodule, return_predictions=False)
+        if not server.outcomes:
+            raise RemovalError("the removal data had no batch: name at least one point to forget")
+        after = Bound(None, "no certificate")
+        if isinstance(datamodule, RemovalDataModule) and (corrector_steps or bound):
+            evaluation = _finish(server, datamodule.training_points(), corrector_steps)
+            after = strong_convexity_bound(server.memory, evaluation) if bound else after
     finally:
         model.trainer = trainer
-    if not server.outcomes:
-        raise RemovalError("the removal data had no batch: name at least one point to forget")
-    total = time.perf_counter() - start
-    if corrector_steps or bound:
-        return _finish(server, trainer, callback, datamodule, before, total, corrector_steps, bound)
-    return _result(server, before, total)
+    result = _result(server, before, time.perf_counter() - start, after)
+    _log(trainer, result, len(server.memory.ledger))
+    return result
+
+
+def _check_points(state: UnlearningMemory, datamodule: RemovalDataModule) -> None:
+    """Refuse the whole call before its first request changes anything."""
+    state.check_indices(datamodule.indices)
+    points = datamodule.training_points()
+    if len(points) != state.n:
+        raise RemovalError(
+            f"the data set has {len(points)} points, the memory was built on {state.n}"
+        )
+    for first in range(0, len(datamodule.indices), 512):
+        indices = datamodule.indices[first : first + 512]
+        state.check_content(indices, *points.batch(indices))
+
+
+def _log(trainer: pl.Trainer, result: UnlearningResult, step: int) -> None:
+    metrics = {
+        "unlearn/points": float(len(result.indices)),
+        "unlearn/update_norm": result.update_norm,
+        "unlearn/residual": result.residual,
+        "unlearn/stationary": result.stationary,
+        "unlearn/active": result.active,
+        "unlearn/seconds": result.seconds["total"],
+    }
+    if result.bound is not None:
+        metrics["unlearn/bound"] = result.bound
+    for logger in trainer.loggers:
+        logger.log_metrics(metrics, step=step)
+        logger.save()
 
 
 def _callbacks(trainer: pl.Trainer) -> list[pl.Callback]:
@@ -131,7 +157,9 @@ def _memory(
     return callback.memory, callback.memory_dir
 
 
-def _result(server: UnlearningModule, before: torch.Tensor, total: float) -> UnlearningResult:
+def _result(
+    server: UnlearningModule, before: torch.Tensor, total: float, after: Bound
+) -> UnlearningResult:
     outcomes = server.outcomes
     known = len(server.memory.ledger) - len(outcomes)
     indices = [i for entry in server.memory.ledger[known:] for i in entry["indices"]]
@@ -152,59 +180,26 @@ def _result(server: UnlearningModule, before: torch.Tensor, total: float) -> Unl
             "write": server.write_seconds,
             "total": total,
         },
+        bound=after.value,
+        certificate=after.certificate,
     )
 
 
-def _finish(
-    server: UnlearningModule,
-    trainer: pl.Trainer,
-    callback: MUterCallback | None,
-    datamodule: Any,
-    before: torch.Tensor,
-    total: float,
-    corrector_steps: int,
-    bound: bool,
-) -> UnlearningResult:
-    """Corrector steps and the strong-convexity bound, each a pass over the remaining points."""
-    state = server.memory
-    settings = state.settings
-    derivatives = settings.derivatives(server.model)
-    points = datamodule.training_points()
+def _finish(server: UnlearningModule, points: TrainingPoints, corrector_steps: int) -> Evaluation:
+    """Corrector steps over the remaining points, and where they end."""
+    state, trainer = server.memory, server.trainer
+    derivatives = state.settings.derivatives(server.model)
+    device = derivatives.parameters[0].device
+    mine = state.remaining[trainer.global_rank :: trainer.world_size]
     objective = RobustObjective(
         derivatives,
-        settings.recipe(),
-        lambda: points.batches(state.remaining, 512, derivatives.parameters[0].device),
-        lambda tensor: tensor,
+        state.settings.recipe(),
+        lambda: points.batches(mine, 512, device),
+        reducer(trainer),
     )
-    matrix = state.matrix.cpu()
-    matrix = matrix + settings.damping * torch.eye(state.p, dtype=torch.float64)
-    for _ in range(corrector_steps):
-        gradient = objective.gradient().gradient
-        derivatives.set(derivatives.get() - direct(matrix, gradient).value)
-    evaluation = objective.gradient()
-    server.memory = state = copy.copy(state)
-    object.__setattr__(state, "omega", derivatives.get())
-    if server._callback is not None:
-        server._callback.memory = state
-    if server._memory_dir is not None:
-        state.save(server._memory_dir)
-    result = _result(server, before, total)
-    strong = settings.weight_decay * len(state.remaining)
-    if not bound:
-        return result
-    if settings.head is None or strong == 0 or METHODS[settings.method].points != "adversarial":
-        warnings.warn(
-            "no bound: it needs a linear head, weight_decay > 0 and a method of adversarial points",
-            stacklevel=2,
-        )
-        return result
-    fields = {name: getattr(result, name) for name in result.__dataclass_fields__}
-    fields["bound"] = evaluation.residual / strong
-    fields["certificate"] = (
-        "strong convexity, exact inner maximum assumed: "
-        f"{evaluation.stationary:.1%} of the remaining maximisers were stationary"
-    )
-    return UnlearningResult(**fields)
+    if corrector_steps:
+        server.keep(correct(state, objective, corrector_steps))
+    return objective.gradient()
 
 
 def _without_memory(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -81,3 +82,31 @@ def neumann_response(delta: Tensor, grad: Tensor, curvature: Tensor, order: int)
     """-Σ_{j ≤ k} (I - ∂δδ)^j, term by term."""
     eye = torch.eye(len(delta), dtype=delta.dtype)
     return -sum(torch.linalg.matrix_power(eye - curvature, j) for j in range(order + 1))
+
+
+def smoothed_linf_logistic(
+    w: np.ndarray, x: np.ndarray, y: np.ndarray, eps: float, tau: float, lam: float
+) -> tuple[float, np.ndarray]:
+    """F(w) and ∇F(w) of Σ max_δ [softplus(-±w·(x+δ)) + τ Σ_j √(ε² - δ_j²)] + (nλ/2)‖w‖².
+
+    Plain numpy: the maximiser is δ_j = ε r w_j / √(r² w_j² + τ²) with the one unknown r = ∂l/∂z a
+    point, found by bisection; ∇F by the envelope theorem.
+    """
+    z0, low, high = x @ w, -y.astype(float), 1.0 - y
+
+    def perturbation(r: np.ndarray) -> np.ndarray:
+        slope = r[:, None] * w
+        return eps * slope / np.hypot(slope, tau)
+
+    for _ in range(60):  # r - σ(z(r)) + y changes sign once between -y and 1 - y
+        r = (low + high) / 2
+        z = z0 + perturbation(r) @ w
+        above = r > 1 / (1 + np.exp(-z)) - y
+        low, high = np.where(above, low, r), np.where(above, r, high)
+    delta = perturbation((low + high) / 2)
+    z = z0 + delta @ w
+    loss = np.logaddexp(0, -(2.0 * y - 1) * z)
+    height = tau * np.sqrt(np.maximum(eps**2 - delta**2, 0)).sum(axis=1)
+    value = float((loss + height).sum() + 0.5 * len(x) * lam * w @ w)
+    r = 1 / (1 + np.exp(-z)) - y
+    return value, (x + delta).T @ r + len(x) * lam * w
