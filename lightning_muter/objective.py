@@ -110,7 +110,7 @@ def newton(
     for k in range(steps):
         widening = max(1.0, 10.0 ** (2 - 4 * (k + 1) / steps)) if homotopy and steps > 1 else 1.0
         recipe = objective.recipe.at_bandwidth(widening) if widening > 1 else objective.recipe
-        start, matrix = objective.curvature(recipe)
+        start, matrix = objective.curvature(recipe.rough())
         if start.residual <= tol * max(1.0, start.value) and widening == 1.0:
             history.append(start.residual)
             break

@@ -12,7 +12,7 @@ from lightning_muter.derivatives import Autodiff, Derivatives, LinearHead
 from lightning_muter.derivatives.base import AddBlock
 from lightning_muter.inner import InnerMaximum, maximise
 from lightning_muter.methods import METHODS
-from lightning_muter.responses import Response
+from lightning_muter.responses import Constrained, Response
 from lightning_muter.threats import Geometry, Threat, unconstrained_geometry
 
 __all__ = ["Contribution", "Point", "Recipe"]
@@ -67,6 +67,12 @@ class Recipe:
     def at_bandwidth(self, factor: float) -> Recipe:
         """The recipe on a more (factor > 1) smoothed inner problem."""
         return replace(self, threat=self.threat.relaxed(factor))
+
+    def rough(self) -> Recipe:
+        """The recipe with inner responses to some percent, enough for a step of Newton's."""
+        if not isinstance(self.response, Constrained):
+            return self
+        return replace(self, response=replace(self.response, tol=1e-2))
 
     def perturb(
         self, derivatives: Derivatives, x: Tensor, targets: Tensor, delta: Tensor | None = None

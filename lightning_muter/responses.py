@@ -19,7 +19,6 @@ __all__ = ["Constrained", "DiagonalLowRank", "Response", "Unconstrained", "resol
 InputCurvature = Callable[[Tensor], Tensor]
 
 _RANK = 1e-10
-_TOL = 1e-9
 
 
 @dataclass(frozen=True)
@@ -104,7 +103,7 @@ class Response(Protocol):
 
     @property
     def matrix_free(self) -> bool:
-        """Whether `products` is there."""
+        """Whether `congruence` is there."""
 
     def low_rank(self, geometry: Geometry, v: Tensor, s: Tensor) -> tuple[DiagonalLowRank, Tensor]:
         """R for ∂δδ l = V S Vᵀ with V (n, d, C), S (n, C, C)."""
@@ -112,16 +111,20 @@ class Response(Protocol):
     def dense(self, geometry: Geometry, h: Tensor) -> tuple[Dense, Tensor]:
         """R for ∂δδ l = H (n, d, d)."""
 
-    def products(
-        self, geometry: Geometry, curvature: InputCurvature, vectors: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """R times vectors (n, k, d), for ∂δδ l known by its products alone."""
+    def congruence(
+        self, geometry: Geometry, curvature: InputCurvature, jacobian: Tensor
+    ) -> tuple[Dense, Tensor]:
+        """J R Jᵀ (n, F, F) for J (n, F, d), with ∂δδ l known by its products alone."""
 
 
 @dataclass(frozen=True)
 class Constrained:
-    """R = P (P(Δ - ∂δδ)P)^+ P: the constraint differentiated. Source: ours."""
+    """R = P (P(Δ - ∂δδ)P)^+ P: the constraint differentiated. Source: ours.
 
+    ``tol`` is the residual at which `congruence` stops; its error is of the order of the square.
+    """
+
+    tol: float = 1e-6
     constrained: bool = True
 
     def low_rank(self, geometry: Geometry, v: Tensor, s: Tensor) -> tuple[DiagonalLowRank, Tensor]:
@@ -173,17 +176,19 @@ class Constrained:
     def matrix_free(self) -> bool:
         return True
 
-    def products(
-        self, geometry: Geometry, curvature: InputCurvature, vectors: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def congruence(
+        self, geometry: Geometry, curvature: InputCurvature, jacobian: Tensor
+    ) -> tuple[Dense, Tensor]:
         shift = geometry.shift.unsqueeze(1)
 
         def k(alpha: Tensor) -> Tensor:
             return geometry.project(shift * alpha - curvature(alpha))
 
         inverse = torch.where(shift > 0, 1 / shift.clamp(min=1e-300), torch.ones_like(shift))
-        found, usable = batched_conjugate_gradients(k, geometry.project(vectors), inverse, _TOL)
-        return found * usable[:, None, None], usable
+        rhs = geometry.project(jacobian)
+        x, rest, usable = batched_conjugate_gradients(k, rhs, inverse, self.tol)
+        # X = K⁻¹(B - rest): XBᵀ + rest Xᵀ is B K⁻¹ Bᵀ up to the square of rest
+        return Dense((x @ rhs.mT + rest @ x.mT) * usable[:, None, None]), usable
 
 
 @dataclass(frozen=True)
@@ -239,16 +244,16 @@ class Unconstrained:
     def matrix_free(self) -> bool:
         return self.inverse == "neumann"
 
-    def products(
-        self, geometry: Geometry, curvature: InputCurvature, vectors: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        term, total = vectors, vectors.clone()
-        before = after = torch.linalg.vector_norm(vectors, dim=2)
+    def congruence(
+        self, geometry: Geometry, curvature: InputCurvature, jacobian: Tensor
+    ) -> tuple[Dense, Tensor]:
+        term, total = jacobian, jacobian.clone()
+        before = after = torch.linalg.vector_norm(jacobian, dim=2)
         for _ in range(self.order):
             term = term - curvature(term)
             total += term
             before, after = after, torch.linalg.vector_norm(term, dim=2)
-        return -total, (after < before).all(dim=1)
+        return Dense(-total @ jacobian.mT), (after < before).all(dim=1)
 
 
 def resolve_response(

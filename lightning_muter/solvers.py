@@ -108,12 +108,13 @@ def conjugate_gradients(
 
 def batched_conjugate_gradients(
     operator: Operator, rhs: Tensor, inverse: Tensor, tol: float, max_iter: int = 500
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Solve one system a point for k right-hand sides each, (n, k, d), all points at once.
 
     Returns:
-        The solutions (n, k, d), and which points (n,) met positive curvature only and converged;
-        a system that is done no longer changes, whatever else is in the batch.
+        The solutions (n, k, d), their residuals (n, k, d), and which points (n,) met positive
+        curvature only and converged; a system that is done no longer changes, whatever else is in
+        the batch.
     """
     x, r = torch.zeros_like(rhs), rhs.clone()
     z = inverse * r
@@ -135,7 +136,7 @@ def batched_conjugate_gradients(
         rz, before = (r * z).sum(dim=2, keepdim=True), rz
         direction = z + torch.where(todo, rz / before, torch.zeros_like(rz)) * direction
     done = torch.linalg.vector_norm(r, dim=2, keepdim=True) <= limit
-    return x, (done & ~bad).all(dim=1).squeeze(1)
+    return x, r, (done & ~bad).all(dim=1).squeeze(1)
 
 
 def minres(

@@ -1,9 +1,11 @@
-"""Fits and unlearns on ``devices`` processes and saves the memory: run by test_ddp.py."""
+"""Run by test_ddp.py: fit and unlearn on some devices, write what came out."""
 
 from __future__ import annotations
 
+import copy
 import sys
 import warnings
+from dataclasses import replace
 
 import pytorch_lightning as pl
 import torch
@@ -25,8 +27,20 @@ if __name__ == "__main__":
         max_epochs=1, callbacks=[callback], devices=devices, strategy=strategy, **QUIET
     )
     trainer.fit(model, data)
-    trainer.unlearn(RemovalDataModule(data, [3, 17, 40]))
-    memory = callback.memory
+    memory, trained = callback.memory, copy.deepcopy(model.state_dict())
     assert memory is not None and memory.summary["n"] == 41
+    found = {"stage_one": memory.matrix}
+    removals = RemovalDataModule(data, [3, 17, 40])
+    for solver in ("direct", "schur"):
+        model.load_state_dict(trained)
+        start = replace(memory, settings=replace(memory.settings, solver=solver))
+        result = trainer.unlearn(removals, model, start, corrector_steps=1, bound=True)
+        found[solver] = model.classifier.weight.detach().double()
+        assert result.bound is not None
+        found[f"{solver}_bound"] = torch.tensor(result.bound)
+    model.load_state_dict(trained)
+    trainer.unlearn(removals)
+    assert callback.memory is not None
+    found.update(matrix=callback.memory.matrix, omega=callback.memory.omega)
     if trainer.is_global_zero:
-        save_file({"matrix": memory.matrix, "omega": memory.omega}, path)
+        save_file({k: v.clone() for k, v in found.items()}, path)

@@ -104,6 +104,25 @@ def test_other_precisions_and_accumulation(precision: str) -> None:
     trainer.unlearn(RemovalDataModule(data, [3]))
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.compile.*")
+@pytest.mark.parametrize("whole", [True, False], ids=["module", "backbone"])
+def test_compiled_modules(whole: bool) -> None:
+    reference = memory_of(fit()[1])
+    pl.seed_everything(0, verbose=False)
+    model, data = Net(), Data()
+    if whole:
+        model.compile(backend="eager")
+    else:
+        model.backbone = torch.compile(model.backbone, backend="eager")  # type: ignore[assignment]
+    callback = MUterCallback(L2Ball(0.5), head="classifier", newton_steps=15)
+    trainer = Trainer(max_epochs=1, callbacks=[callback], **QUIET)
+    trainer.fit(model, data)
+    torch.testing.assert_close(memory_of(callback).matrix, reference.matrix, rtol=1e-6, atol=1e-6)
+    result = trainer.unlearn(RemovalDataModule(data, [3, 5]))
+    assert result.status == "converged"
+    torch.testing.assert_close(model.classifier.weight.flatten(), memory_of(callback).omega[:18])
+
+
 class Noisy(Dataset[Any]):
     """The same index gives another tensor every time."""
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from lightning_muter import ConfigurationError, UnlearningMemory
 from lightning_muter.cli import main
 
 ROOT = Path(__file__).parent.parent
@@ -48,11 +49,21 @@ def test_fit_then_unlearn(
     main(
         ["fit", *CONFIG, "-c", str(ROOT / "callbacks" / "muter_l2.yaml"), "--trainer.max_epochs=1"]
     )
-    removal = ["--memory", "runs/memory", "--ckpt_path", "runs/last.ckpt", "--indices", "[3,17]"]
-    main(["unlearn", *CONFIG, *removal, "--output", "forgotten.ckpt"])
+    removal = ["--memory", "runs/memory"]
+    named = ["--ckpt_path", "runs/last.ckpt", "--output", "forgotten.ckpt"]
+    main(["unlearn", *CONFIG, *removal, *named, "--indices", "[3,17]"])
     assert "no certificate" in capsys.readouterr().out
+    main(["unlearn", *CONFIG, *removal, "--indices", "[5]"])  # from the memory's own model.ckpt
+    again = ["--ckpt_path", "runs/memory/unlearned.ckpt"]
+    main(["unlearn", *CONFIG, *removal, *again, "--indices", "[6]"])
     lines = Path("runs/memory/ledger.jsonl").read_text().splitlines()
-    assert [json.loads(line)["indices"] for line in lines] == [[3, 17]]
-    before = torch.load("runs/last.ckpt", weights_only=True)["state_dict"]
-    after = torch.load("forgotten.ckpt", weights_only=True)["state_dict"]
-    assert not torch.equal(before["classifier.weight"], after["classifier.weight"])
+    assert [json.loads(line)["indices"] for line in lines] == [[3, 17], [5], [6]]
+    weights = [
+        torch.load(path, weights_only=True)["state_dict"]["classifier.weight"]
+        for path in ("runs/last.ckpt", "forgotten.ckpt", "runs/memory/unlearned.ckpt")
+    ]
+    assert not torch.equal(weights[0], weights[1])
+    last = UnlearningMemory.load("runs/memory").omega[: weights[2].numel()]
+    torch.testing.assert_close(weights[2].flatten(), last.to(weights[2]))
+    with pytest.raises(ConfigurationError, match="no checkpoint"):
+        main(["unlearn", *CONFIG, *removal, "--ckpt_path", "nowhere.ckpt", "--indices", "[7]"])

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import copy
+import csv
 from typing import Any
 
 import pytest
 import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
+from pytorch_lightning.loggers import CSVLogger
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_muter import (
     METHODS,
+    ConfigurationError,
     L2Ball,
     LinfBall,
     MemoryFormatError,
@@ -280,6 +283,61 @@ def test_damaged_memories_are_refused(damage: str, tmp_path: Any) -> None:
 def test_unlearn_before_fit() -> None:
     with pytest.raises(StateError, match="no memory"):
         Trainer(**QUIET).unlearn(RemovalDataModule(Data(), [1]), model=Net().double())
+
+
+@pytest.mark.parametrize("damage", ["content", "nan"])
+def test_a_bad_point_of_a_later_batch_stops_the_whole_call(damage: str, tmp_path: Any) -> None:
+    trainer, callback, model, data = fit(memory_dir=str(tmp_path))
+    before, state = memory_of(callback), copy.deepcopy(model.state_dict())
+    data.dataset.tensors[0][9] += 1 if damage == "content" else torch.nan
+    with pytest.raises(RemovalError):
+        trainer.unlearn(RemovalDataModule(data, [3, 4, 9], batch_size=1))
+    assert memory_of(callback) is before and UnlearningMemory.load(tmp_path).ledger == ()
+    assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
+
+
+def test_a_memory_of_another_head_or_architecture_is_refused(tmp_path: Any) -> None:
+    _, _, _, data = fit(memory_dir=str(tmp_path))
+
+    class Wider(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.classifier = nn.Linear(6, 4)
+
+    class Deeper(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.backbone.append(nn.Linear(6, 6))
+
+    class Renamed(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head, self.classifier = self.classifier, nn.Identity()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.backbone(x))
+
+    cases = [(Wider, StateError), (Deeper, StateError), (Renamed, ConfigurationError)]
+    for architecture, error in cases:
+        with pytest.raises(error):
+            Trainer(**QUIET).unlearn(
+                RemovalDataModule(data, [1]), model=architecture().double(), memory=tmp_path
+            )
+    assert UnlearningMemory.load(tmp_path).ledger == ()
+
+
+def test_metrics_reach_the_logger(tmp_path: Any) -> None:
+    trainer, callback, model, data = fit()
+    logger = CSVLogger(tmp_path)
+    options = {**QUIET, "logger": logger}
+    result = Trainer(callbacks=[callback], **options).unlearn(
+        RemovalDataModule(data, [3, 5]), model=model, bound=True
+    )
+    with open(f"{logger.log_dir}/metrics.csv") as file:
+        row = list(csv.DictReader(file))[-1]
+    assert float(row["unlearn/update_norm"]) == pytest.approx(result.update_norm)
+    assert float(row["unlearn/bound"]) == pytest.approx(result.bound)
+    assert float(row["unlearn/points"]) == 2 and int(row["step"]) == 1
 
 
 def test_user_state_is_left_alone() -> None:

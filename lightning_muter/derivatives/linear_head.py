@@ -154,9 +154,7 @@ class LinearHead(Derivatives):
             return response.low_rank(geometry, w.T.expand(len(x), -1, -1), s)
         jacobian, bends = self._jacobian(x, targets)
         if bends and response.matrix_free and not self.prefers_dense(x):
-            found, usable = response.products(geometry, self._input_curvature(x, targets), jacobian)
-            b = found @ jacobian.mT
-            return Dense((b + b.mT) / 2), usable
+            return response.congruence(geometry, self._input_curvature(x, targets), jacobian)
         if bends:
             r, usable = response.dense(geometry, self.second_input_derivatives(x, targets))
             return r.congruence(jacobian), usable
