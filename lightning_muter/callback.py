@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import types
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,10 +21,11 @@ from lightning_muter.data import TrainingPoints
 from lightning_muter.derivatives import Derivatives
 from lightning_muter.errors import ConfigurationError
 from lightning_muter.losses import LossFunction
-from lightning_muter.memory import UnlearningMemory, digest, fingerprint, size_estimate
+from lightning_muter.memory import UnlearningMemory, digest, size_estimate
 from lightning_muter.methods import METHODS
-from lightning_muter.objective import Evaluation, RobustObjective, newton
+from lightning_muter.objective import RobustObjective, newton
 from lightning_muter.settings import Settings
+from lightning_muter.stage_one import build_memories
 from lightning_muter.threats import Threat
 
 __all__ = ["MODEL_FILE", "MUterCallback", "reducer"]
@@ -32,7 +33,6 @@ __all__ = ["MODEL_FILE", "MUterCallback", "reducer"]
 #: the checkpoint of the model at ω*, beside the memory
 MODEL_FILE = "model.ckpt"
 
-_EIGEN_LIMIT = 2000
 _MEMORY_LIMIT = 60_000
 
 
@@ -199,34 +199,20 @@ class MUterCallback(AdversarialTraining):
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         points = _points(trainer)
         settings = self.settings.with_weight_decay(self._decay(trainer))
-        derivatives = settings.derivatives(pl_module)
-        objective = self.objective(trainer, derivatives, settings, points)
         if self.newton_steps:  # ω* is every method's: the robust objective's own optimum
             robust = replace(settings, method="muter", response="constrained", space="input")
             target = self.objective(trainer, robust.derivatives(pl_module), robust, points)
             self.newton_history = newton(target, self.newton_steps, settings.damping)
-        if not METHODS[settings.method].has_memory:
-            evaluation, matrix = objective.gradient(), torch.zeros(0, 0, dtype=torch.float64)
-        else:
-            rank_zero_info(f"Stage I ({settings.method}): {size_estimate(derivatives.p)}")
-            evaluation, matrix = objective.curvature()
-        self._refuse_broken(evaluation)
-        omega = derivatives.get()
-        summary = self._summarise(evaluation, matrix, derivatives.p)
+        if METHODS[settings.method].has_memory:
+            size = size_estimate(settings.derivatives(pl_module).p)
+            rank_zero_info(f"Stage I ({settings.method}): {size}")
         key = trainer.strategy.broadcast(os.urandom(16))
-        self.memory = UnlearningMemory(
-            settings=settings,
-            omega_star=omega,
-            omega=omega,
-            matrix=matrix,
-            gradient=torch.zeros_like(omega),
-            residual_gradient=evaluation.gradient,
-            digests=self._digests(trainer, points, key),
-            removed=torch.zeros(len(points), dtype=torch.bool),
-            key=key,
-            fingerprint=fingerprint(pl_module, derivatives.names),
-            summary=summary,
-        )
+        batches = self._batches(trainer, points, range(len(points)))
+        digests = self._digests(trainer, points, key)
+        (memory,) = build_memories(pl_module, [settings], batches, digests, key, reducer(trainer))
+        self._refuse_broken(memory)
+        self._report_memory(memory)
+        self.memory = memory
         self.save()
         if self.memory_dir is not None:  # other checkpoints may precede the Newton steps
             trainer.save_checkpoint(Path(self.memory_dir) / MODEL_FILE, weights_only=True)
@@ -237,20 +223,24 @@ class MUterCallback(AdversarialTraining):
         derivatives: Derivatives,
         settings: Settings,
         points: TrainingPoints,
-        indices: Sequence[int] | None = None,
     ) -> RobustObjective:
         """The robust objective over training points, each counted once over all processes."""
-        everything = range(len(points)) if indices is None else indices
-        mine = list(everything[trainer.global_rank :: trainer.world_size])
-        device = derivatives.parameters[0].device
-        total = -(-len(mine) // self.batch_size)
-        quiet = trainer.progress_bar_callback is None or not trainer.is_global_zero
 
-        def batches() -> Any:
-            stream = points.batches(mine, self.batch_size, device)
-            return tqdm(stream, "training points", total, leave=False, disable=quiet)
+        def batches() -> Iterator[tuple[Tensor, Tensor]]:
+            return self._batches(trainer, points, range(len(points)))
 
         return RobustObjective(derivatives, settings.recipe(), batches, reducer(trainer))
+
+    def _batches(
+        self, trainer: pl.Trainer, points: TrainingPoints, indices: Sequence[int]
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """This process's share of the points, with a progress bar."""
+        mine = list(indices[trainer.global_rank :: trainer.world_size])
+        device = trainer.strategy.root_device
+        quiet = trainer.progress_bar_callback is None or not trainer.is_global_zero
+        total = -(-len(mine) // self.batch_size)
+        stream = points.batches(mine, self.batch_size, device)
+        yield from tqdm(stream, "training points", total, leave=False, disable=quiet)
 
     def _decay(self, trainer: pl.Trainer) -> float:
         if self.weight_decay is not None:
@@ -274,8 +264,8 @@ class MUterCallback(AdversarialTraining):
         return decays.pop() if decays else 0.0
 
     @staticmethod
-    def _refuse_broken(evaluation: Evaluation) -> None:
-        if not bool(torch.isfinite(evaluation.gradient).all()):
+    def _refuse_broken(memory: UnlearningMemory) -> None:
+        if not bool(torch.isfinite(memory.residual_gradient).all()):
             raise ConfigurationError(
                 "the robust gradient is not finite: a training point has NaN or infinite values, "
                 "or training diverged; no memory was built"
@@ -289,48 +279,26 @@ class MUterCallback(AdversarialTraining):
         total: Tensor = reducer(trainer)(rows.to(trainer.strategy.root_device))
         return total.cpu().to(torch.uint8)
 
-    def _summarise(self, evaluation: Evaluation, matrix: Tensor, p: int) -> dict[str, Any]:
-        summary: dict[str, Any] = {
-            "n": evaluation.points,
-            "p": p,
-            "objective": evaluation.value,
-            "residual_gradient": evaluation.residual,
-            "stationary": evaluation.stationary,
-            "active": evaluation.active,
-            "usable_response": evaluation.usable,
-        }
-        if matrix.numel():
-            summary["smallest_eigenvalue"], summary["largest_eigenvalue"] = _extremes(matrix)
+    def _report_memory(self, memory: UnlearningMemory) -> None:
         rank_zero_info(
             "memory: "
             + ", ".join(
-                f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in summary.items()
+                f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}"
+                for k, v in memory.summary.items()
             )
         )
-        if self.settings.response == "unconstrained" and evaluation.usable < 1:
+        usable = memory.summary["usable_response"]
+        if self.settings.response == "unconstrained" and usable < 1:
             rank_zero_info(
                 f"the inverse of the input Hessian exists or its series converges at "
-                f"{evaluation.usable:.0%} of the points only"
+                f"{usable:.0%} of the points only"
             )
-        return summary
 
     @rank_zero_only
     def save(self) -> None:
         """Write the memory to ``memory_dir``, where there is one."""
         if self.memory is not None and self.memory_dir is not None:
             self.memory.save(self.memory_dir)
-
-
-def _extremes(matrix: Tensor) -> tuple[float, float]:
-    """Smallest and largest eigenvalue; beyond some size by LOBPCG."""
-    if len(matrix) <= _EIGEN_LIMIT:
-        values = torch.linalg.eigvalsh(matrix)
-        return float(values[0]), float(values[-1])
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        low = torch.lobpcg(matrix, k=1, largest=False, niter=30)[0]
-        high = torch.lobpcg(matrix, k=1, largest=True, niter=30)[0]
-    return float(low[0]), float(high[0])
 
 
 def reducer(trainer: pl.Trainer) -> Callable[[Tensor], Tensor]:

@@ -13,7 +13,7 @@ from lightning_muter.derivatives.base import measuring
 from lightning_muter.recipe import Contribution, Recipe
 from lightning_muter.solvers import direct
 
-__all__ = ["Evaluation", "RobustObjective", "newton"]
+__all__ = ["Evaluation", "RobustObjective", "evaluation_of", "newton"]
 
 #: a Hessian is used again while a step lowers the gradient to this share
 _PAYS = 0.3
@@ -76,22 +76,28 @@ class RobustObjective:
                     total = total + recipe.gradient(derivatives, x, targets)
                 else:
                     total = total + recipe.accumulate(derivatives, x, targets, add)
-        total = Contribution(*(self.reduce(t) for t in (total.gradient, total.loss, total.counts)))
-        n, stationary, active, usable = total.counts.tolist()
-        decay = n * recipe.weight_decay
-        result = Evaluation(
-            value=float(total.loss) + 0.5 * decay * float(omega @ omega),
-            gradient=total.gradient + decay * omega,
-            points=int(n),
-            stationary=stationary / max(n, 1),
-            active=active / max(n, 1),
-            usable=usable / max(n, 1),
-        )
+        result = evaluation_of(total, omega, recipe.weight_decay, self.reduce)
         if matrix is None:
             return result, omega
         matrix = self.reduce(matrix)
-        matrix.diagonal().add_(decay)
+        matrix.diagonal().add_(result.points * recipe.weight_decay)
         return result, matrix
+
+
+def evaluation_of(
+    total: Contribution, omega: Tensor, weight_decay: float, reduce: Callable[[Tensor], Tensor]
+) -> Evaluation:
+    """The sums of a pass with their λ terms, over all processes."""
+    n, stationary, active, usable = reduce(total.counts).tolist()
+    decay = n * weight_decay
+    return Evaluation(
+        value=float(reduce(total.loss)) + 0.5 * decay * float(omega @ omega),
+        gradient=reduce(total.gradient) + decay * omega,
+        points=int(n),
+        stationary=stationary / max(n, 1),
+        active=active / max(n, 1),
+        usable=usable / max(n, 1),
+    )
 
 
 def newton(

@@ -142,10 +142,12 @@ class Recipe:
             total = total + self._summary(derivatives, point, usable)
         return total
 
-    def gradient(self, derivatives: Derivatives, x: Tensor, targets: Tensor) -> Contribution:
+    def gradient(
+        self, derivatives: Derivatives, x: Tensor, targets: Tensor, delta: Tensor | None = None
+    ) -> Contribution:
         """The sums without any curvature."""
         total = Contribution.zero(derivatives.p, x.device)
-        for point in self.points(derivatives, x, targets):
+        for point in self.points(derivatives, x, targets, delta):
             everyone = torch.ones(len(point.inputs), dtype=torch.bool, device=x.device)
             total = total + self._summary(derivatives, point, everyone)
         return total

@@ -1,0 +1,123 @@
+"""Stage I for one method or several: one pass over the training points builds every memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_muter.derivatives.base import AddBlock, measuring
+from lightning_muter.memory import UnlearningMemory, fingerprint
+from lightning_muter.methods import METHODS
+from lightning_muter.objective import Evaluation, evaluation_of
+from lightning_muter.recipe import Contribution
+from lightning_muter.settings import Settings
+
+__all__ = ["build_memories", "summarise"]
+
+_EIGEN_LIMIT = 2000
+
+
+def build_memories(
+    module: nn.Module,
+    settings: Sequence[Settings],
+    batches: Iterable[tuple[Tensor, Tensor]],
+    digests: Tensor,
+    key: bytes,
+    reduce: Callable[[Tensor], Tensor] = lambda tensor: tensor,
+) -> list[UnlearningMemory]:
+    """Memories of several methods at the module's ω* from one pass and one δ* a point.
+
+    The settings must share threat, loss, λ and trained parameters; each process passes its own
+    batches and ``reduce`` sums over processes.
+
+    Args:
+        module: the trained module; left as it was.
+        settings: one for each memory.
+        batches: the training points, each once over all processes.
+        digests: of all points (n, 16), in the order of their indices.
+        key: of the digests.
+        reduce: sums a tensor over processes.
+    """
+    providers = [s.derivatives(module) for s in settings]
+    recipes = [s.recipe() for s in settings]
+    p, device = providers[0].p, providers[0].parameters[0].device
+    sizes = [p if METHODS[s.method].has_memory else 0 for s in settings]
+    matrices = [torch.zeros(q, q, dtype=torch.float64, device=device) for q in sizes]
+    totals = [Contribution.zero(p, device) for _ in settings]
+    with measuring(module):
+        for x, targets in batches:
+            shared: Tensor | None = None
+            for k, (derivatives, recipe) in enumerate(zip(providers, recipes, strict=True)):
+                if METHODS[recipe.method].points == "clean":
+                    delta = None
+                elif shared is None and len(settings) > 1:
+                    delta = shared = recipe.perturb(derivatives, x, targets).delta
+                else:
+                    delta = shared
+                if matrices[k].numel():
+                    add = _adder(matrices[k])
+                    totals[k] += recipe.accumulate(derivatives, x, targets, add, delta)
+                else:
+                    totals[k] += recipe.gradient(derivatives, x, targets, delta)
+    built = []
+    omega = providers[0].get()
+    for k, one in enumerate(settings):
+        evaluation = evaluation_of(totals[k], omega, one.weight_decay, reduce)
+        matrix = reduce(matrices[k]) if matrices[k].numel() else matrices[k]
+        matrix.diagonal().add_(evaluation.points * one.weight_decay)
+        built.append(
+            UnlearningMemory(
+                settings=one,
+                omega_star=omega,
+                omega=omega,
+                matrix=matrix,
+                gradient=torch.zeros_like(omega),
+                residual_gradient=evaluation.gradient,
+                digests=digests,
+                removed=torch.zeros(len(digests), dtype=torch.bool),
+                key=key,
+                fingerprint=fingerprint(module, providers[k].names),
+                summary=summarise(evaluation, matrix, p),
+            )
+        )
+    return built
+
+
+def _adder(matrix: Tensor) -> AddBlock:
+    def add(i: int, j: int, block: Tensor) -> None:
+        matrix[i : i + block.shape[0], j : j + block.shape[1]] += block
+
+    return add
+
+
+def summarise(evaluation: Evaluation, matrix: Tensor, p: int) -> dict[str, Any]:
+    """What a person should know of a memory: sizes, residual, shares, extreme eigenvalues."""
+    summary: dict[str, Any] = {
+        "n": evaluation.points,
+        "p": p,
+        "objective": evaluation.value,
+        "residual_gradient": evaluation.residual,
+        "stationary": evaluation.stationary,
+        "active": evaluation.active,
+        "usable_response": evaluation.usable,
+    }
+    if matrix.numel():
+        summary["smallest_eigenvalue"], summary["largest_eigenvalue"] = _extremes(matrix)
+    return summary
+
+
+def _extremes(matrix: Tensor) -> tuple[float, float]:
+    """Smallest and largest eigenvalue; beyond some size by LOBPCG."""
+    if not bool(torch.isfinite(matrix).all()):
+        return float("nan"), float("nan")
+    if len(matrix) <= _EIGEN_LIMIT:
+        values = torch.linalg.eigvalsh(matrix)
+        return float(values[0]), float(values[-1])
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        low = torch.lobpcg(matrix, k=1, largest=False, niter=30)[0]
+        high = torch.lobpcg(matrix, k=1, largest=True, niter=30)[0]
+    return float(low[0]), float(high[0])
