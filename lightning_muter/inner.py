@@ -36,6 +36,12 @@ class InnerMaximum:
         """Which points (n,) reached stationarity."""
         return self.stationarity <= STATIONARY
 
+    def part(self, some: slice) -> InnerMaximum:
+        """Some of the points."""
+        return InnerMaximum(
+            self.delta[some], self.grad[some], self.losses[some], self.stationarity[some]
+        )
+
 
 @torch.no_grad()
 def maximise(

@@ -124,7 +124,9 @@ def newton(
         omega = derivatives.get()
         history.append(_descend(objective, recipe, matrix, start, tol).residual)
         del matrix
-        if widening == 1.0 and torch.equal(derivatives.get(), omega):
+        stuck = torch.equal(derivatives.get(), omega)
+        at_rounding = start.residual <= 1e4 * tol * max(1.0, start.value)
+        if widening == 1.0 and (stuck or (at_rounding and history[-1] > _PAYS * start.residual)):
             break
     return history
 

@@ -18,6 +18,7 @@ from lightning_muter.threats import Geometry, Threat, unconstrained_geometry
 __all__ = ["Contribution", "Point", "Recipe"]
 
 _CHUNK_BYTES = 96 * 2**20
+_ASCENT = 512  # points that ascend together
 
 
 @dataclass(frozen=True)
@@ -100,20 +101,36 @@ class Recipe:
     ) -> Iterator[Point]:
         """The batch in chunks of bounded memory, each at the perturbation the method sees."""
         step = self._chunk(derivatives, x)
+        for start in range(0, len(x), max(step, _ASCENT)):
+            some = slice(start, start + max(step, _ASCENT))
+            given = None if delta is None else delta[some]
+            yield from self._point_chunks(derivatives, x[some], targets[some], given, step)
+
+    def _point_chunks(
+        self,
+        derivatives: Derivatives,
+        x: Tensor,
+        targets: Tensor,
+        delta: Tensor | None,
+        step: int,
+    ) -> Iterator[Point]:
+        """One ascent for all the points, since it needs little memory; then chunks of them."""
+        flat = x.detach().reshape(len(x), -1).double()
+        clean = METHODS[self.method].points == "clean"
+        inner = None if clean else self.perturb(derivatives, x, targets, delta)
         for start in range(0, len(x), step):
-            part, y = x[start : start + step], targets[start : start + step]
-            flat = part.detach().reshape(len(part), -1).double()
-            if METHODS[self.method].points == "clean":
-                yield Point(flat, part, y, unconstrained_geometry(flat), None)
+            some = slice(start, start + step)
+            origin, part, y = flat[some], x[some], targets[some]
+            if inner is None:
+                yield Point(origin, part, y, unconstrained_geometry(origin), None)
                 continue
-            given = None if delta is None else delta[start : start + step]
-            inner = self.perturb(derivatives, part, y, given)
+            mine = inner.part(some)
             if self.response.constrained:
-                geometry = self.threat.geometry(flat, inner.delta, inner.grad)
+                geometry = self.threat.geometry(origin, mine.delta, mine.grad)
             else:
-                geometry = unconstrained_geometry(inner.delta)
-            perturbed = (flat + inner.delta).reshape(part.shape).to(part)
-            yield Point(flat, perturbed, y, geometry, inner)
+                geometry = unconstrained_geometry(mine.delta)
+            perturbed = (origin + mine.delta).reshape(part.shape).to(part)
+            yield Point(origin, perturbed, y, geometry, mine)
 
     def _chunk(self, derivatives: Derivatives, x: Tensor) -> int:
         d = x[0].numel()
