@@ -14,6 +14,7 @@ from pytorch_lightning.cli import ArgsType, LightningCLI
 from lightning_muter.callback import MODEL_FILE
 from lightning_muter.data import RemovalDataModule
 from lightning_muter.errors import ConfigurationError
+from lightning_muter.evaluation.commands import COMMANDS
 from lightning_muter.result import UnlearningResult
 from lightning_muter.trainer import Trainer
 
@@ -83,8 +84,12 @@ class MUterCLI(LightningCLI):
 
 
 def main(args: ArgsType = None) -> None:
-    """The console script."""
-    sys.path.insert(0, "")
+    """The console script: Lightning's verbs and ``unlearn``, or a command of the evaluation."""
+    sys.path.insert(0, os.getcwd())  # the user's own classes
+    words = sys.argv[1:] if args is None else args
+    if isinstance(words, list) and words and words[0] in COMMANDS:
+        COMMANDS[words[0]](words[1:])
+        return
     MUterCLI(
         save_config_kwargs={"overwrite": True},
         subclass_mode_model=True,
@@ -92,4 +97,7 @@ def main(args: ArgsType = None) -> None:
         model_class=pl.LightningModule,
         datamodule_class=pl.LightningDataModule,
         args=args,
+        parser_kwargs={
+            "description": "Also: evaluate -c EXPERIMENT --output DIR, plot RESULTS, tables FILES."
+        },
     )

@@ -139,6 +139,12 @@ class UnlearningMemory:
         """The memory with another current ω^u (p,), as corrector steps leave it."""
         return replace(self, omega=omega.to(self.omega))
 
+    def without(self, indices: list[int]) -> UnlearningMemory:
+        """The memory with points marked as removed, and nothing else changed."""
+        removed = self.removed.clone()
+        removed[indices] = True
+        return replace(self, removed=removed)
+
     # --- checks -----------------------------------------------------------------------------
 
     def check_indices(self, indices: list[int]) -> None:

@@ -1,0 +1,112 @@
+"""Data of the experiments: files from a folder, scikit-learn's own, or torchvision's download."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, TensorDataset
+
+#: the folder of data files, where no path is given (`lightning-muter evaluate --data` sets it)
+VARIABLE = "MUTER_DATA"
+
+
+def file(name: str, path: str | None) -> Path | None:
+    """A data file in ``path``, or in the folder of the environment variable."""
+    folder = path or os.environ.get(VARIABLE)
+    found = Path(folder) / name if folder else None
+    return found if found is not None and found.exists() else None
+
+
+class Arrays(pl.LightningDataModule):
+    """Train and test tensors; a subclass reads them in ``read``."""
+
+    def __init__(self, batch_size: int = 128, targets: str = "class") -> None:
+        super().__init__()
+        self.batch_size, self.targets = batch_size, targets
+        self._parts: list[Tensor] = []
+
+    def read(self) -> list[Tensor]:
+        """Training inputs and labels, test inputs and labels."""
+        raise NotImplementedError
+
+    def setup(self, stage: str) -> None:
+        if not self._parts:
+            x, y, test_x, test_y = self.read()
+            if self.targets == "sign":  # ridge regression on -1 and 1
+                y, test_y = 2.0 * y.double() - 1, 2.0 * test_y.double() - 1
+            self._parts = [x, y, test_x, test_y]
+
+    def train_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
+        dataset = TensorDataset(*self._parts[:2])
+        return DataLoader(dataset, batch_size=self.batch_size, shuffle=True)
+
+    def test_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
+        return DataLoader(TensorDataset(*self._parts[2:]), batch_size=4096)
+
+
+class MNISTb(Arrays):
+    """Digits 1 (label 0) and 7 (label 1), flattened, in [0, 1]."""
+
+    def __init__(
+        self, batch_size: int = 128, targets: str = "class", path: str | None = None
+    ) -> None:
+        super().__init__(batch_size, targets)
+        self.path = path
+
+    def read(self) -> list[Tensor]:
+        found = []
+        for images, labels in self._images():
+            keep = (labels == 1) | (labels == 7)
+            found += [images[keep].reshape(-1, 784).double() / 255, (labels[keep] == 7).long()]
+        return found
+
+    def _images(self) -> list[tuple[Tensor, Tensor]]:
+        source = file("mnist.npz", self.path)
+        if source is not None:
+            with np.load(source) as arrays:
+                return [
+                    (torch.tensor(arrays[f"{k}_images"]), torch.tensor(arrays[f"{k}_labels"]))
+                    for k in ("train", "test")
+                ]
+        from torchvision.datasets import MNIST
+
+        sets = [MNIST("data", train=train, download=True) for train in (True, False)]
+        return [(s.data, s.targets) for s in sets]
+
+
+class Covtype(Arrays):
+    """The 10,000-row sample, type 2 against the rest, every column scaled to [0, 1]."""
+
+    def __init__(
+        self, batch_size: int = 128, targets: str = "class", path: str | None = None
+    ) -> None:
+        super().__init__(batch_size, targets)
+        self.path = path
+
+    def read(self) -> list[Tensor]:
+        source = file("covtype10k.npz", self.path)
+        if source is None:
+            raise FileNotFoundError(f"covtype10k.npz: say --data, or set {VARIABLE}")
+        with np.load(source) as arrays:
+            x = torch.tensor(arrays["features"]).double()
+            y = (torch.tensor(arrays["cover_type"]) == 2).long()
+        low, high = x.amin(dim=0), x.amax(dim=0)
+        x = (x - low) / (high - low).clamp(min=1)
+        return [x[:8000], y[:8000], x[8000:], y[8000:]]
+
+
+class Digits(Arrays):
+    """scikit-learn's 8×8 digits, flattened, in [0, 1]; every fifth is for the test."""
+
+    def read(self) -> list[Tensor]:
+        from sklearn.datasets import load_digits
+
+        images, labels = load_digits(return_X_y=True)
+        x, y = torch.tensor(images / 16.0), torch.tensor(labels).long()
+        test = torch.arange(len(x)) % 5 == 0
+        return [x[~test], y[~test], x[test], y[test]]

@@ -1,0 +1,95 @@
+"""The commands evaluate, plot and tables of the command line."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import ActionConfigFile, ArgumentParser  # type: ignore[attr-defined]
+from pytorch_lightning.loggers import Logger
+
+from lightning_muter.evaluation.experiment import Experiment
+from lightning_muter.evaluation.plots import plot_comparison, plot_pareto
+from lightning_muter.evaluation.runner import run
+from lightning_muter.evaluation.table import Cell, Table
+from lightning_muter.evaluation.tables import render, update_tables
+
+__all__ = ["COMMANDS", "DATA_VARIABLE"]
+
+#: where experiments look for data files
+DATA_VARIABLE = "MUTER_DATA"
+
+
+def evaluate(args: Sequence[str]) -> None:
+    """Run a declared experiment, or what is missing of it."""
+    parser = ArgumentParser(
+        prog="lightning-muter evaluate", description="Run a declared experiment; resumes."
+    )
+    parser.add_argument("-c", "--config", action=ActionConfigFile, help="the experiment's YAML")
+    parser.add_class_arguments(Experiment, as_group=False)
+    parser.add_argument("--output", type=str, required=True, help="a folder of its own")
+    parser.add_argument("--data", type=str | None, default=None, help="the folder of data files")
+    parser.add_argument(
+        "--logger", type=Logger | None, default=None, help="a Lightning logger for live metrics"
+    )
+    config = parser.parse_args(list(args))
+    if config.data is not None:
+        os.environ[DATA_VARIABLE] = config.data
+    given = parser.instantiate_classes(config).as_dict()
+    output, logger = given.pop("output"), given.pop("logger")
+    for name in ("config", "data"):
+        given.pop(name, None)
+    table = run(Experiment(**given), output, _live(logger))
+    print(render(table, "distance_relative", table.removals(), table.methods()))
+
+
+def _live(logger: Logger | None) -> Callable[[list[Cell]], None] | None:
+    if logger is None:
+        return None
+
+    def log(cells: list[Cell]) -> None:
+        metrics = {f"{c.method}/{c.metric}/seed{c.seed}": c.value for c in cells}
+        logger.log_metrics(metrics, step=cells[0].removed)
+        logger.save()
+
+    return log
+
+
+def plot(args: Sequence[str]) -> None:
+    """Draw the plots of a run beside its table."""
+    parser = ArgumentParser(
+        prog="lightning-muter plot", description="Draw the plots of a run beside its table."
+    )
+    parser.add_argument("results", type=str, help="a run's folder, or its results.csv")
+    parser.add_argument("--title", type=str, default="")
+    given: Any = parser.parse_args(list(args))
+    path = Path(given.results)
+    path = path / "results.csv" if path.is_dir() else path
+    table = Table(path)
+    print(plot_comparison(table, path.with_name("comparison.png"), given.title))
+    print(plot_pareto(table, path.with_name("pareto.png"), given.title))
+
+
+def tables(args: Sequence[str]) -> None:
+    """Regenerate the tables of markdown files from the CSV files of runs."""
+    parser = ArgumentParser(
+        prog="lightning-muter tables", description="Regenerate tables of markdown files."
+    )
+    parser.add_argument("files", type=str, nargs="+")
+    parser.add_argument("--check", action="store_true", help="change nothing; fail if not current")
+    given: Any = parser.parse_args(list(args))
+    stale = update_tables(given.files, given.check)
+    for name in stale:
+        print(f"{name}: tables {'are not current' if given.check else 'updated'}")
+    if stale and given.check:
+        sys.exit(1)
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
+    "evaluate": evaluate,
+    "plot": plot,
+    "tables": tables,
+}

@@ -1,0 +1,384 @@
+"""Running an experiment: train once a seed, one pass for all memories, a Retrain a removal."""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import os
+import platform
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.utils.data import DataLoader, TensorDataset
+from tqdm.auto import tqdm
+
+from lightning_muter.callback import MUterCallback
+from lightning_muter.data import RemovalDataModule, training_points
+from lightning_muter.derivatives.base import measuring
+from lightning_muter.errors import ConfigurationError
+from lightning_muter.evaluation.experiment import Experiment, Row
+from lightning_muter.evaluation.measures import Judge, Points, Shadows, gaps
+from lightning_muter.evaluation.table import Cell, Table
+from lightning_muter.memory import UnlearningMemory, digest
+from lightning_muter.objective import RobustObjective
+from lightning_muter.stage_one import build_memories
+from lightning_muter.trainer import Trainer
+
+__all__ = ["run"]
+
+_QUIET: dict[str, Any] = {
+    "logger": False,
+    "enable_checkpointing": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+}
+
+
+def run(
+    experiment: Experiment,
+    output: str | os.PathLike[str],
+    on_cells: Callable[[list[Cell]], None] | None = None,
+) -> Table:
+    """Run what is missing of an experiment and return its whole table.
+
+    Trained and retrained heads are kept in ``output/heads`` and metrics in ``output/results.csv``:
+    a run that was stopped goes on where it was.
+
+    Args:
+        experiment: what to run.
+        output: a folder of this experiment's own.
+        on_cells: called with every group of new cells, to log them live.
+
+    Raises:
+        ConfigurationError: the folder holds another experiment.
+    """
+    folder = Path(output)
+    _claim(folder, experiment)
+    table = Table(folder / "results.csv")
+    with _quiet():
+        for seed in range(experiment.seeds):
+            _Seed.start(experiment, seed, folder).run(table, on_cells or (lambda cells: None))
+    return table
+
+
+def _claim(folder: Path, experiment: Experiment) -> None:
+    """Write down what the folder is of, or refuse it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    shown = {
+        name: repr(getattr(experiment, name))
+        for name in experiment.__dataclass_fields__
+        if name not in ("module", "datamodule", "seeds", "rows", "removals")
+    }
+    path = folder / "run.json"
+    if path.exists():
+        before = json.loads(path.read_text())["experiment"]
+        if before != shown:
+            different = [k for k in shown if before.get(k) != shown[k]]
+            raise ConfigurationError(
+                f"{folder} holds a run that differs in {different}: choose another output folder"
+            )
+    machine = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "lightning": version("pytorch-lightning"),
+        "processor": platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+    }
+    path.write_text(json.dumps({"experiment": shown, "machine": machine}, indent=2) + "\n")
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    logger = logging.getLogger("pytorch_lightning")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*does not have many workers.*")
+            warnings.filterwarnings("ignore", ".*number of training batches.*")
+            warnings.filterwarnings("ignore", "the system of the remaining points is indefinite.*")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+@dataclass(frozen=True)
+class _Seed:
+    """One seed's data, initial module and folder."""
+
+    experiment: Experiment
+    seed: int
+    folder: Path
+    initial: pl.LightningModule
+    train: Points
+    test: Points
+    wrong: Tensor  # which labels (n,) were made wrong
+    train_batch: int
+
+    @classmethod
+    def start(cls, experiment: Experiment, seed: int, folder: Path) -> _Seed:
+        pl.seed_everything(seed, verbose=False)
+        datamodule, module = experiment.datamodule(), experiment.module()
+        points = training_points(datamodule)
+        x, y = points.batch(range(len(points)))
+        datamodule.setup("test")
+        loader = datamodule.test_dataloader()
+        tests = [batch[:2] for batch in loader]
+        test = (torch.cat([b[0] for b in tests]), torch.cat([b[1] for b in tests]))
+        batch = getattr(datamodule.train_dataloader(), "batch_size", None) or 128
+        dtype = torch.float64 if experiment.precision == "64-true" else torch.float32
+        x, test = x.to(dtype), (test[0].to(dtype), test[1])
+        wrong = torch.zeros(len(x), dtype=torch.bool)
+        kind, _, value = experiment.selection.partition(":")
+        if kind == "mislabelled":
+            wrong = torch.rand(len(x)) < float(value)
+            y = _mislabel(y, wrong)
+        return cls(experiment, seed, folder, module.to(dtype), (x, y), test, wrong, batch)
+
+    def run(self, table: Table, on_cells: Callable[[list[Cell]], None]) -> None:
+        experiment, n = self.experiment, len(self.train[0])
+        counts = experiment.counts(n)
+        labels = ["none", "retrain", *(row.label for row in experiment.rows)]
+        missing = [m for m in counts if not all(table.has(self.seed, m, k) for k in labels)]
+        if not missing:
+            return
+        everyone = torch.arange(n)
+        trained, seconds = self.head("trained", everyone)
+        start = time.perf_counter()
+        memories = self.memories(trained)
+        stage_one = time.perf_counter() - start
+        disk = {label: _disk_bytes(memory) for label, memory in memories.items()}
+        order = self.order(trained)
+        shadows = self.shadows()
+        for m in tqdm(missing, f"{experiment.name}, seed {self.seed}", leave=False):
+            gone, keep = order[:m], order[m:].sort().values
+            retrained, retrain_seconds = self.head(f"without-{m}", keep)
+            judge = self.judge(trained, retrained, gone, keep, shadows)
+            target = judge.measure(retrained, memories["reference"].without(gone.tolist()))
+            for row in (None, *experiment.rows):
+                label = "none" if row is None else row.label
+                if table.has(self.seed, m, label):
+                    continue
+                found = self.unlearn(row, memories, trained, gone, judge)
+                if row is not None:
+                    found["seconds_stage_one"] = stage_one / len(experiment.rows)
+                    found["disk_bytes"] = disk[label]
+                self._record(table, on_cells, m, label, {**found, **gaps(found, target)})
+            if not table.has(self.seed, m, "retrain"):
+                found = {**target, **gaps(target, target), "seconds": retrain_seconds}
+                self._record(table, on_cells, m, "retrain", found)
+
+    def _record(
+        self,
+        table: Table,
+        on_cells: Callable[[list[Cell]], None],
+        m: int,
+        label: str,
+        found: dict[str, float],
+    ) -> None:
+        share = m / len(self.train[0])
+        cells = [Cell(self.seed, m, share, label, name, value) for name, value in found.items()]
+        table.add(cells)
+        on_cells(cells)
+
+    # --- training ---------------------------------------------------------------------------
+
+    def head(self, name: str, keep: Tensor) -> tuple[Tensor, float]:
+        """ω (p,) trained on the points ``keep`` from the seed's initial weights, and seconds."""
+        path = self.folder / "heads" / f"seed-{self.seed}-{name}.safetensors"
+        if path.exists():
+            saved = load_file(path)
+            return saved["omega"], float(saved["seconds"])
+        start = time.perf_counter()
+        omega = self._fit(copy.deepcopy(self.initial), keep)
+        seconds = time.perf_counter() - start
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file({"omega": omega, "seconds": torch.tensor(seconds, dtype=torch.float64)}, path)
+        return omega, seconds
+
+    def _fit(self, module: pl.LightningModule, keep: Tensor) -> Tensor:
+        experiment = self.experiment
+        pl.seed_everything(self.seed, verbose=False)
+        callback = MUterCallback(
+            experiment.threat,
+            head=experiment.head,
+            loss=experiment.loss,
+            method="none",
+            newton_steps=experiment.newton_steps,
+            weight_decay=experiment.weight_decay,
+            batch_size=experiment.batch_size,
+            attack_steps=experiment.attack_steps,
+            attack_step_size=experiment.attack_step_size,
+        )
+        trainer = Trainer(
+            max_epochs=experiment.max_epochs,
+            callbacks=[callback],
+            precision=experiment.precision,  # type: ignore[arg-type]
+            **_QUIET,
+        )
+        dataset = TensorDataset(self.train[0][keep], self.train[1][keep])
+        trainer.fit(module, DataLoader(dataset, batch_size=self.train_batch, shuffle=True))
+        memory = callback.memory
+        if memory is None:
+            raise ConfigurationError("training ended without a memory: max_epochs must be >= 1")
+        self._decay_file().parent.mkdir(parents=True, exist_ok=True)
+        self._decay_file().write_text(json.dumps(memory.settings.weight_decay))
+        return memory.omega_star.cpu()
+
+    def _decay_file(self) -> Path:
+        return self.folder / "heads" / "weight_decay.json"
+
+    def _decay(self) -> float:
+        return float(json.loads(self._decay_file().read_text()))
+
+    def shadows(self) -> Shadows | None:
+        """Heads trained on random halves of the training points."""
+        if self.experiment.shadows == 0:
+            return None
+        n = len(self.train[0])
+        generator = torch.Generator().manual_seed(self.seed)
+        halves = [torch.randperm(n, generator=generator) for _ in range(self.experiment.shadows)]
+        members = torch.zeros(len(halves), n, dtype=torch.bool)
+        omegas = []
+        for k, half in enumerate(halves):
+            keep = half[: n // 2].sort().values
+            members[k, keep] = True
+            omegas.append(self.head(f"shadow-{k}", keep)[0])
+        return Shadows(torch.stack(omegas), members)
+
+    # --- unlearning -------------------------------------------------------------------------
+
+    def at(self, omega: Tensor) -> pl.LightningModule:
+        """A copy of the module with its head at ω."""
+        module = copy.deepcopy(self.initial)
+        reference = self.experiment.settings(Row(label="reference"), 0.0)
+        reference.derivatives(module).set(omega)
+        return module
+
+    def memories(self, trained: Tensor) -> dict[str, UnlearningMemory]:
+        """Every row's memory at ω*, and the one of muter that judges refer to."""
+        experiment, decay = self.experiment, self._decay()
+        rows = [Row(label="reference", method="none"), *experiment.rows]
+        settings = [experiment.settings(row, decay) for row in rows]
+        x, y = self.train
+        key = bytes(16)
+        rows_of_bytes = [list(digest(key, a, b)) for a, b in zip(x, y, strict=True)]
+        digests = torch.tensor(rows_of_bytes, dtype=torch.uint8)
+        size = experiment.batch_size
+        batches = zip(torch.split(x, size), torch.split(y, size), strict=True)
+        built = build_memories(self.at(trained), settings, batches, digests, key)
+        robust = replace(built[0].settings, method="muter")  # what its bound is about
+        built[0] = replace(built[0], settings=robust)
+        return {row.label: memory for row, memory in zip(rows, built, strict=True)}
+
+    def order(self, trained: Tensor) -> Tensor:
+        """The order in which points are forgotten (n,)."""
+        n = len(self.train[0])
+        order = torch.randperm(n, generator=torch.Generator().manual_seed(self.seed))
+        kind, _, value = self.experiment.selection.partition(":")
+        if kind == "class":
+            first = self.train[1][order] == int(value)
+        elif kind == "mislabelled":
+            first = self.wrong[order]
+        elif kind == "highest_loss":
+            return self._losses(trained).argsort(descending=True)
+        else:
+            return order
+        return torch.cat([order[first], order[~first]])
+
+    def _losses(self, trained: Tensor) -> Tensor:
+        settings = self.experiment.settings(Row(label="reference"), 0.0)
+        module = self.at(trained)
+        derivatives, recipe = settings.derivatives(module), settings.recipe()
+        size = self.experiment.batch_size
+        with measuring(module):
+            return torch.cat(
+                [
+                    recipe.perturb(derivatives, x, y).losses
+                    for x, y in zip(*(torch.split(t, size) for t in self.train), strict=True)
+                ]
+            )
+
+    def judge(
+        self,
+        trained: Tensor,
+        retrained: Tensor,
+        gone: Tensor,
+        keep: Tensor,
+        shadows: Shadows | None,
+    ) -> Judge:
+        """What measures every candidate after the removal of ``gone``."""
+        settings = self.experiment.settings(Row(label="reference"), self._decay())
+        module = self.at(retrained)
+        x, y = self.train[0][keep], self.train[1][keep]
+        size = self.experiment.batch_size
+        derivatives = settings.derivatives(module)
+        objective = RobustObjective(
+            derivatives,
+            settings.recipe(),
+            lambda: zip(torch.split(x, size), torch.split(y, size), strict=True),
+            lambda tensor: tensor,
+        )
+        return Judge(
+            derivatives=derivatives,
+            threat=self.experiment.threat,
+            retained=(x, y),
+            forgotten=(self.train[0][gone], self.train[1][gone]),
+            test=self.test,
+            retrained=retrained,
+            trained=trained,
+            robust_points=self.experiment.robust_points,
+            objective=objective,
+            shadows=shadows,
+            forgotten_members=None if shadows is None else shadows.members[:, gone],
+        )
+
+    def unlearn(
+        self,
+        row: Row | None,
+        memories: dict[str, UnlearningMemory],
+        trained: Tensor,
+        gone: Tensor,
+        judge: Judge,
+    ) -> dict[str, float]:
+        """Forget ``gone`` through the trainer, and measure; None is the unchanged model."""
+        reference = memories["reference"].without(gone.tolist())
+        if row is None:
+            return judge.measure(trained, reference)
+        memory = memories[row.label]
+        module = self.at(trained)
+        trainer = Trainer(accelerator="auto", devices=1, **_QUIET)
+        removals = RemovalDataModule(TensorDataset(*self.train), gone.tolist())
+        result = trainer.unlearn(removals, model=module, memory=memory)
+        omega = memory.settings.derivatives(module).get().cpu()
+        found = judge.measure(omega, reference)
+        found["seconds"] = result.seconds["maximise_and_solve"]
+        found["residual"] = result.residual
+        found["memory_bytes"] = float(memory.matrix.numel() * memory.matrix.element_size())
+        found["smallest_eigenvalue"] = memory.summary["smallest_eigenvalue"]
+        found["usable_response"] = memory.summary["usable_response"]
+        return found
+
+
+def _mislabel(y: Tensor, wrong: Tensor) -> Tensor:
+    classes = int(y.max()) + 1
+    shift = torch.randint(1, max(classes, 2), y.shape)
+    return torch.where(wrong, (y + shift) % max(classes, 2), y)
+
+
+def _disk_bytes(memory: UnlearningMemory) -> float:
+    with tempfile.TemporaryDirectory() as folder:
+        memory.save(folder)
+        return 1.0 * sum(path.stat().st_size for path in Path(folder).iterdir())

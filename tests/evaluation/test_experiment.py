@@ -1,0 +1,166 @@
+"""A declared experiment through the command line: ranking, resuming, plots and tables."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from test_unlearning import Data, Net
+
+from lightning_muter import ConfigurationError, L2Ball
+from lightning_muter.cli import main
+from lightning_muter.evaluation import Cell, Experiment, Row, Table, run, runner
+from lightning_muter.evaluation.tables import update_tables
+
+ROOT = Path(__file__).parents[2]
+CONFIG = str(ROOT / "examples" / "experiments" / "digits.yaml")
+
+
+@pytest.mark.slow
+def test_digits_through_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    output = tmp_path / "digits"
+    main(["evaluate", "-c", CONFIG, "--output", str(output), "--shadows", "2"])
+    table = Table(output / "results.csv")
+    assert table.removals() == [1, 10, 72] and len(table.methods()) == 11
+    for removed in table.removals():
+        muter = table.values("muter", removed, "distance_relative")
+        assert set(muter) == {0, 1}
+        for method in set(table.methods()) - {"muter", "retrain"}:
+            other = table.values(method, removed, "distance_relative")
+            assert max(muter.values()) < 0.2 * min(other.values()), (method, removed)
+        for seed, bound in table.values("muter", removed, "bound").items():
+            assert table.values("muter", removed, "distance")[seed] <= bound
+        for value in table.values("retrain", removed, "gradient_norm").values():
+            assert value < 1e-6
+    main(["plot", str(output), "--title", "digits"])
+    assert {"comparison.png", "pareto.png"} <= {path.name for path in output.iterdir()}
+
+
+def small(seeds: int = 1, **options: object) -> Experiment:
+    return Experiment(
+        **{  # type: ignore[arg-type]
+            "name": "small",
+            "module": Net,
+            "datamodule": Data,
+            "threat": L2Ball(0.3),
+            "head": "classifier",
+            "rows": [Row(label="muter"), Row(label="newton", method="newton")],
+            "removals": [1, "10%"],
+            "seeds": seeds,
+            "newton_steps": 20,
+            "robust_points": 10,
+            **options,
+        }
+    )
+
+
+def test_a_stopped_run_goes_on_and_equals_an_uninterrupted_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = run(small(), tmp_path / "whole")
+
+    class Stopped(Exception):
+        pass
+
+    groups: list[list[Cell]] = []
+
+    def stop(cells: list[Cell]) -> None:
+        groups.append(cells)
+        if len(groups) == 3:
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        run(small(), tmp_path / "parts", stop)
+    monkeypatch.setattr(runner._Seed, "_fit", _no_fit(runner._Seed._fit))
+    resumed = run(small(), tmp_path / "parts")
+    assert len(resumed.cells) == len(whole.cells)
+    for one, other in zip(_timeless(whole), _timeless(resumed), strict=True):
+        assert (one.removed, one.method, one.metric) == (other.removed, other.method, other.metric)
+        assert one.value == pytest.approx(other.value, rel=1e-6, abs=1e-9)
+    before = (tmp_path / "parts" / "results.csv").read_bytes()
+    run(small(), tmp_path / "parts")
+    assert (tmp_path / "parts" / "results.csv").read_bytes() == before
+
+
+def _no_fit(fit: object) -> object:
+    def once(self: object, module: object, keep: torch.Tensor) -> torch.Tensor:
+        assert len(keep) == 37  # only the Retrain that the stop left undone
+        result: torch.Tensor = fit(self, module, keep)  # type: ignore[operator]
+        return result
+
+    return once
+
+
+def _timeless(table: Table) -> list[Cell]:
+    kept = [c for c in table.cells if not c.metric.startswith(("seconds", "disk"))]
+    return sorted(kept, key=lambda c: (c.removed, c.method, c.metric))
+
+
+def test_another_experiment_is_refused(tmp_path: Path) -> None:
+    run(small(removals=[1]), tmp_path)
+    with pytest.raises(ConfigurationError, match="threat"):
+        run(small(threat=L2Ball(0.2)), tmp_path)
+
+
+@pytest.mark.parametrize("selection", ["highest_loss", "class:1", "mislabelled:0.2"])
+def test_selections(selection: str, tmp_path: Path) -> None:
+    seed = runner._Seed.start(small(selection=selection), 0, tmp_path)
+    omega = torch.zeros(21, dtype=torch.float64)
+    omega[:18] = torch.linspace(-1, 1, 18)
+    order = seed.order(omega)
+    assert sorted(order.tolist()) == list(range(41))
+    labels = seed.train[1]
+    if selection == "class:1":
+        first = int((labels == 1).sum())
+        assert bool((labels[order[:first]] == 1).all())
+    elif selection == "highest_loss":
+        losses = seed._losses(omega)
+        assert bool((losses[order].diff() <= 0).all())
+    else:
+        truth = Data().dataset.tensors[1]
+        wrong = labels != truth
+        assert torch.equal(wrong, seed.wrong) and 0 < int(wrong.sum()) < 20
+        assert bool(wrong[order[: int(wrong.sum())]].all())
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"selection": "worst"},
+        {"selection": "class"},
+        {"removals": []},
+        {"seeds": 0},
+        {"rows": [Row(label="none")]},
+        {"rows": [Row(label="a"), Row(label="a")]},
+        {"loss": "hinge"},
+    ],
+)
+def test_bad_experiments_are_refused(bad: dict[str, object]) -> None:
+    with pytest.raises(ConfigurationError):
+        small(**bad)
+
+
+@pytest.mark.parametrize("removal", ["many", 0, 41, "200%"])
+def test_bad_removals_are_refused(removal: object) -> None:
+    with pytest.raises(ConfigurationError, match="removal"):
+        small(removals=[removal]).counts(41)
+
+
+def test_tables_regenerate_and_go_stale(tmp_path: Path) -> None:
+    table = Table(tmp_path / "results.csv")
+    table.add([Cell(s, 4, 0.1, "muter", "distance_relative", 0.1 + s) for s in (0, 1)])
+    page = tmp_path / "page.md"
+    page.write_text("before\n<!-- table results.csv removed=4 -->\nold\n<!-- /table -->\nafter\n")
+    assert update_tables([page], check=True) == [str(page)] and "old" in page.read_text()
+    assert update_tables([page]) == [str(page)]
+    text = page.read_text()
+    assert "| muter | 0.6 ± 0.7 |" in text and text.startswith("before") and "after" in text
+    assert update_tables([page], check=True) == []
+    page.write_text("<!-- table nothing.csv -->\n<!-- /table -->\n")
+    with pytest.raises(ConfigurationError, match="existing CSV"):
+        update_tables([page])
+    (tmp_path / "other.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(ConfigurationError, match="columns"):
+        Table(tmp_path / "other.csv")
