@@ -17,7 +17,10 @@ __all__ = ["ROWS", "Experiment", "Row"]
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """A line of the comparison: a method under a label of its own."""
+    """A line of the comparison: a method under a label of its own.
+
+    ``noise_std`` is the σ of Gaussian noise on ω^u, the rest as in `MUterCallback`.
+    """
 
     label: str
     method: str = "muter"
@@ -26,6 +29,7 @@ class Row:
     neumann_order: int = 3
     space: str = "input"
     damping: float = 0.0
+    noise_std: float = 0.0
 
 
 #: MUter in three variants and the six baselines; none and retrain are always there.

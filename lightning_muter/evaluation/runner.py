@@ -361,7 +361,8 @@ class _Seed:
         module = self.at(trained)
         trainer = Trainer(accelerator="auto", devices=1, **_QUIET)
         removals = RemovalDataModule(TensorDataset(*self.train), gone.tolist())
-        result = trainer.unlearn(removals, model=module, memory=memory)
+        pl.seed_everything(self.seed, verbose=False)
+        result = trainer.unlearn(removals, module, memory, noise_std=row.noise_std)
         omega = memory.settings.derivatives(module).get().cpu()
         found = judge.measure(omega, reference)
         found["seconds"] = result.seconds["maximise_and_solve"]
