@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from abc import ABC, abstractmethod
 from pathlib import Path
 
 import numpy as np
@@ -22,22 +23,35 @@ def file(name: str, path: str | None) -> Path | None:
     return found if found is not None and found.exists() else None
 
 
-class Arrays(pl.LightningDataModule):
-    """Train and test tensors; a subclass reads them in ``read``."""
+class Arrays(pl.LightningDataModule, ABC):
+    """Train and test tensors; a subclass reads them in ``read``.
 
-    def __init__(self, batch_size: int = 128, targets: str = "class") -> None:
+    ``targets="sign"`` makes -1 and 1 of two classes, for ridge regression; ``path`` is the folder
+    of the data file; ``points`` keeps so many training points, drawn at random.
+    """
+
+    def __init__(
+        self,
+        batch_size: int = 128,
+        targets: str = "class",
+        path: str | None = None,
+        points: int | None = None,
+    ) -> None:
         super().__init__()
-        self.batch_size, self.targets = batch_size, targets
+        self.batch_size, self.targets, self.path, self.points = batch_size, targets, path, points
         self._parts: list[Tensor] = []
 
+    @abstractmethod
     def read(self) -> list[Tensor]:
         """Training inputs and labels, test inputs and labels."""
-        raise NotImplementedError
 
     def setup(self, stage: str) -> None:
         if not self._parts:
             x, y, test_x, test_y = self.read()
-            if self.targets == "sign":  # ridge regression on -1 and 1
+            if self.points is not None:
+                some = torch.randperm(len(x))[: self.points]
+                x, y = x[some], y[some]
+            if self.targets == "sign":
                 y, test_y = 2.0 * y.double() - 1, 2.0 * test_y.double() - 1
             self._parts = [x, y, test_x, test_y]
 
@@ -51,12 +65,6 @@ class Arrays(pl.LightningDataModule):
 
 class MNISTb(Arrays):
     """Digits 1 (label 0) and 7 (label 1), flattened, in [0, 1]."""
-
-    def __init__(
-        self, batch_size: int = 128, targets: str = "class", path: str | None = None
-    ) -> None:
-        super().__init__(batch_size, targets)
-        self.path = path
 
     def read(self) -> list[Tensor]:
         found = []
@@ -81,12 +89,6 @@ class MNISTb(Arrays):
 
 class Covtype(Arrays):
     """The 10,000-row sample, type 2 against the rest, every column scaled to [0, 1]."""
-
-    def __init__(
-        self, batch_size: int = 128, targets: str = "class", path: str | None = None
-    ) -> None:
-        super().__init__(batch_size, targets)
-        self.path = path
 
     def read(self) -> list[Tensor]:
         source = file("covtype10k.npz", self.path)
