@@ -28,6 +28,7 @@ from lightning_muter import (
     RemovalDataModule,
     Trainer,
 )
+from lightning_muter.evaluation import Cell, Table
 
 COUNTS = (1, 50, 250)
 
@@ -78,8 +79,10 @@ def finetune(
     return trainer, muter
 
 
-def one_seed(seed: int, data: str, eps: float, points: int, newton_steps: int) -> None:
-    """Print a JSON line for every method and removal count."""
+def one_seed(
+    seed: int, data: str, eps: float, points: int, newton_steps: int, table: Table | None
+) -> None:
+    """Print a JSON line for every method and removal count, and add it to the table."""
     pl.seed_everything(seed, verbose=False)
     threat = L2Ball(eps, data_range=(0, 1))
     x, y, test_x, test_y = mnist(data)
@@ -96,6 +99,15 @@ def one_seed(seed: int, data: str, eps: float, points: int, newton_steps: int) -
 
     def report(**row: Any) -> None:
         print(json.dumps({"seed": seed, **row}), flush=True)
+        if table is not None and "method" in row:
+            m, method = row["removed"], row["method"]
+            metrics = ("distance", "relative_to_none", "seconds")
+            names = ("distance", "distance_relative", "seconds")
+            cells = [
+                Cell(seed, m, m / points, method, name, row[metric])
+                for name, metric in zip(names, metrics, strict=True)
+            ]
+            table.add(cells)
 
     start = time.perf_counter()
     _, muter = finetune(model, x, y, threat, "muter", newton_steps)
@@ -118,6 +130,7 @@ def one_seed(seed: int, data: str, eps: float, points: int, newton_steps: int) -
         none = float((memory.omega_star - retrained[m]).norm())
         residual = other.memory.summary["residual_gradient"]
         report(removed=m, none=none, retrain_residual=residual)
+        report(method="none", removed=m, distance=none, relative_to_none=1.0, seconds=0.0)
     for method in METHODS:
         if METHODS[method].has_memory:
             trainer, callback = finetune(copy.deepcopy(model), x, y, threat, method, 0)
@@ -147,11 +160,13 @@ def main() -> None:
     parser.add_argument("--points", type=int, default=5000)
     parser.add_argument("--newton-steps", type=int, default=12)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--output", help="a CSV file for the tables of the documentation")
     given = parser.parse_args()
+    table = None if given.output is None else Table(given.output)
     warnings.simplefilter("ignore")
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
     for seed in given.seeds:
-        one_seed(seed, given.data, given.eps, given.points, given.newton_steps)
+        one_seed(seed, given.data, given.eps, given.points, given.newton_steps, table)
 
 
 if __name__ == "__main__":

@@ -260,6 +260,7 @@ def _retrain(
     fresh = pl.Trainer(
         max_epochs=trainer.max_epochs,
         accelerator="cpu",
+        precision=trainer.precision,
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=trainer.progress_bar_callback is not None,
