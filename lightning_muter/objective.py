@@ -17,6 +17,7 @@ __all__ = ["Evaluation", "RobustObjective", "evaluation_of", "newton"]
 
 #: a Hessian is used again while a step lowers the gradient to this share
 _PAYS = 0.3
+_HALVINGS = 5
 
 Batches = Callable[[], Iterable[tuple[Tensor, Tensor]]]
 
@@ -135,12 +136,14 @@ def _descend(
     objective: RobustObjective, recipe: Recipe, matrix: Tensor, start: Evaluation, tol: float
 ) -> Evaluation:
     """Steps with one Hessian until they stop paying, and the evaluation where they end."""
+    halvings = _HALVINGS
     while True:
         omega = objective.derivatives.get()
         step = direct(matrix, start.gradient).value
-        trial = _line_search(objective, recipe, omega, step, start)
+        trial = _line_search(objective, recipe, omega, step, start, halvings)
         if trial is None:
             return start
+        halvings = 0  # a Hessian of elsewhere is good for whole steps or for none
         paid = trial.residual < _PAYS * start.residual
         start = trial
         if not paid or start.residual <= tol * max(1.0, start.value):
@@ -148,10 +151,15 @@ def _descend(
 
 
 def _line_search(
-    objective: RobustObjective, recipe: Recipe, omega: Tensor, step: Tensor, start: Evaluation
+    objective: RobustObjective,
+    recipe: Recipe,
+    omega: Tensor,
+    step: Tensor,
+    start: Evaluation,
+    halvings: int,
 ) -> Evaluation | None:
-    for halvings in range(6):
-        objective.derivatives.set(omega - 0.5**halvings * step)
+    for halving in range(halvings + 1):
+        objective.derivatives.set(omega - 0.5**halving * step)
         trial = objective.gradient(recipe)
         if trial.residual < start.residual or trial.value < start.value:
             return trial
