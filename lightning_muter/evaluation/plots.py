@@ -26,6 +26,7 @@ _STYLES: tuple[tuple[str, str, str], ...] = (
     ("#018571", "<", "--"),
     ("#80cdc1", ">", "-."),
     ("#777777", "*", ":"),
+    ("#b2182b", "d", "--"),
 )
 _ROWS = (
     ("distance_relative", "distance to Retrain\nrelative to none", True),
@@ -77,7 +78,7 @@ def plot_comparison(
         if logarithmic:
             axis.set_yscale("log")
     if little:
-        inset = axes[0].inset_axes((0.62, 0.08, 0.36, 0.36))
+        inset = axes[0].inset_axes((0.6, 0.3, 0.38, 0.34))
         _curves(table, inset, _ROWS[0][0], little, ("retrain",), share=False)
         inset.set_yscale("log")
         inset.tick_params(labelsize=5)
@@ -134,6 +135,7 @@ def plot_pareto(table: Table, path: str | os.PathLike[str], title: str = "") -> 
     axis.set_ylabel("distance to Retrain, relative to none", fontsize=8)
     axis.set_title(f"{title} {removed:,} removed".strip(), fontsize=9)
     axis.tick_params(labelsize=7, which="both")
+    axis.xaxis.set_minor_formatter("")
     axis.spines[["top", "right"]].set_visible(False)
     axis.legend(fontsize=6, frameon=False)
     figure.savefig(path, dpi=200)
