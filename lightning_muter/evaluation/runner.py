@@ -374,6 +374,9 @@ class _Seed:
 
 
 def _mislabel(y: Tensor, wrong: Tensor) -> Tensor:
+    """Another class at random where ``wrong``; the other sign for targets of regression."""
+    if y.is_floating_point():
+        return torch.where(wrong, -y, y)
     classes = int(y.max()) + 1
     shift = torch.randint(1, max(classes, 2), y.shape)
     return torch.where(wrong, (y + shift) % max(classes, 2), y)

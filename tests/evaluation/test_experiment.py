@@ -125,6 +125,11 @@ def test_selections(selection: str, tmp_path: Path) -> None:
         assert bool(wrong[order[: int(wrong.sum())]].all())
 
 
+def test_wrong_labels_of_regression_change_sign() -> None:
+    y, wrong = torch.tensor([1.0, -1.0, 1.0]), torch.tensor([True, True, False])
+    assert runner._mislabel(y, wrong).tolist() == [-1.0, 1.0, 1.0]
+
+
 @pytest.mark.parametrize(
     "bad",
     [
