@@ -107,15 +107,14 @@ def newton(
     """Damped Newton steps with the total Hessian, δ* solved again at each; ‖∇F‖ after each.
 
     Each Hessian serves further steps, a gradient pass each, as long as they pay. A smoothed threat
-    starts wide and ends at its own bandwidth half-way. A step that lowers neither F nor its
-    gradient is halved; where none does, Newton stops at its best point. ω in the module is what
-    changes.
+    starts wide and ends at its own bandwidth half-way. A step that does not lower F is halved;
+    where no step helps, Newton stops at its best point. ω in the module is what changes.
     """
     derivatives = objective.derivatives
     history: list[float] = []
     homotopy = objective.recipe.threat.relaxed(2.0) is not objective.recipe.threat
     for k in range(steps):
-        widening = max(1.0, 10.0 ** (2 - 4 * (k + 1) / steps)) if homotopy and steps > 1 else 1.0
+        widening = max(1.0, 10.0 ** (4 - 8 * (k + 1) / steps)) if homotopy and steps > 1 else 1.0
         recipe = objective.recipe.at_bandwidth(widening) if widening > 1 else objective.recipe
         start, matrix = objective.curvature(recipe.rough())
         if start.residual <= tol * max(1.0, start.value) and widening == 1.0:
@@ -158,10 +157,21 @@ def _line_search(
     start: Evaluation,
     halvings: int,
 ) -> Evaluation | None:
+    """The first halving that lowers F enough (Armijo); at F's rounding, that lowers the gradient.
+
+    Where no halving does, as when a maximiser jumps, the one of the lowest gradient serves.
+    """
+    slope = float(start.gradient @ step)
+    rounding = 100 * torch.finfo(objective.derivatives.dtype).eps * max(1.0, abs(start.value))
+    best, where = start, omega
     for halving in range(halvings + 1):
-        objective.derivatives.set(omega - 0.5**halving * step)
+        scale = 0.5**halving
+        objective.derivatives.set(omega - scale * step)
         trial = objective.gradient(recipe)
-        if trial.residual < start.residual or trial.value < start.value:
-            return trial
-    objective.derivatives.set(omega)
-    return None
+        lowers = trial.value <= start.value - 1e-4 * scale * slope
+        if lowers or trial.residual < best.residual:
+            best, where = trial, objective.derivatives.get()
+        if lowers or (trial.value <= start.value + rounding and best is trial):
+            break
+    objective.derivatives.set(where)
+    return None if best is start else best

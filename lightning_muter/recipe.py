@@ -191,7 +191,8 @@ class Recipe:
             loss = derivatives.loss(outputs, point.targets).double().sum()
             stationary, active = float(n), 0.0
         else:
-            loss = point.inner.losses.sum()
+            inner = point.inner
+            loss = (inner.losses + self.threat.merit(inner.delta, inner.grad)).sum()
             stationary = float(point.inner.stationary.sum())
             active = float(self.threat.active(point.origin, point.inner.delta).sum())
         gradient = derivatives.gradient_sum(point.inputs, point.targets)
