@@ -59,6 +59,8 @@ class MUterCallback(AdversarialTraining):
         newton_steps: Newton steps on the robust objective before Stage I.
         damping: added to M before each solve.
         solver: "direct", "schur" (Theorem 2, matrix-free) or "auto" by size.
+        sketch: seeded probes a point for the inner response where all of ∂φ/∂x is too dear (a
+            wide network's head); 0 for the exact response.
         weight_decay: λ; None reads it from the optimizer.
         memory_dir: where to save the memory, keep it current, and put the model at ω*
             (``model.ckpt``); None keeps the memory in the process.
@@ -85,6 +87,7 @@ class MUterCallback(AdversarialTraining):
         newton_steps: int = 0,
         damping: float = 0.0,
         solver: str = "auto",
+        sketch: int = 0,
         weight_decay: float | None = None,
         memory_dir: str | None = None,
         batch_size: int = 512,
@@ -103,6 +106,7 @@ class MUterCallback(AdversarialTraining):
             space=space,
             damping=damping,
             solver=solver,
+            sketch=sketch,
             weight_decay=weight_decay or 0.0,
         )
         super().__init__(threat, attack, loss, attack_steps, attack_step_size)

@@ -8,7 +8,14 @@ from typing import Any, cast
 import pytorch_lightning as pl
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, DistributedSampler, Subset, default_collate
+from torch.utils.data import (
+    DataLoader,
+    Dataset,
+    DistributedSampler,
+    Subset,
+    TensorDataset,
+    default_collate,
+)
 
 from lightning_muter.errors import ConfigurationError, RemovalError
 
@@ -34,7 +41,7 @@ class TrainingPoints:
 
     def batch(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Inputs and targets of some points."""
-        batch = self.collate([self.dataset[i] for i in indices])
+        batch = self._collated(indices)
         if not isinstance(batch, (list, tuple)) or len(batch) < 2:
             raise ConfigurationError(
                 f"a batch is a {type(batch).__name__}; expected (input, target) tensors"
@@ -46,6 +53,11 @@ class TrainingPoints:
                 "floating-point tensors: convert in the data set"
             )
         return x, cast(Tensor, targets)
+
+    def _collated(self, indices: Sequence[int]) -> Any:
+        if type(self.dataset) is TensorDataset and self.collate is default_collate:
+            return [tensor[list(indices)] for tensor in self.dataset.tensors]  # no Python loop
+        return self.collate([self.dataset[i] for i in indices])
 
     def batches(
         self, indices: Sequence[int], batch_size: int, device: torch.device

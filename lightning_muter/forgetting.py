@@ -78,7 +78,8 @@ def forget(
         gradient = total.gradient + decay * memory.omega_star
         rhs = memory.gradient + gradient
         remaining = removal.neg_().add_(memory.matrix)  # in place: p x p is what is large
-        if settings.solver == "schur" or (settings.solver == "auto" and memory.p > _DIRECT_LIMIT):
+        large = settings.solver == "auto" and memory.p > _DIRECT_LIMIT and not settings.sketch
+        if settings.solver == "schur" or large:
             mine_of_all = _Share(share, reduce)
             solution = _schur(memory, recipe, derivatives, x, targets, rhs, mine_of_all)
         else:

@@ -53,6 +53,7 @@ def total_hessian(
     neumann_order: int = 3,
     space: str = "input",
     weight_decay: float = 0.0,
+    sketch: int = 0,
     delta: Tensor | None = None,
 ) -> Tensor:
     """Σ_i D_i over a batch: the Hessian of its robust loss in the chosen parameters.
@@ -72,6 +73,7 @@ def total_hessian(
         neumann_order: the k at which the series is clipped.
         space: "input", or "features" for the variant that perturbs the head's input.
         weight_decay: λ of the training objective.
+        sketch: seeded probes a point for the inner response of a network; 0 for the exact one.
         delta: the maximisers (n, ...), if they are known; found otherwise.
 
     Returns:
@@ -89,9 +91,8 @@ def total_hessian(
         torch.Size([3, 3])
     """
     derivatives = derivatives_for(module, loss, head, parameters, space)
-    recipe = Recipe(
-        "muter", threat, resolve_response(response, inverse, neumann_order), weight_decay
-    )
+    resolved = resolve_response(response, inverse, neumann_order, sketch)
+    recipe = Recipe("muter", threat, resolved, weight_decay)
     x, targets = batch[0], batch[1]
     total = torch.zeros(derivatives.p, derivatives.p, dtype=torch.float64, device=x.device)
 

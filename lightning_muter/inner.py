@@ -51,6 +51,7 @@ def maximise(
     max_iter: int = 200,
     tol: float = 1e-8,
     start: Tensor | None = None,
+    dtype: torch.dtype = torch.float64,
 ) -> InnerMaximum:
     """Ascend to a stationary point of the inner problem, deterministically.
 
@@ -65,8 +66,10 @@ def maximise(
         max_iter: passes over the batch at the most.
         tol: a point is done when the map moves it by less than this share of the radius.
         start: perturbations (n, d) to start from.
+        dtype: what losses and gradients were computed in: no difference below its rounding counts.
     """
-    tol = max(tol, 20 * torch.finfo(x.dtype).eps)
+    rounding = torch.finfo(dtype).eps
+    tol = max(tol, 50 * rounding)
     delta = torch.zeros_like(x) if start is None else threat.project(x, start)
     losses, grad = input_gradient(x + delta, torch.arange(len(x), device=x.device))
     size = torch.full_like(x[:, :1], torch.inf)
@@ -81,7 +84,7 @@ def maximise(
         value, new_slope = input_gradient(point + candidate, todo)
         before = losses[some] + threat.merit(now, slope)
         after = value + threat.merit(candidate, slope)
-        slack = 10 * torch.finfo(x.dtype).eps * (1 + before.abs())
+        slack = 10 * rounding * (1 + before.abs())
         better = (after >= before - slack).unsqueeze(1)
         delta[some] = torch.where(better, candidate, now)
         grad[some] = torch.where(better, new_slope, slope)

@@ -86,7 +86,9 @@ class Recipe:
             return derivatives.input_gradient(shaped, targets[which])
 
         if delta is None:
-            return maximise(input_gradient, flat, self.threat, self.max_iter)
+            return maximise(
+                input_gradient, flat, self.threat, self.max_iter, dtype=derivatives.dtype
+            )
         delta = delta.reshape(flat.shape).double()
         losses, grad = derivatives.input_gradient((flat + delta).reshape(x.shape).to(x), targets)
         moved = self.threat.stationarity(flat, delta, grad)
@@ -138,6 +140,8 @@ class Recipe:
             f = derivatives.layer.in_features
             if f == d:
                 return max(1, _CHUNK_BYTES // (16 * 8 * d))
+            if self.response.rank:
+                return max(1, _CHUNK_BYTES // (8 * d * 24 * self.response.rank))
             dense = 4 * d * d if derivatives.prefers_dense(x) else 0
             return max(1, _CHUNK_BYTES // (8 * (8 * f * d + 3 * f * f + dense)))
         if isinstance(derivatives, Autodiff):
@@ -179,9 +183,8 @@ class Recipe:
         if curvature == "hessian":
             derivatives.add_direct(point.inputs, point.targets, add)
             return everyone
-        return derivatives.add_total(
-            point.inputs, point.targets, point.geometry, self.response, add
-        )
+        response = self.response.seeded(point.origin)
+        return derivatives.add_total(point.inputs, point.targets, point.geometry, response, add)
 
     def _summary(self, derivatives: Derivatives, point: Point, usable: Tensor) -> Contribution:
         n = len(point.inputs)

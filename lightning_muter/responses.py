@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_muter.errors import ConfigurationError
+from lightning_muter.sketch import inverse_square_root, seeded_probes
 from lightning_muter.solvers import batched_conjugate_gradients
 from lightning_muter.threats import Geometry
 
@@ -105,6 +106,22 @@ class Response(Protocol):
     def matrix_free(self) -> bool:
         """Whether `congruence` is there."""
 
+    @property
+    def rank(self) -> int:
+        """How many probes a point a sketch takes; 0 for exact responses."""
+
+    @property
+    def probes(self) -> Tensor | None:
+        """Probes (n, k, d) of the points at hand, where R is to be sketched."""
+
+    def seeded(self, points: Tensor) -> Response:
+        """The response with the probes of points (n, d); itself where nothing is sketched."""
+
+    def sketch(
+        self, geometry: Geometry, curvature: InputCurvature
+    ) -> tuple[DiagonalLowRank, Tensor]:
+        """An unbiased estimate of R from ``probes``, with ∂δδ l known by its products alone."""
+
     def low_rank(self, geometry: Geometry, v: Tensor, s: Tensor) -> tuple[DiagonalLowRank, Tensor]:
         """R for ∂δδ l = V S Vᵀ with V (n, d, C), S (n, C, C)."""
 
@@ -122,10 +139,32 @@ class Constrained:
     """R = P (P(Δ - ∂δδ)P)^+ P: the constraint differentiated. Source: ours.
 
     ``tol`` is the residual at which `congruence` stops; its error is of the order of the square.
+    With ``rank`` probes a point R is sketched where J is too dear, without bias and positive
+    semidefinite.
     """
 
     tol: float = 1e-6
     constrained: bool = True
+    rank: int = 0
+    probes: Tensor | None = None
+
+    def seeded(self, points: Tensor) -> Response:
+        return replace(self, probes=seeded_probes(points, self.rank)) if self.rank else self
+
+    def sketch(
+        self, geometry: Geometry, curvature: InputCurvature
+    ) -> tuple[DiagonalLowRank, Tensor]:
+        assert self.probes is not None
+        shift = geometry.shift.unsqueeze(1)
+        # P commutes with the scale: μ is one number a point, Λ comes without a normal
+        scale = torch.where(shift > 0, shift.clamp(min=1e-300).rsqrt(), torch.ones_like(shift))
+
+        def scaled(v: Tensor) -> Tensor:
+            return geometry.project(shift * scale.square() * v - scale * curvature(scale * v))
+
+        root, usable = inverse_square_root(scaled, geometry.project(self.probes), self.tol)
+        kept = usable.to(root).unsqueeze(1).expand(root.shape[:2]) / root.shape[1]
+        return DiagonalLowRank(torch.zeros_like(root[:, 0]), scale * root, kept), usable
 
     def low_rank(self, geometry: Geometry, v: Tensor, s: Tensor) -> tuple[DiagonalLowRank, Tensor]:
         inverse = torch.where(
@@ -201,14 +240,42 @@ class Unconstrained:
     inverse: Literal["neumann", "exact"] = "neumann"
     order: int = 3
     constrained: bool = False
+    rank: int = 0
+    probes: Tensor | None = None
 
     def __post_init__(self) -> None:
+        if self.rank and self.inverse == "exact":
+            raise ConfigurationError("sketch needs inverse='neumann': an exact inverse needs all")
         if self.inverse not in ("neumann", "exact"):
             raise ConfigurationError(
                 f"inverse={self.inverse!r} is unknown; expected 'neumann' or 'exact'"
             )
         if self.order < 0:
             raise ConfigurationError(f"neumann_order={self.order} must be at least 0")
+
+    def seeded(self, points: Tensor) -> Response:
+        return replace(self, probes=seeded_probes(points, self.rank)) if self.rank else self
+
+    def sketch(
+        self, geometry: Geometry, curvature: InputCurvature
+    ) -> tuple[DiagonalLowRank, Tensor]:
+        assert self.probes is not None
+        total, converged = self._series(self.probes, curvature)
+        # ½(abᵀ + baᵀ) = ¼((a + b)(a + b)ᵀ - (a - b)(a - b)ᵀ), a = Rz, b = z
+        factors = torch.cat([self.probes - total, -total - self.probes], dim=1)
+        quarter = torch.full_like(factors[:, :, 0], 0.25 / self.rank)
+        quarter[:, self.probes.shape[1] :] *= -1
+        return DiagonalLowRank(torch.zeros_like(factors[:, 0]), factors, quarter), converged
+
+    def _series(self, vectors: Tensor, curvature: InputCurvature) -> tuple[Tensor, Tensor]:
+        """Σ_j (I - ∂δδ)^j times vectors (n, k, d), and whether its terms still fall."""
+        term, total = vectors, vectors.clone()
+        before = after = torch.linalg.vector_norm(vectors, dim=2)
+        for _ in range(self.order):
+            term = term - curvature(term)
+            total += term
+            before, after = after, torch.linalg.vector_norm(term, dim=2)
+        return total, (after < before).all(dim=1)
 
     def _spectral(self, theta: Tensor) -> tuple[Tensor, Tensor]:
         """-f(θ), and whether the series converges (or the inverse exists)."""
@@ -247,23 +314,20 @@ class Unconstrained:
     def congruence(
         self, geometry: Geometry, curvature: InputCurvature, jacobian: Tensor
     ) -> tuple[Dense, Tensor]:
-        term, total = jacobian, jacobian.clone()
-        before = after = torch.linalg.vector_norm(jacobian, dim=2)
-        for _ in range(self.order):
-            term = term - curvature(term)
-            total += term
-            before, after = after, torch.linalg.vector_norm(term, dim=2)
-        return Dense(-total @ jacobian.mT), (after < before).all(dim=1)
+        total, converged = self._series(jacobian, curvature)
+        return Dense(-total @ jacobian.mT), converged
 
 
 def resolve_response(
-    response: str | Response, inverse: str = "neumann", order: int = 3
+    response: str | Response, inverse: str = "neumann", order: int = 3, sketch: int = 0
 ) -> Response:
     """The `Response` for "constrained" or "unconstrained", or the object itself."""
+    if sketch < 0:
+        raise ConfigurationError(f"sketch={sketch} must be 0 (exact) or a number of probes")
     if response == "constrained":
-        return Constrained()
+        return Constrained(rank=sketch)
     if response == "unconstrained":
-        return Unconstrained(inverse, order)  # type: ignore[arg-type]
+        return Unconstrained(inverse, order, rank=sketch)  # type: ignore[arg-type]
     if isinstance(response, str):
         raise ConfigurationError(
             f"response={response!r} is unknown; expected 'constrained' or 'unconstrained'"

@@ -38,16 +38,22 @@ class Settings:
     damping: float
     solver: str
     weight_decay: float = 0.0
+    sketch: int = 0
 
     def __post_init__(self) -> None:
         resolve_method(self.method)
         resolve_loss(self.loss)
-        resolve_response(self.response, self.inverse, self.neumann_order)
+        resolve_response(self.response, self.inverse, self.neumann_order, self.sketch)
         if not isinstance(self.threat, Threat):
             raise ConfigurationError(f"threat={self.threat!r} must be a Threat: L2Ball(eps=0.5)")
         if (self.head is None) == (self.parameters is None):
             raise ConfigurationError(
                 f"head={self.head!r} and parameters={self.parameters!r}: give exactly one"
+            )
+        if self.sketch and (self.head is None or self.solver == "schur"):
+            raise ConfigurationError(
+                f"sketch={self.sketch} with head={self.head!r}, solver={self.solver!r}: a sketch "
+                "needs a linear head and the direct solver"
             )
         if self.solver not in _SOLVERS:
             raise ConfigurationError(f"solver={self.solver!r} is unknown; expected {_SOLVERS}")
@@ -66,7 +72,7 @@ class Settings:
 
     def recipe(self) -> Recipe:
         """What a point contributes under these settings."""
-        response = resolve_response(self.response, self.inverse, self.neumann_order)
+        response = resolve_response(self.response, self.inverse, self.neumann_order, self.sketch)
         return Recipe(self.method, self.threat, response, self.weight_decay)
 
     def to_dict(self) -> dict[str, Any]:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import os
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytorch_lightning as pl
@@ -60,7 +63,7 @@ class Arrays(pl.LightningDataModule, ABC):
         return DataLoader(dataset, batch_size=self.batch_size, shuffle=True)
 
     def test_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
-        return DataLoader(TensorDataset(*self._parts[2:]), batch_size=4096)
+        return DataLoader(TensorDataset(*self._parts[2:]), batch_size=500)
 
 
 class MNISTb(Arrays):
@@ -102,6 +105,60 @@ class Covtype(Arrays):
         order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
         train, test = order[:8000], order[8000:]
         return [x[train], y[train], x[test], y[test]]
+
+
+class CIFAR10(Arrays):
+    """Images (n, 3, 32, 32) in [0, 1] of some classes, numbered in the order given.
+
+    ``flip`` mirrors half of each training batch, for pretraining: what is to be forgotten must
+    not pass through random transforms.
+    """
+
+    def __init__(
+        self,
+        classes: Sequence[int] = tuple(range(10)),
+        flip: bool = False,
+        batch_size: int = 128,
+        path: str | None = None,
+        points: int | None = None,
+    ) -> None:
+        super().__init__(batch_size, "class", path, points)
+        self.classes, self.flip = list(classes), flip
+
+    def read(self) -> list[Tensor]:
+        found = []
+        for images, labels in self._images():
+            for_class = {c: k for k, c in enumerate(self.classes)}
+            found += [images.float() / 255, torch.tensor([for_class[int(c)] for c in labels])]
+        return found
+
+    def _images(self) -> list[tuple[Tensor, Tensor]]:
+        source = file("cifar10_jpeg.npz", self.path)
+        if source is not None:
+            with np.load(source) as arrays:
+                return [self._decode(arrays, kind) for kind in ("train", "test")]
+        from torchvision.datasets import CIFAR10 as Download
+
+        sets = [Download("data", train=train, download=True) for train in (True, False)]
+        both = [(torch.tensor(s.data).permute(0, 3, 1, 2), torch.tensor(s.targets)) for s in sets]
+        keep = [torch.isin(labels, torch.tensor(self.classes)) for _, labels in both]
+        return [(x[k], y[k]) for (x, y), k in zip(both, keep, strict=True)]
+
+    def _decode(self, arrays: Any, kind: str) -> tuple[Tensor, Tensor]:
+        from PIL import Image
+
+        stream, ends = arrays[f"{kind}_jpeg"], arrays[f"{kind}_offsets"]
+        labels = arrays[f"{kind}_labels"]
+        wanted = np.flatnonzero(np.isin(labels, self.classes))
+        files = (io.BytesIO(stream[ends[i] : ends[i + 1]].tobytes()) for i in wanted)
+        images = np.stack([np.asarray(Image.open(f).convert("RGB")) for f in files])
+        return torch.tensor(images).permute(0, 3, 1, 2), torch.tensor(labels[wanted])
+
+    def on_after_batch_transfer(self, batch: list[Tensor], dataloader_idx: int) -> list[Tensor]:
+        if self.flip and self.trainer is not None and self.trainer.training:
+            mirrored = torch.rand(len(batch[0]), 1, 1, 1, device=batch[0].device) < 0.5
+            batch[0] = torch.where(mirrored, batch[0].flip(3), batch[0])
+        return batch
 
 
 class Digits(Arrays):

@@ -152,6 +152,11 @@ class LinearHead(Derivatives):
         """B = J R Jᵀ (n, F, F)."""
         if self.feature_space or self._reads_input:
             return response.low_rank(geometry, w.T.expand(len(x), -1, -1), s)
+        if response.probes is not None:
+            probed, usable = response.sketch(geometry, self._input_curvature(x, targets))
+            factors = self._push(x, probed.factors)
+            nothing = torch.zeros_like(factors[:, 0])
+            return DiagonalLowRank(nothing, factors, probed.coefficients), usable
         jacobian, bends = self._jacobian(x, targets)
         if bends and response.matrix_free and not self.prefers_dense(x):
             return response.congruence(geometry, self._input_curvature(x, targets), jacobian)
@@ -173,6 +178,19 @@ class LinearHead(Derivatives):
             return torch.stack(rows, dim=1)
 
         return curvature
+
+    def _push(self, x: Tensor, vectors: Tensor) -> Tensor:
+        """J times vectors (n, k, d), without J: (n, k, F)."""
+        inputs = x.detach().requires_grad_(True)
+        h, _ = self.features(inputs)
+        dual = torch.zeros_like(h, requires_grad=True)
+        (pulled,) = torch.autograd.grad(h, inputs, dual, create_graph=True)
+        rows = []
+        for k in range(vectors.shape[1]):
+            vector = vectors[:, k].reshape(x.shape).to(x)
+            (row,) = torch.autograd.grad(pulled, dual, vector, retain_graph=True)
+            rows.append(row)
+        return torch.stack(rows, dim=1).double()
 
     def _jacobian(self, x: Tensor, targets: Tensor) -> tuple[Tensor, bool]:
         """J (n, F, d), and whether φ has second derivatives here."""

@@ -67,6 +67,7 @@ class Experiment:
         attack_steps: steps of the training attack.
         attack_step_size: its step; None for 2.5 · eps / attack_steps.
         precision: of the Lightning trainer.
+        sketch: seeded probes a point for the inner response of a network; 0 for the exact one.
         batch_size: points a pass reads at once.
         robust_points: how many points of each set the attacks are run on.
         shadows: shadow heads of the likelihood-ratio attack; 0 leaves it out.
@@ -91,6 +92,7 @@ class Experiment:
     attack_steps: int = 10
     attack_step_size: float | None = None
     precision: str = "64-true"
+    sketch: int = 0
     batch_size: int = 4096
     robust_points: int = 1000
     shadows: int = 0
@@ -149,5 +151,6 @@ class Experiment:
             space=row.space,
             damping=row.damping,
             solver="auto",
+            sketch=self.sketch,
             weight_decay=weight_decay,
         )

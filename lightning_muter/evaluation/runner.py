@@ -217,6 +217,7 @@ class _Seed:
             loss=experiment.loss,
             method="none",
             newton_steps=experiment.newton_steps,
+            sketch=experiment.sketch,
             weight_decay=experiment.weight_decay,
             batch_size=experiment.batch_size,
             attack_steps=experiment.attack_steps,
