@@ -49,6 +49,8 @@ def strong_convexity_bound(memory: UnlearningMemory, evaluation: Evaluation) -> 
         return Bound(None, "no certificate: F is convex for a linear head only")
     if strong == 0:
         return Bound(None, "no certificate: without weight decay F is not strongly convex")
+    if settings.threat.temperature is not None:
+        return Bound(None, "no certificate: a mixed adversary's soft maximum need not be convex")
     if METHODS[settings.method].points != "adversarial" or settings.space != "input":
         return Bound(None, "no certificate: the method does not look at the robust objective")
     return Bound(

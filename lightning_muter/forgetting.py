@@ -78,8 +78,8 @@ def forget(
         gradient = total.gradient + decay * memory.omega_star
         rhs = memory.gradient + gradient
         remaining = removal.neg_().add_(memory.matrix)  # in place: p x p is what is large
-        large = settings.solver == "auto" and memory.p > _DIRECT_LIMIT and not settings.sketch
-        if settings.solver == "schur" or large:
+        large = memory.p > _DIRECT_LIMIT and not settings.needs_direct
+        if settings.solver == "schur" or (settings.solver == "auto" and large):
             mine_of_all = _Share(share, reduce)
             solution = _schur(memory, recipe, derivatives, x, targets, rhs, mine_of_all)
         else:
@@ -174,7 +174,7 @@ def _freeze_unusable(derivatives: Derivatives, recipe: Recipe, point: Point) -> 
         """Only the mask is wanted here."""
 
     usable = derivatives.add_total(
-        point.inputs, point.targets, point.geometry, recipe.response, ignore
+        point.inputs, point.targets, point.weights, point.geometry, recipe.response, ignore
     )
     return replace(point, geometry=point.geometry.freeze(~usable))
 

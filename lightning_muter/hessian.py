@@ -100,6 +100,7 @@ def total_hessian(
         total[i : i + block.shape[0], j : j + block.shape[1]] += block
 
     with measuring(module):
-        recipe.accumulate(derivatives, x, targets, add, delta)
+        inner = None if delta is None else recipe.given(derivatives, x, targets, delta)
+        recipe.accumulate(derivatives, x, targets, add, inner)
     total.diagonal().add_(weight_decay * len(x))
     return total

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -36,6 +36,11 @@ class InnerMaximum:
         """Which points (n,) reached stationarity."""
         return self.stationarity <= STATIONARY
 
+    @classmethod
+    def cat(cls, parts: Sequence[InnerMaximum]) -> InnerMaximum:
+        """The points of several batches."""
+        return cls(*(torch.cat([getattr(p, f.name) for p in parts]) for f in fields(cls)))
+
     def part(self, some: slice) -> InnerMaximum:
         """Some of the points."""
         return InnerMaximum(
@@ -49,9 +54,9 @@ def maximise(
     x: Tensor,
     threat: Threat,
     max_iter: int = 200,
-    tol: float = 1e-8,
     start: Tensor | None = None,
     dtype: torch.dtype = torch.float64,
+    tol: float = 1e-8,
 ) -> InnerMaximum:
     """Ascend to a stationary point of the inner problem, deterministically.
 
@@ -64,9 +69,9 @@ def maximise(
         x: flattened points (n, d).
         threat: the constraint set.
         max_iter: passes over the batch at the most.
-        tol: a point is done when the map moves it by less than this share of the radius.
         start: perturbations (n, d) to start from.
         dtype: what losses and gradients were computed in: no difference below its rounding counts.
+        tol: a point is done when the map moves it by less than this share of the radius.
     """
     rounding = torch.finfo(dtype).eps
     tol = max(tol, 50 * rounding)
@@ -74,6 +79,8 @@ def maximise(
     losses, grad = input_gradient(x + delta, torch.arange(len(x), device=x.device))
     size = torch.full_like(x[:, :1], torch.inf)
     moved = threat.stationarity(x, delta, grad)
+    if start is not None:  # a start within tol would be kept with its whole error
+        moved = torch.full_like(moved, torch.inf)
     for _ in range(max_iter):
         todo = torch.nonzero(moved > tol).flatten()
         if len(todo) == 0:

@@ -44,6 +44,8 @@ class RobustObjective:
     """F(ω) = Σ_i max_δ l(ω, x_i + δ) + (nλ/2)‖ω‖² over the points that ``batches`` yields.
 
     Each process iterates its own share of the points; ``reduce`` sums tensors over processes.
+    Every pass looks for δ* from the same start: one that began at the last pass's δ* would follow
+    a local maximum past the point where another one is higher.
     """
 
     derivatives: Derivatives

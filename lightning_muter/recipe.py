@@ -12,6 +12,7 @@ from lightning_muter.derivatives import Autodiff, Derivatives, LinearHead
 from lightning_muter.derivatives.base import AddBlock
 from lightning_muter.inner import InnerMaximum, maximise
 from lightning_muter.methods import METHODS
+from lightning_muter.mixture import Mixture, mix
 from lightning_muter.responses import Constrained, Response
 from lightning_muter.threats import Geometry, Threat, unconstrained_geometry
 
@@ -50,6 +51,9 @@ class Point:
     targets: Tensor
     geometry: Geometry
     inner: InnerMaximum | None
+    weights: Tensor
+    rival: Point | None = None  # of a mixed adversary: the same points, its second maximiser
+    value: Tensor | None = None  # its soft maximum (n,)
 
 
 @dataclass(frozen=True)
@@ -76,63 +80,89 @@ class Recipe:
         return replace(self, response=replace(self.response, tol=1e-2))
 
     def perturb(
-        self, derivatives: Derivatives, x: Tensor, targets: Tensor, delta: Tensor | None = None
+        self, derivatives: Derivatives, x: Tensor, targets: Tensor, start: Tensor | None = None
     ) -> InnerMaximum:
-        """δ* of the points x (n, ...) at the module's parameters; ``delta`` is taken as given."""
-        flat = x.detach().reshape(len(x), -1).double()
+        """δ* of the points x (n, ...) at the module's parameters, found from ``start`` (n, d)."""
+        found = []
+        for first in range(0, len(x), _ASCENT):
+            some = slice(first, first + _ASCENT)
+            part, y, flat = x[some], targets[some], _flat(x[some])
 
-        def input_gradient(points: Tensor, which: Tensor) -> tuple[Tensor, Tensor]:
-            shaped = points.reshape(len(points), *x.shape[1:]).to(x)
-            return derivatives.input_gradient(shaped, targets[which])
+            def input_gradient(
+                points: Tensor, which: Tensor, part: Tensor = part, y: Tensor = y
+            ) -> tuple[Tensor, Tensor]:
+                shaped = points.reshape(len(points), *part.shape[1:]).to(part)
+                return derivatives.input_gradient(shaped, y[which])
 
-        if delta is None:
-            return maximise(
-                input_gradient, flat, self.threat, self.max_iter, dtype=derivatives.dtype
+            at = None if start is None else start[some]
+            found.append(
+                maximise(input_gradient, flat, self.threat, self.max_iter, at, derivatives.dtype)
             )
-        delta = delta.reshape(flat.shape).double()
+        return InnerMaximum.cat(found)
+
+    def given(
+        self, derivatives: Derivatives, x: Tensor, targets: Tensor, delta: Tensor
+    ) -> InnerMaximum:
+        """Perturbations (n, ...) of the caller's own, with the evidence of how stationary."""
+        flat = _flat(x)
+        delta = _flat(delta)
         losses, grad = derivatives.input_gradient((flat + delta).reshape(x.shape).to(x), targets)
-        moved = self.threat.stationarity(flat, delta, grad)
-        return InnerMaximum(delta, grad, losses, moved)
+        return InnerMaximum(delta, grad, losses, self.threat.stationarity(flat, delta, grad))
 
     def points(
         self,
         derivatives: Derivatives,
         x: Tensor,
         targets: Tensor,
-        delta: Tensor | None = None,
+        inner: InnerMaximum | None = None,
     ) -> Iterator[Point]:
-        """The batch in chunks of bounded memory, each at the perturbation the method sees."""
-        step = self._chunk(derivatives, x)
-        for start in range(0, len(x), max(step, _ASCENT)):
-            some = slice(start, start + max(step, _ASCENT))
-            given = None if delta is None else delta[some]
-            yield from self._point_chunks(derivatives, x[some], targets[some], given, step)
+        """The batch in chunks of bounded memory, each at the perturbation the method sees.
 
-    def _point_chunks(
-        self,
-        derivatives: Derivatives,
-        x: Tensor,
-        targets: Tensor,
-        delta: Tensor | None,
-        step: int,
-    ) -> Iterator[Point]:
-        """One ascent for all the points, since it needs little memory; then chunks of them."""
-        flat = x.detach().reshape(len(x), -1).double()
-        clean = METHODS[self.method].points == "clean"
-        inner = None if clean else self.perturb(derivatives, x, targets, delta)
+        ``inner`` is δ* where it is known already.
+        """
+        flat = _flat(x)
+        if METHODS[self.method].points == "clean":
+            inner = None
+        elif inner is None:
+            inner = self.perturb(derivatives, x, targets)
+        mixture = self._mixture(derivatives, flat, x, targets, inner)
+        step = self._chunk(derivatives, x)
         for start in range(0, len(x), step):
             some = slice(start, start + step)
             origin, part, y = flat[some], x[some], targets[some]
+            ones = torch.ones(len(origin), dtype=torch.float64, device=x.device)
             if inner is None:
-                yield Point(origin, part, y, unconstrained_geometry(origin), None)
-                continue
-            mine = inner.part(some)
-            if self.response.constrained:
-                geometry = self.threat.geometry(origin, mine.delta, mine.grad)
+                yield Point(origin, part, y, unconstrained_geometry(origin), None, ones)
+            elif mixture is None:
+                yield self._point(origin, part, y, inner.part(some), ones)
             else:
-                geometry = unconstrained_geometry(mine.delta)
-            perturbed = (origin + mine.delta).reshape(part.shape).to(part)
-            yield Point(origin, perturbed, y, geometry, mine)
+                mixed = mixture.part(some)
+                rival = self._point(origin, part, y, mixed.rival, mixed.second)
+                first = self._point(origin, part, y, inner.part(some), mixed.first)
+                yield replace(first, rival=rival, value=mixed.value)
+
+    def _point(
+        self, origin: Tensor, x: Tensor, targets: Tensor, inner: InnerMaximum, weights: Tensor
+    ) -> Point:
+        if self.response.constrained:
+            geometry = self.threat.geometry(origin, inner.delta, inner.grad)
+        else:
+            geometry = unconstrained_geometry(inner.delta)
+        perturbed = (origin + inner.delta).reshape(x.shape).to(x)
+        return Point(origin, perturbed, targets, geometry, inner, weights)
+
+    def _mixture(
+        self,
+        derivatives: Derivatives,
+        flat: Tensor,
+        x: Tensor,
+        targets: Tensor,
+        inner: InnerMaximum | None,
+    ) -> Mixture | None:
+        if inner is None or self.threat.temperature is None:
+            return None
+        rival = self.perturb(derivatives, x, targets, start=-inner.delta)
+        return mix(self.threat, flat, inner, rival)
 
     def _chunk(self, derivatives: Derivatives, x: Tensor) -> int:
         d = x[0].numel()
@@ -154,37 +184,61 @@ class Recipe:
         x: Tensor,
         targets: Tensor,
         add: AddBlock,
-        delta: Tensor | None = None,
+        inner: InnerMaximum | None = None,
     ) -> Contribution:
         """Add the batch's Σ curvature by blocks (without λI) and return its other sums."""
         total = Contribution.zero(derivatives.p, x.device)
-        for point in self.points(derivatives, x, targets, delta):
+        for point in self.points(derivatives, x, targets, inner):
             usable = self._add_curvature(derivatives, point, add)
             total = total + self._summary(derivatives, point, usable)
         return total
 
     def gradient(
-        self, derivatives: Derivatives, x: Tensor, targets: Tensor, delta: Tensor | None = None
+        self,
+        derivatives: Derivatives,
+        x: Tensor,
+        targets: Tensor,
+        inner: InnerMaximum | None = None,
     ) -> Contribution:
         """The sums without any curvature."""
         total = Contribution.zero(derivatives.p, x.device)
-        for point in self.points(derivatives, x, targets, delta):
+        for point in self.points(derivatives, x, targets, inner):
             everyone = torch.ones(len(point.inputs), dtype=torch.bool, device=x.device)
             total = total + self._summary(derivatives, point, everyone)
         return total
 
     def _add_curvature(self, derivatives: Derivatives, point: Point, add: AddBlock) -> Tensor:
         curvature = METHODS[self.method].curvature
-        everyone = torch.ones(len(point.inputs), dtype=torch.bool, device=point.inputs.device)
+        usable = torch.ones(len(point.inputs), dtype=torch.bool, device=point.inputs.device)
         if curvature == "fisher":
-            gradients = derivatives.gradients(point.inputs, point.targets)
+            gradients = _gradients(derivatives, point)
             add(0, 0, gradients.T @ gradients)
-            return everyone
-        if curvature == "hessian":
-            derivatives.add_direct(point.inputs, point.targets, add)
-            return everyone
-        response = self.response.seeded(point.origin)
-        return derivatives.add_total(point.inputs, point.targets, point.geometry, response, add)
+            return usable
+        for part in (point, point.rival):
+            if part is not None and curvature == "hessian":
+                derivatives.add_direct(part.inputs, part.targets, part.weights, add)
+            elif part is not None:
+                response = self.response.seeded(part.origin)
+                usable &= derivatives.add_total(
+                    part.inputs, part.targets, part.weights, part.geometry, response, add
+                )
+        if curvature == "total" and self.response.constrained and point.rival is not None:
+            self._add_covariance(derivatives, point, point.rival, add)
+        return usable
+
+    def _add_covariance(
+        self, derivatives: Derivatives, point: Point, rival: Point, add: AddBlock
+    ) -> None:
+        """Σ Cov_π(∇l) / T: how the weights of a mixed adversary move with ω."""
+        assert self.threat.temperature is not None
+        apart = (point.weights * rival.weights / self.threat.temperature).sqrt()
+        some = apart > 0
+        if not bool(some.any()):
+            return
+        gaps = derivatives.gradients(point.inputs[some], point.targets[some])
+        gaps = gaps - derivatives.gradients(rival.inputs[some], rival.targets[some])
+        gaps = gaps * apart[some].unsqueeze(1)
+        add(0, 0, gaps.T @ gaps)
 
     def _summary(self, derivatives: Derivatives, point: Point, usable: Tensor) -> Contribution:
         n = len(point.inputs)
@@ -195,9 +249,26 @@ class Recipe:
             stationary, active = float(n), 0.0
         else:
             inner = point.inner
-            loss = (inner.losses + self.threat.merit(inner.delta, inner.grad)).sum()
+            hard = inner.losses + self.threat.merit(inner.delta, inner.grad)
+            loss = (hard if point.value is None else point.value).sum()
             stationary = float(point.inner.stationary.sum())
             active = float(self.threat.active(point.origin, point.inner.delta).sum())
-        gradient = derivatives.gradient_sum(point.inputs, point.targets)
+        gradient = derivatives.gradient_sum(point.inputs, point.targets, point.weights)
+        if (rival := point.rival) is not None:
+            gradient += derivatives.gradient_sum(rival.inputs, rival.targets, rival.weights)
         counts = [float(n), stationary, active, float(usable.sum())]
         return Contribution(gradient, loss, gradient.new_tensor(counts))
+
+
+def _gradients(derivatives: Derivatives, point: Point) -> Tensor:
+    """∇_ω l (n, p) of every point, of a mixed adversary the mean one."""
+    gradients = derivatives.gradients(point.inputs, point.targets)
+    if point.rival is None:
+        return gradients
+    other = derivatives.gradients(point.rival.inputs, point.rival.targets)
+    weights = (point.weights.unsqueeze(1), point.rival.weights.unsqueeze(1))
+    return weights[0] * gradients + weights[1] * other
+
+
+def _flat(x: Tensor) -> Tensor:
+    return x.detach().reshape(len(x), -1).double()

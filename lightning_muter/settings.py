@@ -50,10 +50,14 @@ class Settings:
             raise ConfigurationError(
                 f"head={self.head!r} and parameters={self.parameters!r}: give exactly one"
             )
-        if self.sketch and (self.head is None or self.solver == "schur"):
+        if self.sketch and self.head is None:
             raise ConfigurationError(
-                f"sketch={self.sketch} with head={self.head!r}, solver={self.solver!r}: a sketch "
-                "needs a linear head and the direct solver"
+                f"sketch={self.sketch} needs a linear head: give head=..., or sketch=0"
+            )
+        if self.needs_direct and self.solver == "schur":
+            raise ConfigurationError(
+                f"solver='schur' with sketch={self.sketch}, temperature={self.threat.temperature}:"
+                " a sketch and a mixed adversary need the direct solver"
             )
         if self.solver not in _SOLVERS:
             raise ConfigurationError(f"solver={self.solver!r} is unknown; expected {_SOLVERS}")
@@ -61,6 +65,11 @@ class Settings:
             raise ConfigurationError(
                 f"damping={self.damping} and weight_decay={self.weight_decay} must be >= 0"
             )
+
+    @property
+    def needs_direct(self) -> bool:
+        """Whether a removal is no block system with one response a point."""
+        return self.sketch > 0 or self.threat.temperature is not None
 
     def with_weight_decay(self, weight_decay: float) -> Settings:
         """The same settings with the λ that training used."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_muter.derivatives.base import AddBlock, measuring
+from lightning_muter.inner import InnerMaximum
 from lightning_muter.memory import UnlearningMemory, fingerprint
 from lightning_muter.methods import METHODS
 from lightning_muter.objective import Evaluation, evaluation_of
@@ -49,19 +50,15 @@ def build_memories(
     totals = [Contribution.zero(p, device) for _ in settings]
     with measuring(module):
         for x, targets in batches:
-            shared: Tensor | None = None
+            shared: InnerMaximum | None = None
             for k, (derivatives, recipe) in enumerate(zip(providers, recipes, strict=True)):
-                if METHODS[recipe.method].points == "clean":
-                    delta = None
-                elif shared is None and len(settings) > 1:
-                    delta = shared = recipe.perturb(derivatives, x, targets).delta
-                else:
-                    delta = shared
+                if shared is None and METHODS[recipe.method].points != "clean":
+                    shared = recipe.perturb(derivatives, x, targets)
                 if matrices[k].numel():
                     add = _adder(matrices[k])
-                    totals[k] += recipe.accumulate(derivatives, x, targets, add, delta)
+                    totals[k] += recipe.accumulate(derivatives, x, targets, add, shared)
                 else:
-                    totals[k] += recipe.gradient(derivatives, x, targets, delta)
+                    totals[k] += recipe.gradient(derivatives, x, targets, shared)
     built = []
     omega = providers[0].get()
     for k, one in enumerate(settings):

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -67,12 +68,22 @@ class Threat(ABC):
     Attributes:
         eps: the radius, on the scale of the tensors that the model receives.
         data_range: (low, high) of valid inputs; None for no such bound.
+        temperature: the adversary mixes its maximiser and the one on the other side by a softmax
+            of their losses at this temperature; None for the hard maximum. A loss that is even in
+            the residual, as in ridge regression, has a kink where the two tie, and a trained
+            model sits on many of them: it is stationary at a temperature only.
     """
+
+    #: what attack libraries call the geometry
+    norm: ClassVar[str]
 
     eps: float
     data_range: tuple[float, float] | None = None
+    temperature: float | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
+        if self.temperature is not None and not self.temperature > 0:
+            raise ConfigurationError(f"temperature={self.temperature!r} must be positive or None")
         if not self.eps > 0:
             raise ConfigurationError(f"eps={self.eps!r} must be positive: use no threat at all")
         if self.data_range is not None:
@@ -145,6 +156,8 @@ class L2Ball(Threat):
         >>> L2Ball(eps=1.0).project(torch.zeros(1, 2), torch.tensor([[3.0, 4.0]]))
         tensor([[0.6000, 0.8000]])
     """
+
+    norm = "L2"
 
     def project(self, x: Tensor, delta: Tensor) -> Tensor:
         if self.data_range is None:
@@ -231,6 +244,8 @@ class LinfBall(Threat):
         >>> LinfBall(eps=0.1).project(torch.zeros(1, 2), torch.tensor([[3.0, -0.05]]))
         tensor([[ 0.1000, -0.0500]])
     """
+
+    norm = "Linf"
 
     smoothing: float = 0.005
     bandwidth: float | None = None

@@ -30,7 +30,8 @@ class Arrays(pl.LightningDataModule, ABC):
     """Train and test tensors; a subclass reads them in ``read``.
 
     ``targets="sign"`` makes -1 and 1 of two classes, for ridge regression; ``path`` is the folder
-    of the data file; ``points`` keeps so many training points, drawn at random.
+    of the data file; ``points`` keeps so many training points, drawn at random, and ``test_points``
+    the first of the test.
     """
 
     def __init__(
@@ -39,9 +40,11 @@ class Arrays(pl.LightningDataModule, ABC):
         targets: str = "class",
         path: str | None = None,
         points: int | None = None,
+        test_points: int | None = None,
     ) -> None:
         super().__init__()
-        self.batch_size, self.targets, self.path, self.points = batch_size, targets, path, points
+        self.batch_size, self.targets, self.path = batch_size, targets, path
+        self.points, self.test_points = points, test_points
         self._parts: list[Tensor] = []
 
     @abstractmethod
@@ -54,6 +57,7 @@ class Arrays(pl.LightningDataModule, ABC):
             if self.points is not None:
                 some = torch.randperm(len(x))[: self.points]
                 x, y = x[some], y[some]
+            test_x, test_y = test_x[: self.test_points], test_y[: self.test_points]
             if self.targets == "sign":
                 y, test_y = 2.0 * y.double() - 1, 2.0 * test_y.double() - 1
             self._parts = [x, y, test_x, test_y]
@@ -121,8 +125,9 @@ class CIFAR10(Arrays):
         batch_size: int = 128,
         path: str | None = None,
         points: int | None = None,
+        test_points: int | None = None,
     ) -> None:
-        super().__init__(batch_size, "class", path, points)
+        super().__init__(batch_size, "class", path, points, test_points)
         self.classes, self.flip = list(classes), flip
 
     def read(self) -> list[Tensor]:

@@ -44,21 +44,28 @@ class Autodiff(Derivatives):
         gradients: Tensor = vmap(grad(loss), (None, 0, 0))(omega, x, targets)
         return gradients.detach().double()
 
-    def add_direct(self, x: Tensor, targets: Tensor, add: AddBlock) -> None:
-        products = self.products(x, targets)
+    def add_direct(self, x: Tensor, targets: Tensor, weights: Tensor, add: AddBlock) -> None:
+        products = self.products(x, targets, weights)
         for j in range(self.p):
             unit = torch.zeros(self.p, dtype=torch.float64, device=x.device)
             unit[j] = 1.0
             add(0, j, products.ww(unit).unsqueeze(1))
 
     def add_total(
-        self, x: Tensor, targets: Tensor, geometry: Geometry, response: Response, add: AddBlock
+        self,
+        x: Tensor,
+        targets: Tensor,
+        weights: Tensor,
+        geometry: Geometry,
+        response: Response,
+        add: AddBlock,
     ) -> Tensor:
-        self.add_direct(x, targets, add)
+        self.add_direct(x, targets, weights, add)
         loss, omega = self._point()
         mixed = vmap(jacrev(grad(loss), argnums=1), (None, 0, 0))(omega, x, targets)
         mixed = mixed.detach().reshape(len(x), self.p, -1).double()  # ∂ωδ l
         r, usable = response.dense(geometry, self.second_input_derivatives(x, targets))
-        left = (mixed @ r.matrices).permute(1, 0, 2).reshape(self.p, -1)
+        weighted = weights[:, None, None] * (mixed @ r.matrices)
+        left = weighted.permute(1, 0, 2).reshape(self.p, -1)
         add(0, 0, left @ mixed.permute(1, 0, 2).reshape(self.p, -1).T)
         return usable

@@ -128,11 +128,12 @@ class Derivatives(ABC):
         h = torch.stack([row.detach() for row in rows], dim=1).double()
         return (h + h.mT) / 2
 
-    def products(self, x: Tensor, targets: Tensor) -> Products:
+    def products(self, x: Tensor, targets: Tensor, weights: Tensor | None = None) -> Products:
         """The four second-order products by double backward through one stored graph."""
         inputs = x.detach().requires_grad_(True)
-        losses = self.loss(self.module(inputs), targets).sum()
-        grads = torch.autograd.grad(losses, [*self.parameters, inputs], create_graph=True)
+        losses = self.loss(self.module(inputs), targets)
+        total = losses.sum() if weights is None else losses @ weights.to(losses)
+        grads = torch.autograd.grad(total, [*self.parameters, inputs], create_graph=True)
         g_omega = torch.cat([g.reshape(-1) for g in grads[:-1]])
         g_delta = grads[-1]
 
@@ -164,16 +165,25 @@ class Derivatives(ABC):
     def gradients(self, x: Tensor, targets: Tensor) -> Tensor:
         """∇_ω l of every point (n, p), float64."""
 
-    def gradient_sum(self, x: Tensor, targets: Tensor) -> Tensor:
-        """Σ ∇_ω l (p,), float64."""
-        return self.gradients(x, targets).sum(dim=0)
+    def gradient_sum(self, x: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+        """Σ weights_i ∇_ω l_i (p,), float64."""
+        return weights @ self.gradients(x, targets)
 
     @abstractmethod
-    def add_direct(self, x: Tensor, targets: Tensor, add: AddBlock) -> None:
-        """Σ ∂ωω l, block by block."""
+    def add_direct(self, x: Tensor, targets: Tensor, weights: Tensor, add: AddBlock) -> None:
+        """Σ weights_i ∂ωω l_i, block by block."""
 
     @abstractmethod
     def add_total(
-        self, x: Tensor, targets: Tensor, geometry: Geometry, response: Response, add: AddBlock
+        self,
+        x: Tensor,
+        targets: Tensor,
+        weights: Tensor,
+        geometry: Geometry,
+        response: Response,
+        add: AddBlock,
     ) -> Tensor:
-        """Σ (∂ωω l + ∂ωδ l · R · ∂δω l), block by block; which points (n,) had a usable K_i."""
+        """Σ weights_i (∂ωω l + ∂ωδ l · R · ∂δω l), block by block.
+
+        Returns which points (n,) had a usable K_i.
+        """

@@ -72,8 +72,9 @@ class LinearHead(Derivatives):
             )
         return h, outputs.reshape(len(x), -1)
 
-    def gradient_sum(self, x: Tensor, targets: Tensor) -> Tensor:
+    def gradient_sum(self, x: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
         h, r, _ = self._head(x, targets)
+        r = r * weights.unsqueeze(1)
         weight = (r.T @ h).reshape(-1)
         return torch.cat([weight, r.sum(dim=0)]) if self.layer.bias is not None else weight
 
@@ -90,9 +91,9 @@ class LinearHead(Derivatives):
         r, s = self.loss.derivatives(z.double(), targets)
         return h.double(), r, s
 
-    def add_direct(self, x: Tensor, targets: Tensor, add: AddBlock) -> None:
+    def add_direct(self, x: Tensor, targets: Tensor, weights: Tensor, add: AddBlock) -> None:
         h, _, s = self._head(x, targets)
-        h = self._extend(h)
+        h, s = self._extend(h), s * weights[:, None, None]
         c = s.shape[1]
         for a in range(c):
             for b in range(a, c):  # S ⊗ h̃h̃ᵀ
@@ -114,29 +115,37 @@ class LinearHead(Derivatives):
                 add(c * f + i, c * f + j, m[f:, f:])
 
     def add_total(
-        self, x: Tensor, targets: Tensor, geometry: Geometry, response: Response, add: AddBlock
+        self,
+        x: Tensor,
+        targets: Tensor,
+        weights: Tensor,
+        geometry: Geometry,
+        response: Response,
+        add: AddBlock,
     ) -> Tensor:
         h, r, s = self._head(x, targets)
         w = self.layer.weight.detach().double()
         b, usable = self._feature_response(x, targets, geometry, response, w, s)
         sw = s @ w  # (n, C, F): rows (S W)_a
         t = b.apply(sw.mT)  # (n, F, C): columns B (S W)_aᵀ
-        quadratic = s + sw @ t  # direct weight and h̃h̃ᵀ's indirect one
+        # direct weight and h̃h̃ᵀ's indirect one
+        quadratic = (s + sw @ t) * weights[:, None, None]
+        weighted = r * weights.unsqueeze(1)
         h, f = self._extend(h), self.layer.in_features
         for a in range(s.shape[1]):
             for c in range(a, s.shape[1]):
                 # G = r ⊗ I + (S W) ⊗ h̃, so G B Gᵀ falls into the four terms below
                 left = h * (0.5 * quadratic[:, a, c, None])
-                left[:, :f].addcmul_(r[:, a, None], t[:, :, c])
+                left[:, :f].addcmul_(weighted[:, a, None], t[:, :, c])
                 if a == c:
                     half = h.T @ left
                     block = half + half.T
                 else:
                     right = h * (0.5 * quadratic[:, a, c, None])
-                    right[:, :f].addcmul_(r[:, c, None], t[:, :, a])
+                    right[:, :f].addcmul_(weighted[:, c, None], t[:, :, a])
                     block = left.T @ h
                     block.addmm_(h.T, right)
-                b.add_weighted_sum(block[:f, :f], r[:, a] * r[:, c])
+                b.add_weighted_sum(block[:f, :f], weighted[:, a] * r[:, c])
                 self._add(a, c, block, add)
         return usable
 

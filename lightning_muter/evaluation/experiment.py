@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import pytorch_lightning as pl
 
 from lightning_muter.errors import ConfigurationError
+from lightning_muter.evaluation.measures import Attacks
 from lightning_muter.losses import resolve_loss
 from lightning_muter.settings import Settings
 from lightning_muter.threats import Threat
@@ -70,6 +71,11 @@ class Experiment:
         sketch: seeded probes a point for the inner response of a network; 0 for the exact one.
         batch_size: points a pass reads at once.
         robust_points: how many points of each set the attacks are run on.
+        robust_steps: ascent steps of the robust accuracies.
+        strong_steps: ascent steps of the stronger attack on test points.
+        strong_restarts: its starts, the first at the point itself; 0 leaves it out.
+        autoattack_points: how many test points AutoAttack (torchattacks) is run on, for image
+            classifiers with inputs in [0, 1]; 0 leaves it out.
         shadows: shadow heads of the likelihood-ratio attack; 0 leaves it out.
 
     Raises:
@@ -95,6 +101,10 @@ class Experiment:
     sketch: int = 0
     batch_size: int = 4096
     robust_points: int = 1000
+    robust_steps: int = 20
+    strong_steps: int = 50
+    strong_restarts: int = 5
+    autoattack_points: int = 0
     shadows: int = 0
 
     def __post_init__(self) -> None:
@@ -116,6 +126,11 @@ class Experiment:
                 f"removals={self.removals} and seeds={self.seeds}: give at least one of each"
             )
         resolve_loss(self.loss)
+        if self.autoattack_points and self.loss != "cross_entropy":
+            raise ConfigurationError(
+                f"autoattack_points={self.autoattack_points} with loss={self.loss!r}: AutoAttack "
+                "needs a classifier trained by cross_entropy"
+            )
 
     def counts(self, n: int) -> list[int]:
         """The removals as numbers of n points, ascending.
@@ -136,6 +151,16 @@ class Experiment:
                 raise ConfigurationError(f"removal {removal!r} is {count} of {n} points")
             found.add(count)
         return sorted(found)
+
+    def attacks(self) -> Attacks:
+        """How hard every candidate is attacked."""
+        return Attacks(
+            points=self.robust_points,
+            steps=self.robust_steps,
+            strong_steps=self.strong_steps,
+            strong_restarts=self.strong_restarts,
+            autoattack_points=self.autoattack_points,
+        )
 
     def settings(self, row: Row, weight_decay: float) -> Settings:
         """What a row's memory is a memory of."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
-from lightning_muter.adversarial import projected_gradient_ascent
+from lightning_muter.adversarial import Attack, projected_gradient_ascent
 from lightning_muter.correction import strong_convexity_bound
 from lightning_muter.derivatives import Derivatives
 from lightning_muter.derivatives.base import measuring
@@ -25,7 +25,15 @@ from lightning_muter.memory import UnlearningMemory
 from lightning_muter.objective import RobustObjective
 from lightning_muter.threats import Threat
 
-__all__ = ["Judge", "Points", "Shadows", "gaps", "strongest_loss"]
+__all__ = [
+    "Attacks",
+    "Judge",
+    "Points",
+    "Shadows",
+    "autoattack_accuracy",
+    "gaps",
+    "strongest_loss",
+]
 
 Points = tuple[Tensor, Tensor]
 _BATCH = 2048
@@ -57,7 +65,7 @@ def strongest_loss(
 
 def gaps(found: dict[str, float], target: dict[str, float]) -> dict[str, float]:
     """How far accuracies (losses) and attacks are from Retrain's; Retrain's own value is 0."""
-    kinds = ("clean_", "robust_", "strong_", "mia_", "lira_")
+    kinds = ("clean_", "robust_", "strong_", "autoattack_", "mia_", "lira_")
     return {f"gap_{k}": v - target[k] for k, v in found.items() if k.startswith(kinds)}
 
 
@@ -70,11 +78,23 @@ class Shadows:
 
 
 @dataclass(frozen=True)
-class Judge:
-    """Measures modules after one removal: what is retained, forgotten and held out is fixed.
+class Attacks:
+    """How hard candidates are attacked, on the first ``points`` of each set.
 
-    ``robust_points`` caps the points of each set that are attacked; the same ones for everybody.
+    ``steps`` of ascent for the robust accuracies; ``strong_steps`` from ``strong_restarts`` starts
+    and AutoAttack on ``autoattack_points`` for the stronger ones, 0 to leave them out.
     """
+
+    points: int = 1000
+    steps: int = 20
+    strong_steps: int = 50
+    strong_restarts: int = 5
+    autoattack_points: int = 0
+
+
+@dataclass(frozen=True)
+class Judge:
+    """Measures modules after one removal: what is retained, forgotten and held out is fixed."""
 
     derivatives: Derivatives
     threat: Threat
@@ -83,7 +103,7 @@ class Judge:
     test: Points
     retrained: Tensor
     trained: Tensor
-    robust_points: int
+    attacks: Attacks
     objective: RobustObjective
     shadows: Shadows | None
     forgotten_members: Tensor | None
@@ -111,14 +131,19 @@ class Judge:
 
     def _scores(self) -> dict[str, float]:
         found = {}
-        module, loss = self.derivatives.module, self.derivatives.loss
+        module, loss, attacks = self.derivatives.module, self.derivatives.loss, self.attacks
         with _seeded():
             for name, points in self._sets().items():
-                some = (points[0][: self.robust_points], points[1][: self.robust_points])
+                some = _first(points, attacks.points)
                 found[f"clean_{name}"] = _clean(module, loss, points)
-                found[f"robust_{name}"] = _robust(module, loss, self.threat, some, 20, 1)
-                if name == "test":
-                    found["strong_test"] = _robust(module, loss, self.threat, some, 50, 5)
+                found[f"robust_{name}"] = _robust(module, loss, self.threat, some, attacks.steps, 1)
+            if attacks.strong_restarts:
+                some = _first(self.test, attacks.points)
+                budget = (attacks.strong_steps, attacks.strong_restarts)
+                found["strong_test"] = _robust(module, loss, self.threat, some, *budget)
+            if attacks.autoattack_points:
+                some = _first(self.test, attacks.autoattack_points)
+                found["autoattack_test"] = autoattack_accuracy(module, self.threat, some)
         return found
 
     def _sets(self) -> dict[str, Points]:
@@ -185,6 +210,31 @@ def _robust(
 ) -> float:
     worst, correct = strongest_loss(module, loss, threat, points, steps, restarts)
     return float((worst if loss.name == "squared" else correct.double()).mean())
+
+
+def autoattack_accuracy(module: nn.Module, threat: Threat, points: Points) -> float:
+    """The share of images (n, C, H, W) in [0, 1] that withstand AutoAttack within the threat.
+
+    Source: Croce and Hein, 2020, as torchattacks has it.
+    """
+    x, targets = points
+    with torch.no_grad():
+        outputs = module(x)
+        classes = outputs.shape[1]
+        right = outputs.argmax(dim=1) == targets
+    if bool(right.any()):
+        arguments = {"norm": threat.norm, "eps": threat.eps, "n_classes": classes, "seed": 0}
+        attack = Attack("torchattacks.AutoAttack", init_args=arguments)
+        adversarial = attack(module, x[right], targets[right])
+        with torch.no_grad():
+            still = module(adversarial).argmax(dim=1) == targets[right]
+        right = right.clone()
+        right[right.clone()] = still
+    return float(right.double().mean())
+
+
+def _first(points: Points, count: int) -> Points:
+    return points[0][:count], points[1][:count]
 
 
 @contextmanager

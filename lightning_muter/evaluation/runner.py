@@ -30,6 +30,7 @@ from lightning_muter.derivatives.base import measuring
 from lightning_muter.errors import ConfigurationError
 from lightning_muter.evaluation.experiment import Experiment, Row
 from lightning_muter.evaluation.measures import Judge, Points, Shadows, gaps
+from lightning_muter.evaluation.peak import peak_memory
 from lightning_muter.evaluation.table import Cell, Table
 from lightning_muter.memory import UnlearningMemory, digest
 from lightning_muter.objective import RobustObjective
@@ -84,8 +85,8 @@ def _claim(folder: Path, experiment: Experiment) -> None:
     path = folder / "run.json"
     if path.exists():
         before = json.loads(path.read_text())["experiment"]
-        if before != shown:
-            different = [k for k in shown if before.get(k) != shown[k]]
+        different = [k for k in shown if before.get(k, shown[k]) != shown[k]]
+        if different:
             raise ConfigurationError(
                 f"{folder} holds a run that differs in {different}: choose another output folder"
             )
@@ -157,7 +158,8 @@ class _Seed:
         everyone = torch.arange(n)
         trained, seconds = self.head("trained", everyone)
         start = time.perf_counter()
-        memories = self.memories(trained)
+        with peak_memory() as peak:
+            memories = self.memories(trained)
         stage_one = time.perf_counter() - start
         disk = {label: _disk_bytes(memory) for label, memory in memories.items()}
         order = self.order(trained)
@@ -175,6 +177,8 @@ class _Seed:
                 if row is not None:
                     found["seconds_stage_one"] = stage_one / len(experiment.rows)
                     found["disk_bytes"] = disk[label]
+                    if peak.bytes is not None:
+                        found["peak_bytes_stage_one"] = float(peak.bytes)
                 self._record(table, on_cells, m, label, {**found, **gaps(found, target)})
             if not table.has(self.seed, m, "retrain"):
                 found = {**target, **gaps(target, target), "seconds": retrain_seconds}
@@ -340,7 +344,7 @@ class _Seed:
             test=self.test,
             retrained=retrained,
             trained=trained,
-            robust_points=self.experiment.robust_points,
+            attacks=self.experiment.attacks(),
             objective=objective,
             shadows=shadows,
             forgotten_members=None if shadows is None else shadows.members[:, gone],
@@ -363,9 +367,12 @@ class _Seed:
         trainer = Trainer(accelerator="auto", devices=1, **_QUIET)
         removals = RemovalDataModule(TensorDataset(*self.train), gone.tolist())
         pl.seed_everything(self.seed, verbose=False)
-        result = trainer.unlearn(removals, module, memory, noise_std=row.noise_std)
+        with peak_memory() as peak:
+            result = trainer.unlearn(removals, module, memory, noise_std=row.noise_std)
         omega = memory.settings.derivatives(module).get().cpu()
         found = judge.measure(omega, reference)
+        if peak.bytes is not None:
+            found["peak_bytes"] = float(peak.bytes)
         found["seconds"] = result.seconds["maximise_and_solve"]
         found["residual"] = result.residual
         found["memory_bytes"] = float(memory.matrix.numel() * memory.matrix.element_size())

@@ -94,7 +94,7 @@ def _no_fit(fit: object) -> object:
 
 
 def _timeless(table: Table) -> list[Cell]:
-    kept = [c for c in table.cells if not c.metric.startswith(("seconds", "disk"))]
+    kept = [c for c in table.cells if not c.metric.startswith(("seconds", "disk", "peak"))]
     return sorted(kept, key=lambda c: (c.removed, c.method, c.metric))
 
 
