@@ -113,6 +113,7 @@ def newton(
     where no step helps, Newton stops at its best point. ω in the module is what changes.
     """
     derivatives = objective.derivatives
+    tol = max(tol, 0.1 * torch.finfo(derivatives.dtype).eps)
     history: list[float] = []
     homotopy = objective.recipe.threat.relaxed(2.0) is not objective.recipe.threat
     for k in range(steps):
