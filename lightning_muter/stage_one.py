@@ -15,6 +15,7 @@ from lightning_muter.methods import METHODS
 from lightning_muter.objective import Evaluation, evaluation_of
 from lightning_muter.recipe import Contribution
 from lightning_muter.settings import Settings
+from lightning_muter.threats import Threat
 
 __all__ = ["build_memories", "summarise"]
 
@@ -31,8 +32,8 @@ def build_memories(
 ) -> list[UnlearningMemory]:
     """Memories of several methods at the module's ω* from one pass and one δ* a point.
 
-    The settings must share threat, loss, λ and trained parameters; each process passes its own
-    batches and ``reduce`` sums over processes.
+    The settings must share loss, λ and trained parameters, and those of one threat share its δ*;
+    each process passes its own batches and ``reduce`` sums over processes.
 
     Args:
         module: the trained module; left as it was.
@@ -50,15 +51,16 @@ def build_memories(
     totals = [Contribution.zero(p, device) for _ in settings]
     with measuring(module):
         for x, targets in batches:
-            shared: InnerMaximum | None = None
+            shared: dict[Threat, InnerMaximum] = {}
             for k, (derivatives, recipe) in enumerate(zip(providers, recipes, strict=True)):
-                if shared is None and METHODS[recipe.method].points != "clean":
-                    shared = recipe.perturb(derivatives, x, targets)
+                if recipe.threat not in shared and METHODS[recipe.method].points != "clean":
+                    shared[recipe.threat] = recipe.perturb(derivatives, x, targets)
+                inner = shared.get(recipe.threat)
                 if matrices[k].numel():
                     add = _adder(matrices[k])
-                    totals[k] += recipe.accumulate(derivatives, x, targets, add, shared)
+                    totals[k] += recipe.accumulate(derivatives, x, targets, add, inner)
                 else:
-                    totals[k] += recipe.gradient(derivatives, x, targets, shared)
+                    totals[k] += recipe.gradient(derivatives, x, targets, inner)
     built = []
     omega = providers[0].get()
     for k, one in enumerate(settings):

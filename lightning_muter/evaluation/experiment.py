@@ -20,7 +20,8 @@ __all__ = ["ROWS", "Experiment", "Row"]
 class Row:
     """A line of the comparison: a method under a label of its own.
 
-    ``noise_std`` is the σ of Gaussian noise on ω^u, the rest as in `MUterCallback`.
+    ``noise_std`` is the σ of Gaussian noise on ω^u; ``threat`` is what the memory takes instead of
+    the experiment's own, as another smoothing; the rest as in `MUterCallback`.
     """
 
     label: str
@@ -31,6 +32,7 @@ class Row:
     space: str = "input"
     damping: float = 0.0
     noise_std: float = 0.0
+    threat: Threat | None = None
 
 
 #: MUter in three variants and the six baselines; none and retrain are always there.
@@ -166,7 +168,7 @@ class Experiment:
         """What a row's memory is a memory of."""
         return Settings(
             method=row.method,
-            threat=self.threat,
+            threat=row.threat or self.threat,
             head=self.head,
             parameters=None,
             loss=self.loss,
