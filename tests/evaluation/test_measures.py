@@ -17,10 +17,11 @@ from lightning_muter.evaluation.peak import peak_memory
 CLASSES = 4
 
 
-@pytest.mark.parametrize("threat", [L2Ball(0.4), LinfBall(0.08)], ids=["l2", "linf"])
+@pytest.mark.parametrize("threat", [L2Ball(0.05), LinfBall(0.01)], ids=["l2", "linf"])
 def test_autoattack_of_a_linear_model_is_the_closed_form(threat: Threat) -> None:
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(CLASSES, 36, generator=generator)
+    weight -= weight.mean(dim=1, keepdim=True)  # a margin comes from the pattern, not the level
     x = 0.4 + 0.2 * torch.rand(60, 1, 6, 6, generator=generator)
     net = nn.Sequential(nn.Flatten(), nn.Linear(36, CLASSES, bias=False))
     net[1].weight.data.copy_(weight)  # type: ignore[union-attr]
