@@ -130,7 +130,7 @@ class Threat(ABC):
 
     @abstractmethod
     def active(self, x: Tensor, delta: Tensor) -> Tensor:
-        """Which points (n,) have the ball's constraint active."""
+        """The share (n,) of each point's constraints of the ball that are active, in [0, 1]."""
 
     def distance(self, x: Tensor, move: Tensor) -> Tensor:
         """Length (n,) of a move of delta relative to the radius of the set."""
@@ -210,7 +210,7 @@ class L2Ball(Threat):
         return torch.zeros_like(delta[:, 0])
 
     def active(self, x: Tensor, delta: Tensor) -> Tensor:
-        return _norm(delta).squeeze(1) >= self.eps * (1 - 1e-4)
+        return (_norm(delta).squeeze(1) >= self.eps * (1 - 1e-4)).to(delta)
 
     def geometry(self, x: Tensor, delta: Tensor, grad: Tensor) -> Geometry:
         free = torch.ones_like(delta)
@@ -219,7 +219,7 @@ class L2Ball(Threat):
             slack = 1e-6 * self.eps
             held = ((delta >= high - slack) & (grad > 0)) | ((delta <= low + slack) & (grad < 0))
             free = (~held).to(delta)
-        on_sphere = self.active(x, delta).unsqueeze(1).to(delta)
+        on_sphere = self.active(x, delta).unsqueeze(1)
         delta_free, grad_free = delta * free, grad * free
         norm = _norm(delta_free)
         mu = _norm(grad_free) / norm.clamp(min=_TINY) * on_sphere
@@ -290,7 +290,7 @@ class LinfBall(Threat):
     def active(self, x: Tensor, delta: Tensor) -> Tensor:
         low, high = self.bounds(x)
         limit = torch.where(delta > 0, high, -low).clamp(max=self.eps)
-        return ((delta.abs() >= 0.99 * limit).to(delta).mean(dim=1)) > 0.5
+        return (delta.abs() >= 0.99 * limit).to(delta).mean(dim=1)
 
     def geometry(self, x: Tensor, delta: Tensor, grad: Tensor) -> Geometry:
         tau = self.tau(grad)

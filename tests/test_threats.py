@@ -101,3 +101,12 @@ def test_l2_geometry_holds_coordinates_at_the_data_range() -> None:
 def test_bad_threats_are_refused(make: object) -> None:
     with pytest.raises(ConfigurationError):
         make()  # type: ignore[operator]
+
+
+def test_the_active_share_counts_spheres_and_coordinates() -> None:
+    x = torch.full((2, 4), 0.5, dtype=torch.float64)
+    delta = torch.tensor([[0.1, -0.1, 0.05, 0.0], [0.1, 0.1, 0.1, -0.1]], dtype=torch.float64)
+    assert LinfBall(0.1).active(x, delta).tolist() == [0.5, 1.0]
+    x[0, 2] = 0.95  # the data range ends at 0.05 above
+    assert LinfBall(0.1, data_range=(0, 1)).active(x, delta).tolist() == [0.75, 1.0]
+    assert L2Ball(0.2).active(x, delta).tolist() == [0.0, 1.0]

@@ -20,8 +20,9 @@ __all__ = ["ROWS", "Experiment", "Row"]
 class Row:
     """A line of the comparison: a method under a label of its own.
 
-    ``noise_std`` is the σ of Gaussian noise on ω^u; ``threat`` is what the memory takes instead of
-    the experiment's own, as another smoothing; the rest as in `MUterCallback`.
+    ``noise_std`` is the σ of Gaussian noise on ω^u, ``corrector_steps`` the passes over the
+    remaining points afterwards; ``threat`` is what the memory takes instead of the experiment's
+    own, as another smoothing; the rest as in `MUterCallback`.
     """
 
     label: str
@@ -32,6 +33,7 @@ class Row:
     space: str = "input"
     damping: float = 0.0
     noise_std: float = 0.0
+    corrector_steps: int = 0
     threat: Threat | None = None
 
 

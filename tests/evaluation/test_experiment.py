@@ -169,3 +169,20 @@ def test_tables_regenerate_and_go_stale(tmp_path: Path) -> None:
     (tmp_path / "other.csv").write_text("a,b\n1,2\n")
     with pytest.raises(ConfigurationError, match="columns"):
         Table(tmp_path / "other.csv")
+
+
+def test_rows_with_a_corrector_and_with_another_threat(tmp_path: Path) -> None:
+    rows = [
+        Row(label="muter"),
+        Row(label="corrected", corrector_steps=3),
+        Row(label="wider", threat=L2Ball(0.6)),
+    ]
+    table = run(small(rows=rows), tmp_path)
+    removed = table.removals()[-1]
+
+    def relative(label: str) -> float:
+        (value,) = table.values(label, removed, "distance_relative").values()
+        return value
+
+    assert relative("corrected") < 1e-2 * relative("muter")
+    assert relative("muter") < relative("wider")  # a memory of another threat is a worse one
