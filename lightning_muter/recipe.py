@@ -74,10 +74,11 @@ class Recipe:
         return replace(self, threat=self.threat.relaxed(factor))
 
     def rough(self) -> Recipe:
-        """The recipe with inner responses to some percent, enough for a step of Newton's."""
+        """The recipe with rough inner responses, enough for a step of Newton's."""
         if not isinstance(self.response, Constrained):
             return self
-        return replace(self, response=replace(self.response, tol=1e-2))
+        rank = min(self.response.rank, 1)
+        return replace(self, response=replace(self.response, tol=1e-2, rank=rank))
 
     def perturb(
         self, derivatives: Derivatives, x: Tensor, targets: Tensor, start: Tensor | None = None

@@ -20,6 +20,8 @@ __all__ = ["Constrained", "DiagonalLowRank", "Response", "Unconstrained", "resol
 InputCurvature = Callable[[Tensor], Tensor]
 
 _RANK = 1e-10
+#: far below the noise of any number of probes
+_PROBE_TOL = 1e-3
 
 
 @dataclass(frozen=True)
@@ -325,7 +327,7 @@ def resolve_response(
     if sketch < 0:
         raise ConfigurationError(f"sketch={sketch} must be 0 (exact) or a number of probes")
     if response == "constrained":
-        return Constrained(rank=sketch)
+        return Constrained(tol=_PROBE_TOL, rank=sketch) if sketch else Constrained()
     if response == "unconstrained":
         return Unconstrained(inverse, order, rank=sketch)  # type: ignore[arg-type]
     if isinstance(response, str):

@@ -18,6 +18,7 @@ from lightning_muter import (
 )
 from lightning_muter import responses as responses_module
 from lightning_muter.errors import ConfigurationError
+from lightning_muter.responses import Constrained, Unconstrained
 from lightning_muter.sketch import inverse_square_root, seeded_probes
 
 N, D, C = 6, 10, 3
@@ -50,7 +51,14 @@ def test_as_many_orthogonal_probes_as_inputs_are_exact(
     net, batch = problem()
     exact = total_hessian(net, batch, threat, head="2", response=response)
     monkeypatch.setattr(responses_module, "seeded_probes", all_directions)
-    sketched = total_hessian(net, batch, threat, head="2", response=response, sketch=D)
+    kinds = {"constrained": Constrained(1e-10, rank=D), "unconstrained": Unconstrained(rank=D)}
+    sketched = total_hessian(
+        net,
+        batch,
+        threat,
+        head="2",
+        response=kinds[response],  # type: ignore[arg-type]
+    )
     torch.testing.assert_close(sketched, exact, rtol=1e-5, atol=1e-6)
 
 
