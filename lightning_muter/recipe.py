@@ -20,6 +20,7 @@ __all__ = ["Contribution", "Point", "Recipe"]
 
 _CHUNK_BYTES = 96 * 2**20
 _ASCENT = 512  # points that ascend together
+_PROBED = 64  # points that are sketched together at the least: smaller batches waste the network
 
 
 @dataclass(frozen=True)
@@ -172,7 +173,7 @@ class Recipe:
             if f == d:
                 return max(1, _CHUNK_BYTES // (16 * 8 * d))
             if self.response.rank:
-                return max(1, _CHUNK_BYTES // (8 * d * 24 * self.response.rank))
+                return max(_PROBED, _CHUNK_BYTES // (8 * d * 8 * self.response.rank))
             dense = 4 * d * d if derivatives.prefers_dense(x) else 0
             return max(1, _CHUNK_BYTES // (8 * (8 * f * d + 3 * f * f + dense)))
         if isinstance(derivatives, Autodiff):
