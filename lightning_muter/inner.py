@@ -78,7 +78,8 @@ def maximise(
     delta = torch.zeros_like(x) if start is None else threat.project(x, start)
     losses, grad = input_gradient(x + delta, torch.arange(len(x), device=x.device))
     size = torch.full_like(x[:, :1], torch.inf)
-    moved = threat.stationarity(x, delta, grad)
+    mapped = threat.ascend(x, delta, grad, size)
+    moved = threat.distance(x, mapped - delta)
     if start is not None:  # a start within tol would be kept with its whole error
         moved = torch.full_like(moved, torch.inf)
     for _ in range(max_iter):
@@ -87,7 +88,9 @@ def maximise(
             break
         some: Tensor | slice = slice(None) if len(todo) == len(x) else todo
         point, now, slope = x[some], delta[some], grad[some]
-        candidate = threat.ascend(point, now, slope, size[some])
+        candidate = mapped[some]
+        if not bool(torch.isinf(size[some]).all()):
+            candidate = threat.ascend(point, now, slope, size[some])
         value, new_slope = input_gradient(point + candidate, todo)
         before = losses[some] + threat.merit(now, slope)
         after = value + threat.merit(candidate, slope)
@@ -97,7 +100,9 @@ def maximise(
         grad[some] = torch.where(better, new_slope, slope)
         losses[some] = torch.where(better.squeeze(1), value, losses[some])
         size[some] = _next_size(size[some], better)
-        moved[some] = threat.stationarity(point, delta[some], grad[some])
+        whole = torch.full_like(size[some], torch.inf)
+        mapped[some] = threat.ascend(point, delta[some], grad[some], whole)
+        moved[some] = threat.distance(point, mapped[some] - delta[some])
     return InnerMaximum(delta, grad, losses, moved)
 
 
