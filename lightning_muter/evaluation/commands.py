@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -69,8 +70,15 @@ def plot(args: Sequence[str]) -> None:
     path = Path(given.results)
     path = path / "results.csv" if path.is_dir() else path
     table = Table(path)
-    print(plot_comparison(table, path.with_name("comparison.png"), given.title))
+    comparison = path.with_name("comparison.png")
+    print(plot_comparison(table, comparison, given.title, score=_score(path.with_name("run.json"))))
     print(plot_pareto(table, path.with_name("pareto.png"), given.title))
+
+
+def _score(run: Path) -> str:
+    """What a run's clean and robust metrics are, by its loss."""
+    loss = json.loads(run.read_text())["experiment"]["loss"] if run.exists() else ""
+    return "loss" if "squared" in loss else "accuracy"
 
 
 def tables(args: Sequence[str]) -> None:

@@ -30,8 +30,8 @@ _STYLES: tuple[tuple[str, str, str], ...] = (
 )
 _ROWS = (
     ("distance_relative", "distance to Retrain\nrelative to none", True),
-    ("clean_test", "clean accuracy\n(test)", False),
-    ("robust_test", "robust accuracy\n(test)", False),
+    ("clean_test", "clean {score}\n(test)", False),
+    ("robust_test", "robust {score}\n(test)", False),
 )
 
 
@@ -52,7 +52,11 @@ def _style(methods: list[str]) -> dict[str, tuple[str, str, str]]:
 
 
 def plot_comparison(
-    table: Table, path: str | os.PathLike[str], title: str = "", few: int = 10
+    table: Table,
+    path: str | os.PathLike[str],
+    title: str = "",
+    few: int = 10,
+    score: str = "accuracy",
 ) -> Path:
     """Effectiveness, accuracy and robustness against the share removed, bands over the seeds.
 
@@ -63,6 +67,7 @@ def plot_comparison(
         path: the image to write.
         title: above the figure.
         few: what counts as few removals.
+        score: what the clean and robust metrics are: "accuracy", or "loss" for regression.
     """
     plt = _pyplot()
     figure, axes = plt.subplots(3, 1, figsize=(3.6, 7.2), sharex=True, layout="constrained")
@@ -72,7 +77,7 @@ def plot_comparison(
     for (metric, label, logarithmic), axis in zip(_ROWS, axes, strict=True):
         skip = ("retrain",) if logarithmic else ()
         _curves(table, axis, metric, many, skip, share=True)
-        axis.set_ylabel(label, fontsize=8)
+        axis.set_ylabel(label.format(score=score), fontsize=8)
         axis.tick_params(labelsize=7)
         axis.spines[["top", "right"]].set_visible(False)
         if logarithmic:
