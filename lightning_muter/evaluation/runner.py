@@ -6,14 +6,12 @@ import copy
 import json
 import logging
 import os
-import platform
 import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +26,7 @@ from lightning_muter.callback import MUterCallback
 from lightning_muter.data import RemovalDataModule, training_points
 from lightning_muter.derivatives.base import measuring
 from lightning_muter.errors import ConfigurationError
+from lightning_muter.evaluation.claim import claim
 from lightning_muter.evaluation.experiment import Experiment, Row
 from lightning_muter.evaluation.measures import Judge, Points, Shadows, gaps
 from lightning_muter.evaluation.peak import peak_memory
@@ -66,38 +65,12 @@ def run(
         ConfigurationError: the folder holds another experiment.
     """
     folder = Path(output)
-    _claim(folder, experiment)
+    claim(folder, experiment)
     table = Table(folder / "results.csv")
     with _quiet():
         for seed in range(experiment.seeds):
             _Seed.start(experiment, seed, folder).run(table, on_cells or (lambda cells: None))
     return table
-
-
-def _claim(folder: Path, experiment: Experiment) -> None:
-    """Write down what the folder is of, or refuse it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    shown = {
-        name: repr(getattr(experiment, name))
-        for name in experiment.__dataclass_fields__
-        if name not in ("module", "datamodule", "seeds", "rows", "removals")
-    }
-    path = folder / "run.json"
-    if path.exists():
-        before = json.loads(path.read_text())["experiment"]
-        different = [k for k in shown if before.get(k, shown[k]) != shown[k]]
-        if different:
-            raise ConfigurationError(
-                f"{folder} holds a run that differs in {different}: choose another output folder"
-            )
-    machine = {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "lightning": version("pytorch-lightning"),
-        "processor": platform.processor() or platform.machine(),
-        "threads": torch.get_num_threads(),
-    }
-    path.write_text(json.dumps({"experiment": shown, "machine": machine}, indent=2) + "\n")
 
 
 @contextmanager
