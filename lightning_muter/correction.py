@@ -11,6 +11,8 @@ from lightning_muter.solvers import direct
 
 __all__ = ["Bound", "correct", "strong_convexity_bound"]
 
+_SLOW = 0.3
+
 
 @dataclass(frozen=True)
 class Bound:
@@ -23,18 +25,24 @@ class Bound:
 def correct(memory: UnlearningMemory, objective: RobustObjective, steps: int) -> UnlearningMemory:
     """ω ← ω - M_r^{-1} ∇F_{-S}(ω), ``steps`` times, δ* solved again at each.
 
-    ``objective`` is over the remaining points; its module is what moves. Source: ours
-    (docs/theory.md).
+    A step that leaves more than ``_SLOW`` of the gradient has M_r, the curvature at ω*, renewed at
+    the current ω: one pass more, and what points that matter need. ``objective`` is over the
+    remaining points; its module is what moves. Source: ours (docs/theory.md).
     """
     derivatives = objective.derivatives
-    matrix = memory.matrix
-    if memory.settings.damping > 0:
-        matrix = matrix.clone()
-        matrix.diagonal().add_(memory.settings.damping)
+    damping = memory.settings.damping
+    matrix = memory.matrix.clone()
+    matrix.diagonal().add_(damping)
+    before = float("inf")
     for _ in range(steps):
-        gradient = objective.gradient().gradient
+        evaluation = objective.gradient()
+        if evaluation.residual > _SLOW * before:
+            evaluation, matrix = objective.curvature()
+            matrix.diagonal().add_(damping)
+        before = evaluation.residual
         omega = derivatives.get()
-        derivatives.set(omega - direct(matrix, gradient.to(matrix)).value.to(omega))
+        step = direct(matrix, evaluation.gradient.to(matrix)).value
+        derivatives.set(omega - step.to(omega))
     return memory.at(derivatives.get())
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from test_unlearning import fit
+import torch
+from test_unlearning import Data, fit, memory_of
 
-from lightning_muter import RemovalDataModule
+from lightning_muter import RemovalDataModule, correction
 
 
 @pytest.mark.parametrize(
@@ -30,3 +31,19 @@ def test_no_bound_without_its_conditions(options: dict[str, Any], reason: str) -
 def test_without_asking_there_is_no_certificate() -> None:
     trainer, _, _, data = fit(newton_steps=2)
     assert trainer.unlearn(RemovalDataModule(data, [1])).certificate == "no certificate"
+
+
+def test_a_slow_correction_renews_the_curvature(monkeypatch: pytest.MonkeyPatch) -> None:
+    labels = Data().dataset.tensors[1]
+    gone = torch.nonzero(labels == 0).flatten().tolist()  # a whole class
+    keep = torch.nonzero(labels != 0).flatten().tolist()
+    retrained = memory_of(fit(Data(keep=keep), newton_steps=30)[1]).omega_star
+
+    def distance(steps: int) -> float:
+        trainer, callback, _, data = fit(newton_steps=30)
+        trainer.unlearn(RemovalDataModule(data, gone), corrector_steps=steps)
+        return float((memory_of(callback).omega - retrained).norm())
+
+    renewed = distance(8)
+    monkeypatch.setattr(correction, "_SLOW", float("inf"))
+    assert renewed < 0.01 * distance(8) and renewed < 1e-3 * distance(0)
