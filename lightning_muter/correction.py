@@ -6,12 +6,10 @@ from dataclasses import dataclass
 
 from lightning_muter.memory import UnlearningMemory
 from lightning_muter.methods import METHODS
-from lightning_muter.objective import Evaluation, RobustObjective
+from lightning_muter.objective import HALVINGS, PAYS, Evaluation, RobustObjective, line_search
 from lightning_muter.solvers import direct
 
 __all__ = ["Bound", "correct", "strong_convexity_bound"]
-
-_SLOW = 0.3
 
 
 @dataclass(frozen=True)
@@ -22,28 +20,32 @@ class Bound:
     certificate: str
 
 
-def correct(memory: UnlearningMemory, objective: RobustObjective, steps: int) -> UnlearningMemory:
-    """ω ← ω - M_r^{-1} ∇F_{-S}(ω), ``steps`` times, δ* solved again at each.
+def correct(
+    memory: UnlearningMemory, objective: RobustObjective, steps: int
+) -> tuple[UnlearningMemory, Evaluation]:
+    """ω ← ω - M_r^{-1} ∇F_{-S}(ω), ``steps`` times, δ* solved again at each; and where they end.
 
-    A step that leaves more than ``_SLOW`` of the gradient has M_r, the curvature at ω*, renewed at
-    the current ω: one pass more, and what points that matter need. ``objective`` is over the
-    remaining points; its module is what moves. Source: ours (docs/theory.md).
+    M_r is the curvature at ω*: a step that leaves too much of the gradient has it renewed at the
+    current ω, which is what points that matter need. A step that does not lower F_{-S} is halved,
+    and where none does the correction ends. ``objective`` is over the remaining points; its
+    module is what moves. Source: ours (docs/theory.md).
     """
     derivatives = objective.derivatives
-    damping = memory.settings.damping
     matrix = memory.matrix.clone()
-    matrix.diagonal().add_(damping)
-    before = float("inf")
+    matrix.diagonal().add_(memory.settings.damping)
+    start, slow = objective.gradient(), False
     for _ in range(steps):
-        evaluation = objective.gradient()
-        if evaluation.residual > _SLOW * before:
-            evaluation, matrix = objective.curvature()
-            matrix.diagonal().add_(damping)
-        before = evaluation.residual
+        if slow:
+            start, matrix = objective.curvature()
+            matrix.diagonal().add_(memory.settings.damping)
         omega = derivatives.get()
-        step = direct(matrix, evaluation.gradient.to(matrix)).value
-        derivatives.set(omega - step.to(omega))
-    return memory.at(derivatives.get())
+        step = direct(matrix, start.gradient.to(matrix)).value.to(omega)
+        trial = line_search(objective, objective.recipe, omega, step, start, HALVINGS)
+        if trial is None and slow:
+            break
+        slow = trial is None or trial.residual > PAYS * start.residual
+        start = trial or start
+    return memory.at(derivatives.get()), start
 
 
 def strong_convexity_bound(memory: UnlearningMemory, evaluation: Evaluation) -> Bound:

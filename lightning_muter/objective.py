@@ -13,11 +13,19 @@ from lightning_muter.derivatives.base import measuring
 from lightning_muter.recipe import Contribution, Recipe
 from lightning_muter.solvers import direct
 
-__all__ = ["Evaluation", "RobustObjective", "evaluation_of", "newton"]
+__all__ = [
+    "HALVINGS",
+    "PAYS",
+    "Evaluation",
+    "RobustObjective",
+    "evaluation_of",
+    "line_search",
+    "newton",
+]
 
 #: a Hessian is used again while a step lowers the gradient to this share
-_PAYS = 0.3
-_HALVINGS = 5
+PAYS = 0.3
+HALVINGS = 5
 
 Batches = Callable[[], Iterable[tuple[Tensor, Tensor]]]
 
@@ -129,7 +137,7 @@ def newton(
         del matrix
         stuck = torch.equal(derivatives.get(), omega)
         at_rounding = start.residual <= 1e4 * tol * max(1.0, start.value)
-        if widening == 1.0 and (stuck or (at_rounding and history[-1] > _PAYS * start.residual)):
+        if widening == 1.0 and (stuck or (at_rounding and history[-1] > PAYS * start.residual)):
             break
     return history
 
@@ -138,21 +146,21 @@ def _descend(
     objective: RobustObjective, recipe: Recipe, matrix: Tensor, start: Evaluation, tol: float
 ) -> Evaluation:
     """Steps with one Hessian until they stop paying, and the evaluation where they end."""
-    halvings = _HALVINGS
+    halvings = HALVINGS
     while True:
         omega = objective.derivatives.get()
         step = direct(matrix, start.gradient).value
-        trial = _line_search(objective, recipe, omega, step, start, halvings)
+        trial = line_search(objective, recipe, omega, step, start, halvings)
         if trial is None:
             return start
         halvings = 0  # a Hessian of elsewhere is good for whole steps or for none
-        paid = trial.residual < _PAYS * start.residual
+        paid = trial.residual < PAYS * start.residual
         start = trial
         if not paid or start.residual <= tol * max(1.0, start.value):
             return start
 
 
-def _line_search(
+def line_search(
     objective: RobustObjective,
     recipe: Recipe,
     omega: Tensor,

@@ -197,9 +197,11 @@ def _finish(server: UnlearningModule, points: TrainingPoints, corrector_steps: i
         lambda: points.batches(mine, 512, device),
         reducer(trainer),
     )
-    if corrector_steps:
-        server.keep(correct(state, objective, corrector_steps))
-    return objective.gradient()
+    if not corrector_steps:
+        return objective.gradient()
+    corrected, evaluation = correct(state, objective, corrector_steps)
+    server.keep(corrected)
+    return evaluation
 
 
 def _without_memory(

@@ -45,5 +45,5 @@ def test_a_slow_correction_renews_the_curvature(monkeypatch: pytest.MonkeyPatch)
         return float((memory_of(callback).omega - retrained).norm())
 
     renewed = distance(8)
-    monkeypatch.setattr(correction, "_SLOW", float("inf"))
+    monkeypatch.setattr(correction, "PAYS", float("inf"))
     assert renewed < 0.01 * distance(8) and renewed < 1e-3 * distance(0)
