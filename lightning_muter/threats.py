@@ -247,7 +247,7 @@ class LinfBall(Threat):
 
     norm = "Linf"
 
-    smoothing: float = 0.005
+    smoothing: float = 0.02
     bandwidth: float | None = None
 
     def __post_init__(self) -> None:
