@@ -28,6 +28,8 @@ _STYLES: tuple[tuple[str, str, str], ...] = (
     ("#777777", "*", ":"),
     ("#b2182b", "d", "--"),
 )
+#: of the first row's decades, added above its curves for the inset
+_INSET_ROOM = 0.65
 _ROWS = (
     ("distance_relative", "distance to Retrain\nrelative to none", True),
     ("clean_test", "clean {score}\n(test)", False),
@@ -58,9 +60,11 @@ def plot_comparison(
     few: int = 10,
     score: str = "accuracy",
 ) -> Path:
-    """Effectiveness, accuracy and robustness against the share removed, bands over the seeds.
+    """Effectiveness, accuracy and robustness against the share removed.
 
-    Removals of at most ``few`` points are drawn by their count in an inset of the first row.
+    A line is the mean over the seeds, its band their range: on a logarithmic axis a deviation may
+    reach below zero. Removals of at most ``few`` points are drawn by their count in an inset of the
+    first row, above its curves.
 
     Args:
         table: of a run.
@@ -70,7 +74,11 @@ def plot_comparison(
         score: what the clean and robust metrics are: "accuracy", or "loss" for regression.
     """
     plt = _pyplot()
-    figure, axes = plt.subplots(3, 1, figsize=(3.6, 7.2), sharex=True, layout="constrained")
+    heights = {"height_ratios": (1.5, 1, 1)}
+    size = (3.6, 7.6)
+    figure, axes = plt.subplots(
+        3, 1, figsize=size, sharex=True, layout="constrained", gridspec_kw=heights
+    )
     removals = table.removals()
     many = [m for m in removals if m > few] or removals
     little = [m for m in removals if m <= few] if many != removals else []
@@ -83,7 +91,9 @@ def plot_comparison(
         if logarithmic:
             axis.set_yscale("log")
     if little:
-        inset = axes[0].inset_axes((0.6, 0.3, 0.38, 0.34))
+        low, high = axes[0].get_ylim()
+        axes[0].set_ylim(low, high * (high / low) ** _INSET_ROOM)
+        inset = axes[0].inset_axes((0.5, 0.66, 0.48, 0.29))
         _curves(table, inset, _ROWS[0][0], little, ("retrain",), share=False)
         inset.set_yscale("log")
         inset.tick_params(labelsize=5)
@@ -109,14 +119,20 @@ def _curves(
             continue
         x = [shares[m] if share else m for m, _ in kept]
         mean = [s.mean for _, s in kept]
-        low = [max(s.mean - s.std, 0.1 * s.mean) for _, s in kept]
-        high = [s.mean + s.std for _, s in kept]
+        low, high = zip(*(_range(table, method, m, metric) for m, _ in kept), strict=True)
         axis.plot(x, mean, dash, color=colour, marker=marker, ms=3, lw=1, label=method)
         axis.fill_between(x, low, high, color=colour, alpha=0.15, lw=0)
 
 
+def _range(table: Table, method: str, removed: int, metric: str) -> tuple[float, float]:
+    values = table.values(method, removed, metric).values()
+    return min(values), max(values)
+
+
 def plot_pareto(table: Table, path: str | os.PathLike[str], title: str = "") -> Path:
     """Seconds a request against distance to Retrain relative to none, at the most removals.
+
+    A point is the mean over the seeds, its bars their range.
 
     Args:
         table: of a run.
@@ -131,8 +147,12 @@ def plot_pareto(table: Table, path: str | os.PathLike[str], title: str = "") -> 
         distance = table.summary(method, removed, "distance_relative")
         if seconds is None or distance is None or method == "retrain":
             continue
-        bars: dict[str, Any] = {"xerr": seconds.std, "yerr": distance.std, "lw": 0.8}
-        axis.errorbar(seconds.mean, distance.mean, color=colour, fmt=marker, label=method, **bars)
+        x, y = seconds.mean, distance.mean
+        left, right = _range(table, method, removed, "seconds")
+        low, high = _range(table, method, removed, "distance_relative")
+        axis.plot((left, right), (y, y), color=colour, lw=0.8)
+        axis.plot((x, x), (low, high), color=colour, lw=0.8)
+        axis.plot(x, y, marker, color=colour, ms=4, label=method)
     axis.axhline(1.0, color="black", lw=0.8, ls=":")
     axis.text(0.99, 1.0, "none", fontsize=6, ha="right", va="bottom", transform=_blend(axis))
     axis.set(xscale="log", yscale="log")

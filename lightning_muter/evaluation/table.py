@@ -83,7 +83,9 @@ class Table:
 
     def summary(self, method: str, removed: int, metric: str) -> Summary | None:
         """A metric over the seeds, or None where it was not measured."""
-        values = torch.tensor(list(self.values(method, removed, metric).values()))
+        values = torch.tensor(
+            list(self.values(method, removed, metric).values()), dtype=torch.float64
+        )
         if len(values) == 0:
             return None
         std = float(values.std()) if len(values) > 1 else 0.0
