@@ -2,7 +2,7 @@
 
 One ascent step from a random start (Wong et al., Fast is better than free, 2020):
 
-    python examples/experiments/pretrain.py --data PATH --depth 10 --width 1
+    python examples/experiments/pretrain.py wrn-10-1-silu --data PATH --depth 10 --width 1
 
 The weights go to ``~/.cache/lightning-muter`` or to the folder of MUTER_WEIGHTS.
 """
