@@ -25,7 +25,9 @@ __all__ = [
 
 #: a Hessian is used again while a step lowers the gradient to this share
 PAYS = 0.3
-HALVINGS = 5
+HALVINGS = 20
+#: as many halvings without a lower F, and a lower gradient serves
+PATIENCE = 5
 
 Batches = Callable[[], Iterable[tuple[Tensor, Tensor]]]
 
@@ -170,7 +172,8 @@ def line_search(
 ) -> Evaluation | None:
     """The first halving that lowers F enough (Armijo); at F's rounding, that lowers the gradient.
 
-    Where no halving does, as when a maximiser jumps, the one of the lowest gradient serves.
+    Where no halving does, as when a maximiser jumps, the one of the lowest gradient serves; the
+    long search is for a smoothed threat, whose curvature falls fast away from a zero weight.
     """
     slope = float(start.gradient @ step)
     rounding = 100 * torch.finfo(objective.derivatives.dtype).eps * max(1.0, abs(start.value))
@@ -183,6 +186,8 @@ def line_search(
         if lowers or trial.residual < best.residual:
             best, where = trial, objective.derivatives.get()
         if lowers or (trial.value <= start.value + rounding and best is trial):
+            break
+        if halving >= PATIENCE and best is not start:
             break
     objective.derivatives.set(where)
     return None if best is start else best

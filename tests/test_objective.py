@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lightning_muter import L2Ball, LinfBall, Threat
 from lightning_muter.derivatives import LinearHead
 from lightning_muter.losses import resolve_loss
-from lightning_muter.objective import RobustObjective, newton
+from lightning_muter.objective import HALVINGS, RobustObjective, line_search, newton
 from lightning_muter.recipe import Recipe
 from lightning_muter.responses import Constrained
 
@@ -26,15 +26,19 @@ def data() -> tuple[Tensor, Tensor]:
     return x + 0.8 * (2 * y - 1).unsqueeze(1), y
 
 
-def solve(threat: Threat) -> tuple[Tensor, list[float]]:
+def robust_objective(threat: Threat) -> RobustObjective:
     torch.manual_seed(0)
     x, y = data()
     model = nn.Sequential(nn.Linear(D, 1, bias=False)).double()
     derivatives = LinearHead(model, "0", resolve_loss("logistic"))
     recipe = Recipe("muter", threat, Constrained(), LAM, max_iter=2000)
-    objective = RobustObjective(derivatives, recipe, lambda: [(x, y)], lambda tensor: tensor)
+    return RobustObjective(derivatives, recipe, lambda: [(x, y)], lambda tensor: tensor)
+
+
+def solve(threat: Threat) -> tuple[Tensor, list[float]]:
+    objective = robust_objective(threat)
     history = newton(objective, 30)
-    return derivatives.get(), history
+    return objective.derivatives.get(), history
 
 
 @pytest.mark.parametrize("tau", [1e-1, 1e-2, 1e-3])
@@ -65,3 +69,17 @@ def test_a_hessian_serves_further_steps_and_the_history_falls() -> None:
     _, history = solve(L2Ball(0.5))
     assert len(history) <= 6
     assert all(later <= earlier for earlier, later in zip(history, history[1:], strict=False))
+
+
+def test_the_line_search_shortens_a_step_that_is_far_too_long() -> None:
+    objective = robust_objective(LinfBall(0.2, bandwidth=1e-3))
+    newton(objective, 30)
+    omega = objective.derivatives.get() * 1.001  # where any long step raises F and ‖∇F‖
+    objective.derivatives.set(omega)
+    start, matrix = objective.curvature()
+    step = 2.0**12 * torch.linalg.solve(matrix, start.gradient)
+    trial = line_search(objective, objective.recipe, omega, step, start, HALVINGS)
+    assert trial is not None and trial.value < start.value
+    torch.testing.assert_close(objective.gradient().gradient, trial.gradient)
+    assert line_search(objective, objective.recipe, omega, step, start, 0) is None
+    torch.testing.assert_close(objective.derivatives.get(), omega)
