@@ -67,6 +67,7 @@ class MUterCallback(AdversarialTraining):
         batch_size: points a pass reads at once.
         attack_steps: steps of the threat's own ascent.
         attack_step_size: its step length.
+        random_start: start the training attack at a random allowed perturbation.
 
     Raises:
         ConfigurationError: an argument is outside what it says here.
@@ -93,6 +94,7 @@ class MUterCallback(AdversarialTraining):
         batch_size: int = 512,
         attack_steps: int = 10,
         attack_step_size: float | None = None,
+        random_start: bool = True,
     ) -> None:
         self.settings = Settings(
             method=method,
@@ -109,7 +111,7 @@ class MUterCallback(AdversarialTraining):
             sketch=sketch,
             weight_decay=weight_decay or 0.0,
         )
-        super().__init__(threat, attack, loss, attack_steps, attack_step_size)
+        super().__init__(threat, attack, loss, attack_steps, attack_step_size, random_start)
         if newton_steps < 0 or batch_size < 1:
             raise ConfigurationError(
                 f"newton_steps={newton_steps} must be >= 0 and batch_size={batch_size} >= 1"

@@ -80,3 +80,27 @@ def test_a_batch_that_cannot_be_swapped_is_refused() -> None:
     trainer = pl.Trainer(max_epochs=1, callbacks=[AdversarialTraining(L2Ball(0.5))], **QUIET)
     with pytest.raises(ConfigurationError, match="tuple"):
         trainer.fit(Net(), loader)
+
+
+@pytest.mark.parametrize("loss", ["logistic", "squared"])
+@pytest.mark.parametrize("data_range", [None, (0, 1)], ids=str)
+@pytest.mark.parametrize("random_start", [True, False])
+def test_fgsm_is_the_maximum_of_a_linear_model_and_pgd_ends_there(
+    loss: str, data_range: tuple[float, float] | None, random_start: bool
+) -> None:
+    torch.manual_seed(0)
+    model = nn.Linear(12, 1, bias=False).double()
+    x, point_loss, eps = torch.rand(40, 12).double(), resolve_loss(loss), 0.1
+    y = torch.randint(0, 2, (40,)).double()
+    threat = LinfBall(eps, data_range)
+    fgsm = projected_gradient_ascent(model, point_loss, threat, x, y, 1, eps, False)
+    pgd = projected_gradient_ascent(model, point_loss, threat, x, y, 15, eps / 7, random_start)
+    residual_keeps_its_sign = torch.ones(40, dtype=torch.bool)
+    if loss == "squared":  # from a random start the residual may turn where it is small
+        r = (model(x).squeeze(1) - y).abs()
+        residual_keeps_its_sign = r > eps * model.weight.abs().sum()
+        assert int(residual_keeps_its_sign.sum()) > 10
+    assert torch.equal(pgd[residual_keeps_its_sign], fgsm[residual_keeps_its_sign])
+    if data_range is None and loss == "logistic":  # the closed form of the worst margin
+        margin = (2 * y - 1) * model(x).squeeze(1) - eps * model.weight.abs().sum()
+        assert torch.allclose(point_loss(model(fgsm), y), F.softplus(-margin))

@@ -21,7 +21,8 @@ class Row:
     """A line of the comparison: a method under a label of its own.
 
     ``noise_std`` is the σ of Gaussian noise on ω^u, ``corrector_steps`` the passes over the
-    remaining points afterwards; ``threat`` is what the memory takes instead of the experiment's
+    remaining points afterwards, ``request_size`` the points a request (1 forgets one after the
+    other, None all at once); ``threat`` is what the memory takes instead of the experiment's
     own, as another smoothing; the rest as in `MUterCallback`.
     """
 
@@ -34,6 +35,7 @@ class Row:
     damping: float = 0.0
     noise_std: float = 0.0
     corrector_steps: int = 0
+    request_size: int | None = None
     threat: Threat | None = None
 
 
@@ -71,6 +73,7 @@ class Experiment:
         newton_steps: Newton steps after them; 0 stops early, as the paper does.
         attack_steps: steps of the training attack.
         attack_step_size: its step; None for 2.5 · eps / attack_steps.
+        random_start: whether it starts at a random allowed perturbation, or at the point itself.
         precision: of the Lightning trainer.
         sketch: seeded probes a point for the inner response of a network; 0 for the exact one.
         batch_size: points a pass reads at once.
@@ -101,6 +104,7 @@ class Experiment:
     newton_steps: int = 12
     attack_steps: int = 10
     attack_step_size: float | None = None
+    random_start: bool = True
     precision: str = "64-true"
     sketch: int = 0
     batch_size: int = 4096

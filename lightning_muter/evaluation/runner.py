@@ -199,6 +199,7 @@ class _Seed:
             batch_size=experiment.batch_size,
             attack_steps=experiment.attack_steps,
             attack_step_size=experiment.attack_step_size,
+            random_start=experiment.random_start,
         )
         trainer = Trainer(
             max_epochs=experiment.max_epochs,
@@ -338,7 +339,7 @@ class _Seed:
         memory = memories[row.label]
         module = self.at(trained)
         trainer = Trainer(accelerator="auto", devices=1, **_QUIET)
-        removals = RemovalDataModule(TensorDataset(*self.train), gone.tolist())
+        removals = RemovalDataModule(TensorDataset(*self.train), gone.tolist(), row.request_size)
         pl.seed_everything(self.seed, verbose=False)
         with peak_memory() as peak:
             result = trainer.unlearn(

@@ -186,3 +186,26 @@ def test_rows_with_a_corrector_and_with_another_threat(tmp_path: Path) -> None:
 
     assert relative("corrected") < 1e-2 * relative("muter")
     assert relative("muter") < relative("wider")  # a memory of another threat is a worse one
+
+
+def test_requests_one_after_the_other_end_where_one_request_of_all_ends(tmp_path: Path) -> None:
+    rows = [Row(label="at_once"), Row(label="successive", request_size=1)]
+    table = run(small(rows=rows, removals=[4]), tmp_path)
+    at_once, successive = (
+        table.values(label, 4, "distance_relative")[0] for label in ("at_once", "successive")
+    )
+    assert 0 < at_once < 1
+    assert successive == pytest.approx(at_once, rel=1e-8)
+
+
+def test_the_training_attack_starts_where_the_experiment_says(tmp_path: Path) -> None:
+    """With one step and no random start training is deterministic FGSM: other heads."""
+    options = {"newton_steps": 0, "attack_steps": 1, "attack_step_size": 0.3, "removals": [1]}
+    everyone = torch.arange(41)
+    heads = [
+        runner._Seed.start(small(random_start=start, **options), 0, tmp_path / str(start)).head(
+            "trained", everyone
+        )[0]
+        for start in (True, False)
+    ]
+    assert not torch.equal(*heads)
