@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import os
 import types
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytorch_lightning as pl
 import torch
@@ -20,6 +21,7 @@ from lightning_muter.adversarial import AdversarialTraining, Attack
 from lightning_muter.data import TrainingPoints
 from lightning_muter.derivatives import Derivatives
 from lightning_muter.errors import ConfigurationError
+from lightning_muter.horizon import flow_rate
 from lightning_muter.losses import LossFunction
 from lightning_muter.memory import UnlearningMemory, digest, size_estimate
 from lightning_muter.methods import METHODS
@@ -64,6 +66,10 @@ class MUterCallback(AdversarialTraining):
         weight_decay: λ; None reads it from the optimizer.
         memory_dir: where to save the memory, keep it current, and put the model at ω*
             (``model.ckpt``); None keeps the memory in the process.
+        horizon: how long a Retrain would train, where training does not reach its optimum: the
+            step goes as far as a gradient flow of that time. "training" is this training's own,
+            Σ lr / n of plain SGD; a number is taken as it is; None is an infinite one, the
+            paper's.
         batch_size: points a pass reads at once.
         attack_steps: steps of the threat's own ascent.
         attack_step_size: its step length.
@@ -91,6 +97,7 @@ class MUterCallback(AdversarialTraining):
         sketch: int = 0,
         weight_decay: float | None = None,
         memory_dir: str | None = None,
+        horizon: float | Literal["training"] | None = None,
         batch_size: int = 512,
         attack_steps: int = 10,
         attack_step_size: float | None = None,
@@ -110,13 +117,20 @@ class MUterCallback(AdversarialTraining):
             solver=solver,
             sketch=sketch,
             weight_decay=weight_decay or 0.0,
+            horizon=None if horizon == "training" else horizon,
         )
         super().__init__(threat, attack, loss, attack_steps, attack_step_size, random_start)
         if newton_steps < 0 or batch_size < 1:
             raise ConfigurationError(
                 f"newton_steps={newton_steps} must be >= 0 and batch_size={batch_size} >= 1"
             )
+        if horizon is not None and newton_steps:
+            raise ConfigurationError(
+                f"horizon={horizon!r} with newton_steps={newton_steps}: a model at its optimum has "
+                "none; give one of the two"
+            )
         self.newton_steps = newton_steps
+        self.horizon = horizon
         self.weight_decay = weight_decay
         self.memory_dir = memory_dir
         self.batch_size = batch_size
@@ -126,6 +140,7 @@ class MUterCallback(AdversarialTraining):
         self._flags: list[tuple[nn.Parameter, bool]] = []
         self._was_training: list[nn.Module] = []
         self._checked = False
+        self._flow_time = 0.0  # nan once a step followed no gradient flow
 
     # --- finetuning -------------------------------------------------------------------------
 
@@ -148,9 +163,24 @@ class MUterCallback(AdversarialTraining):
         for name, parameter in pl_module.named_parameters():
             parameter.requires_grad_(name in trained)
         self._checked = False
+        self._flow_time = 0.0
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         _points(trainer).check()
+
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        rate = flow_rate(optimizer)
+        self._flow_time += math.nan if rate is None else rate
+
+    def state_dict(self) -> dict[str, Any]:
+        """The time of training so far, for a run that is resumed."""
+        return {"flow_time": self._flow_time}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on counting where the checkpoint was."""
+        self._flow_time = state_dict["flow_time"]
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -204,7 +234,7 @@ class MUterCallback(AdversarialTraining):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         points = _points(trainer)
-        settings = self.settings.with_weight_decay(self._decay(trainer))
+        settings = self.settings.trained(self._decay(trainer), self._horizon(len(points)))
         if self.newton_steps:  # ω* is every method's: the robust objective's own optimum
             robust = replace(settings, method="muter", response="constrained", space="input")
             target = self.objective(trainer, robust.derivatives(pl_module), robust, points)
@@ -215,7 +245,9 @@ class MUterCallback(AdversarialTraining):
         key = trainer.strategy.broadcast(os.urandom(16))
         batches = self._batches(trainer, points, range(len(points)))
         digests = self._digests(trainer, points, key)
-        (memory,) = build_memories(pl_module, [settings], batches, digests, key, reducer(trainer))
+        (memory,) = build_memories(
+            pl_module, [settings], batches, digests, key, reducer(trainer), self.initial
+        )
         self._refuse_broken(memory)
         self._report_memory(memory)
         self.memory = memory
@@ -268,6 +300,16 @@ class MUterCallback(AdversarialTraining):
                 stacklevel=2,
             )
         return decays.pop() if decays else 0.0
+
+    def _horizon(self, n: int) -> float | None:
+        if self.horizon != "training":
+            return self.horizon
+        if math.isnan(self._flow_time):
+            raise ConfigurationError(
+                "horizon='training' needs torch.optim.SGD with one learning rate: other optimizers "
+                "follow no gradient flow; give a number, newton_steps, or horizon=None"
+            )
+        return self._flow_time / n
 
     @staticmethod
     def _refuse_broken(memory: UnlearningMemory) -> None:

@@ -14,7 +14,10 @@ __all__ = ["Bound", "correct", "strong_convexity_bound"]
 
 @dataclass(frozen=True)
 class Bound:
-    """An upper bound of ‖ω^u - ω_retrain‖ and what it rests on; None where none holds."""
+    """An upper bound of ‖ω^u - ω_retrain‖ for the optimal Retrain, and what it rests on.
+
+    ``value`` is None where none holds.
+    """
 
     value: float | None
     certificate: str
@@ -61,10 +64,12 @@ def strong_convexity_bound(memory: UnlearningMemory, evaluation: Evaluation) -> 
         return Bound(None, "no certificate: without weight decay F is not strongly convex")
     if settings.threat.temperature is not None:
         return Bound(None, "no certificate: a mixed adversary's soft maximum need not be convex")
+    if settings.horizon is not None:
+        return Bound(None, "no certificate: a Retrain that stops early is not the optimum")
     if METHODS[settings.method].points != "adversarial" or settings.space != "input":
         return Bound(None, "no certificate: the method does not look at the robust objective")
     return Bound(
         evaluation.residual / strong,
-        "strong convexity, exact inner maximum assumed: "
+        "strong convexity, Retrain at its optimum, exact inner maximum assumed: "
         f"{evaluation.stationary:.1%} of the remaining maximisers were stationary",
     )

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lightning_muter.derivatives import Derivatives
 from lightning_muter.derivatives.base import Products, measuring
+from lightning_muter.horizon import retrace
 from lightning_muter.memory import UnlearningMemory
 from lightning_muter.methods import METHODS
 from lightning_muter.recipe import Contribution, Point, Recipe
@@ -47,7 +48,8 @@ def forget(
     """Stages II and III on the points x (m, ...), at ω*; neither memory nor module is changed.
 
     Solves (M_r - Σ_S D_i) Δω = G_r + Σ_S (∇l_i + λω*) and returns the memory of the remaining
-    points with ω^u = ω* + Δω (+ N(0, σ²I)). The methods without a downdate solve with M_r.
+    points with ω^u = ω* + Δω (+ N(0, σ²I)). The methods without a downdate solve with M_r. With a
+    horizon Δω is what a gradient flow of that length would have done otherwise without them.
 
     Args:
         memory: the memory before the request.
@@ -87,7 +89,7 @@ def forget(
             if settings.damping > 0:
                 matrix = matrix.clone()
                 matrix.diagonal().add_(settings.damping)
-            solution = direct(matrix, rhs)
+            solution = _solve(memory, matrix, rhs)
     if solution.status == "indefinite":
         warnings.warn(
             "the system of the remaining points is indefinite: its solution is a saddle of the "
@@ -101,6 +103,16 @@ def forget(
     entry = {"m": m, "residual": solution.residual, "status": solution.status}
     after = memory.forget(indices, remaining, gradient, omega, entry)
     return Outcome(after, solution, total, time.perf_counter() - start)
+
+
+def _solve(memory: UnlearningMemory, matrix: Tensor, rhs: Tensor) -> Solution:
+    """Δω: the solution, or what the same training without the points would have done otherwise."""
+    horizon = memory.settings.horizon
+    if horizon is None:
+        return direct(matrix, rhs)
+    offset = memory.initial - memory.omega_star
+    found = retrace(matrix, memory.residual_gradient - rhs, offset, horizon)
+    return replace(found, value=found.value - memory.retraced)
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,17 @@ from lightning_muter.settings import Settings
 __all__ = ["FORMAT_VERSION", "UnlearningMemory", "digest", "fingerprint", "size_estimate"]
 
 FORMAT_VERSION = 1
-_TENSORS = ("omega_star", "omega", "matrix", "gradient", "residual_gradient", "digests", "removed")
+_TENSORS = (
+    "omega_star",
+    "omega",
+    "matrix",
+    "gradient",
+    "residual_gradient",
+    "digests",
+    "removed",
+    "initial",
+    "retraced",
+)
 
 
 def digest(key: bytes, x: Tensor, target: Tensor) -> bytes:
@@ -64,11 +74,18 @@ def size_estimate(p: int) -> str:
     return f"p = {p:,}: {8 * p * p / 1e6:,.0f} MB"
 
 
+def _nothing() -> Tensor:
+    return torch.zeros(0, dtype=torch.float64)
+
+
 @dataclass(frozen=True)
 class UnlearningMemory:
     """ω* (p,), M_r (p, p), G_r (p,), the current ω^u, the ledger and the points' digests.
 
     Immutable: `forget` returns the memory after a request, so that a failure changes nothing.
+    Where training stopped early, ``initial`` is the ω (p,) that it started from and ``retraced``
+    (p,) how far the quadratic model of all points comes from there within the horizon.
+
     All tensors are float64 but ``digests`` (n, 16) uint8 and ``removed`` (n,) bool.
 
     Source: the paper's Algorithm 1 and Corollary 1 (ω* stays the expansion point).
@@ -84,6 +101,8 @@ class UnlearningMemory:
     removed: Tensor
     key: bytes
     fingerprint: str
+    initial: Tensor = field(default_factory=_nothing)
+    retraced: Tensor = field(default_factory=_nothing)
     summary: dict[str, Any] = field(default_factory=dict)
     ledger: tuple[dict[str, Any], ...] = ()
 
@@ -321,7 +340,7 @@ class UnlearningMemory:
         if settings is None:
             settings = Settings.from_dict(saved)
         else:
-            settings = settings.with_weight_decay(saved["weight_decay"])
+            settings = settings.trained(saved["weight_decay"], saved.get("horizon"))
             _check_settings(settings, saved)
         return cls(
             settings=settings,

@@ -24,7 +24,11 @@ _SOLVERS = ("auto", "direct", "schur")
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """Method, threat, trained parameters, loss, response and λ of a memory."""
+    """Method, threat, trained parameters, loss, response, λ and horizon of a memory.
+
+    ``horizon`` is the time of the gradient flow after which training stopped, Σ lr / n; None where
+    it converged.
+    """
 
     method: str
     threat: Threat
@@ -39,6 +43,7 @@ class Settings:
     solver: str
     weight_decay: float = 0.0
     sketch: int = 0
+    horizon: float | None = None
 
     def __post_init__(self) -> None:
         resolve_method(self.method)
@@ -56,8 +61,13 @@ class Settings:
             )
         if self.needs_direct and self.solver == "schur":
             raise ConfigurationError(
-                f"solver='schur' with sketch={self.sketch}, temperature={self.threat.temperature}:"
-                " a sketch and a mixed adversary need the direct solver"
+                f"solver='schur' with sketch={self.sketch}, temperature={self.threat.temperature},"
+                f" horizon={self.horizon}: a sketch, a mixed adversary and a horizon need the "
+                "matrix itself: solver='direct'"
+            )
+        if self.horizon is not None and not self.horizon > 0:
+            raise ConfigurationError(
+                f"horizon={self.horizon} must be positive, or None for training that converged"
             )
         if self.solver not in _SOLVERS:
             raise ConfigurationError(f"solver={self.solver!r} is unknown; expected {_SOLVERS}")
@@ -68,12 +78,12 @@ class Settings:
 
     @property
     def needs_direct(self) -> bool:
-        """Whether a removal is no block system with one response a point."""
-        return self.sketch > 0 or self.threat.temperature is not None
+        """Whether a removal is no block system with one response a point, or no plain solve."""
+        return self.sketch > 0 or self.threat.temperature is not None or self.horizon is not None
 
-    def with_weight_decay(self, weight_decay: float) -> Settings:
-        """The same settings with the λ that training used."""
-        return replace(self, weight_decay=weight_decay)
+    def trained(self, weight_decay: float, horizon: float | None) -> Settings:
+        """The same settings with the λ and the horizon of the training behind the memory."""
+        return replace(self, weight_decay=weight_decay, horizon=horizon)
 
     def derivatives(self, module: nn.Module) -> Derivatives:
         """The provider for the trained parameters of ``module``."""

@@ -10,7 +10,14 @@ from torch import Tensor
 
 from lightning_muter.errors import SolverError
 
-__all__ = ["Solution", "batched_conjugate_gradients", "conjugate_gradients", "direct", "minres"]
+__all__ = [
+    "Solution",
+    "batched_conjugate_gradients",
+    "conjugate_gradients",
+    "direct",
+    "finite",
+    "minres",
+]
 
 Operator = Callable[[Tensor], Tensor]
 
@@ -36,7 +43,8 @@ def _relative(residual: Tensor, rhs: Tensor) -> float:
     return float(torch.linalg.vector_norm(residual)) / scale if scale > 0 else 0.0
 
 
-def _finite(solution: Solution) -> Solution:
+def finite(solution: Solution) -> Solution:
+    """The solution itself, or a `SolverError` where it holds NaN or infinity."""
     if not bool(torch.isfinite(solution.value).all()):
         raise SolverError(
             f"the system gave a solution that is not finite (status {solution.status}); the "
@@ -58,7 +66,7 @@ def direct(matrix: Tensor, rhs: Tensor) -> Solution:
     if int(info) == 0 and float(pivots.min()) ** 2 > _SINGULAR * float(pivots.max()) ** 2:
         half = torch.linalg.solve_triangular(factor.mT, rhs.unsqueeze(1), upper=False)
         value = torch.linalg.solve_triangular(factor, half, upper=True).squeeze(1)
-        return _finite(Solution(value, _relative(matrix @ value - rhs, rhs), 0, "converged"))
+        return finite(Solution(value, _relative(matrix @ value - rhs, rhs), 0, "converged"))
     values, basis = torch.linalg.eigh(matrix)
     largest = values.abs().max()
     kept = values.abs() > len(values) * torch.finfo(matrix.dtype).eps * largest
@@ -66,7 +74,7 @@ def direct(matrix: Tensor, rhs: Tensor) -> Solution:
     value = basis @ (inverse * (basis.T @ rhs))
     indefinite = bool((values[kept] < 0).any())
     status = "indefinite" if indefinite else "minimum_norm"
-    return _finite(Solution(value, _relative(matrix @ value - rhs, rhs), 0, status))
+    return finite(Solution(value, _relative(matrix @ value - rhs, rhs), 0, status))
 
 
 def conjugate_gradients(
@@ -103,7 +111,7 @@ def conjugate_gradients(
         z = apply(r)
         rz, previous = torch.dot(r, z), rz
         direction = z + (rz / previous) * direction
-    return _finite(Solution(x, _relative(operator(x) - rhs, rhs), iterations, status))
+    return finite(Solution(x, _relative(operator(x) - rhs, rhs), iterations, status))
 
 
 def batched_conjugate_gradients(
@@ -174,4 +182,4 @@ def minres(
         v_old, v, b = v, w / b_next, b_next
     residual = _relative(operator(x) - rhs, rhs)
     status = "indefinite" if residual <= max(1e3 * tol, 1e-8) else "max_iterations"
-    return _finite(Solution(x, residual, iterations, status))
+    return finite(Solution(x, residual, iterations, status))

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_muter.derivatives.base import AddBlock, measuring
+from lightning_muter.horizon import retrace
 from lightning_muter.inner import InnerMaximum
 from lightning_muter.memory import UnlearningMemory, fingerprint
 from lightning_muter.methods import METHODS
@@ -29,6 +31,7 @@ def build_memories(
     digests: Tensor,
     key: bytes,
     reduce: Callable[[Tensor], Tensor] = lambda tensor: tensor,
+    initial: Tensor | None = None,
 ) -> list[UnlearningMemory]:
     """Memories of several methods at the module's ω* from one pass and one δ* a point.
 
@@ -42,6 +45,7 @@ def build_memories(
         digests: of all points (n, 16), in the order of their indices.
         key: of the digests.
         reduce: sums a tensor over processes.
+        initial: the ω (p,) that training started from; needed by settings with a horizon.
     """
     providers = [s.derivatives(module) for s in settings]
     recipes = [s.recipe() for s in settings]
@@ -67,22 +71,35 @@ def build_memories(
         evaluation = evaluation_of(totals[k], omega, one.weight_decay, reduce)
         matrix = reduce(matrices[k]) if matrices[k].numel() else matrices[k]
         matrix.diagonal().add_(evaluation.points * one.weight_decay)
-        built.append(
-            UnlearningMemory(
-                settings=one,
-                omega_star=omega,
-                omega=omega,
-                matrix=matrix,
-                gradient=torch.zeros_like(omega),
-                residual_gradient=evaluation.gradient,
-                digests=digests,
-                removed=torch.zeros(len(digests), dtype=torch.bool),
-                key=key,
-                fingerprint=fingerprint(module, providers[k].names),
-                summary=summarise(evaluation, matrix, p),
-            )
+        memory = UnlearningMemory(
+            settings=one,
+            omega_star=omega,
+            omega=omega,
+            matrix=matrix,
+            gradient=torch.zeros_like(omega),
+            residual_gradient=evaluation.gradient,
+            digests=digests,
+            removed=torch.zeros(len(digests), dtype=torch.bool),
+            key=key,
+            fingerprint=fingerprint(module, providers[k].names),
+            summary=summarise(evaluation, matrix, p),
         )
+        built.append(_with_start(memory, initial))
     return built
+
+
+def _with_start(memory: UnlearningMemory, initial: Tensor | None) -> UnlearningMemory:
+    """The memory with what a Retrain that stops early needs, where its settings have a horizon."""
+    horizon = memory.settings.horizon
+    if horizon is None or initial is None or not memory.matrix.numel():
+        return memory
+    start = initial.to(memory.matrix)
+    matrix = memory.matrix + memory.settings.damping * torch.eye(memory.p).to(memory.matrix)
+    offset = start - memory.omega_star
+    retraced = retrace(matrix, memory.residual_gradient, offset, horizon).value
+    error = torch.linalg.vector_norm(offset + retraced) / torch.linalg.vector_norm(offset)
+    summary = {**memory.summary, "horizon": horizon, "retrace_error": float(error)}
+    return replace(memory, initial=start, retraced=retraced, summary=summary)
 
 
 def _adder(matrix: Tensor) -> AddBlock:

@@ -86,6 +86,11 @@ def unlearn(
         _check_points(state, datamodule)
     elif corrector_steps or bound:
         raise ConfigurationError("corrector_steps and bound need a RemovalDataModule")
+    if corrector_steps and state.settings.horizon is not None:
+        raise ConfigurationError(
+            f"corrector_steps={corrector_steps} with horizon={state.settings.horizon}: they lead "
+            "to the optimum, where a Retrain that stops early does not go; give one of the two"
+        )
     before = derivatives.get()
     if not METHODS[state.settings.method].has_memory:
         return _without_memory(trainer, callback, datamodule, model, state)

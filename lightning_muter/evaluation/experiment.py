@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Literal
 
 import pytorch_lightning as pl
 
@@ -23,7 +24,7 @@ class Row:
     ``noise_std`` is the σ of Gaussian noise on ω^u, ``corrector_steps`` the passes over the
     remaining points afterwards, ``request_size`` the points a request (1 forgets one after the
     other, None all at once); ``threat`` is what the memory takes instead of the experiment's
-    own, as another smoothing; the rest as in `MUterCallback`.
+    own, as another smoothing; the rest, ``horizon`` among it, as in `MUterCallback`.
     """
 
     label: str
@@ -35,6 +36,7 @@ class Row:
     damping: float = 0.0
     noise_std: float = 0.0
     corrector_steps: int = 0
+    horizon: float | Literal["training"] | None = None
     request_size: int | None = None
     threat: Threat | None = None
 
@@ -170,8 +172,13 @@ class Experiment:
             autoattack_points=self.autoattack_points,
         )
 
-    def settings(self, row: Row, weight_decay: float) -> Settings:
-        """What a row's memory is a memory of."""
+    @property
+    def needs_horizon(self) -> bool:
+        """Whether a row takes the horizon of the training."""
+        return any(row.horizon == "training" for row in self.rows)
+
+    def settings(self, row: Row, weight_decay: float, horizon: float | None = None) -> Settings:
+        """What a row's memory is a memory of; ``horizon`` is the training's own."""
         return Settings(
             method=row.method,
             threat=row.threat or self.threat,
@@ -186,4 +193,5 @@ class Experiment:
             solver="auto",
             sketch=self.sketch,
             weight_decay=weight_decay,
+            horizon=horizon if row.horizon == "training" else row.horizon,
         )

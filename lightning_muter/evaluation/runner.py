@@ -33,6 +33,7 @@ from lightning_muter.evaluation.peak import peak_memory
 from lightning_muter.evaluation.table import Cell, Table
 from lightning_muter.memory import UnlearningMemory, digest
 from lightning_muter.objective import RobustObjective
+from lightning_muter.settings import Settings
 from lightning_muter.stage_one import build_memories
 from lightning_muter.trainer import Trainer
 
@@ -200,6 +201,7 @@ class _Seed:
             attack_steps=experiment.attack_steps,
             attack_step_size=experiment.attack_step_size,
             random_start=experiment.random_start,
+            horizon="training" if experiment.needs_horizon else None,
         )
         trainer = Trainer(
             max_epochs=experiment.max_epochs,
@@ -212,15 +214,19 @@ class _Seed:
         memory = callback.memory
         if memory is None:
             raise ConfigurationError("training ended without a memory: max_epochs must be >= 1")
-        self._decay_file().parent.mkdir(parents=True, exist_ok=True)
-        self._decay_file().write_text(json.dumps(memory.settings.weight_decay))
+        if len(keep) == len(self.train[0]):  # what the memories are of
+            known = {k: getattr(memory.settings, k) for k in ("weight_decay", "horizon")}
+            self._training_file().parent.mkdir(parents=True, exist_ok=True)
+            self._training_file().write_text(json.dumps(known))
         return memory.omega_star.cpu()
 
-    def _decay_file(self) -> Path:
-        return self.folder / "heads" / "weight_decay.json"
+    def _training_file(self) -> Path:
+        return self.folder / "heads" / f"seed-{self.seed}-training.json"
 
-    def _decay(self) -> float:
-        return float(json.loads(self._decay_file().read_text()))
+    def _settings(self, row: Row) -> Settings:
+        """A row's settings, with the λ and the horizon of training."""
+        training = json.loads(self._training_file().read_text())
+        return self.experiment.settings(row, training["weight_decay"], training["horizon"])
 
     def shadows(self) -> Shadows | None:
         """Heads trained on random halves of the training points."""
@@ -248,16 +254,17 @@ class _Seed:
 
     def memories(self, trained: Tensor) -> dict[str, UnlearningMemory]:
         """Every row's memory at ω*, and the one of muter that judges refer to."""
-        experiment, decay = self.experiment, self._decay()
+        experiment = self.experiment
         rows = [Row(label="reference", method="none"), *experiment.rows]
-        settings = [experiment.settings(row, decay) for row in rows]
+        settings = [self._settings(row) for row in rows]
         x, y = self.train
         key = bytes(16)
         rows_of_bytes = [list(digest(key, a, b)) for a, b in zip(x, y, strict=True)]
         digests = torch.tensor(rows_of_bytes, dtype=torch.uint8)
         size = experiment.batch_size
         batches = zip(torch.split(x, size), torch.split(y, size), strict=True)
-        built = build_memories(self.at(trained), settings, batches, digests, key)
+        start = settings[0].derivatives(self.initial).get()
+        built = build_memories(self.at(trained), settings, batches, digests, key, initial=start)
         robust = replace(built[0].settings, method="muter")  # what its bound is about
         built[0] = replace(built[0], settings=robust)
         return {row.label: memory for row, memory in zip(rows, built, strict=True)}
@@ -299,7 +306,7 @@ class _Seed:
         shadows: Shadows | None,
     ) -> Judge:
         """What measures every candidate after the removal of ``gone``."""
-        settings = self.experiment.settings(Row(label="reference"), self._decay())
+        settings = self._settings(Row(label="reference"))
         module = self.at(retrained)
         x, y = self.train[0][keep], self.train[1][keep]
         size = self.experiment.batch_size
