@@ -165,6 +165,8 @@ class Constrained:
             return geometry.project(shift * scale.square() * v - scale * curvature(scale * v))
 
         root, usable = inverse_square_root(scaled, geometry.project(self.probes), self.tol)
+        # of an indefinite K the root is huge: the network's own dtype would make it infinite
+        root = torch.where(usable[:, None, None], root, torch.zeros_like(root))
         kept = usable.to(root).unsqueeze(1).expand(root.shape[:2]) / root.shape[1]
         return DiagonalLowRank(torch.zeros_like(root[:, 0]), scale * root, kept), usable
 

@@ -18,6 +18,8 @@ from lightning_muter import (
 )
 from lightning_muter import responses as responses_module
 from lightning_muter.errors import ConfigurationError
+from lightning_muter.hessian import derivatives_for
+from lightning_muter.recipe import Recipe
 from lightning_muter.responses import Constrained, Unconstrained
 from lightning_muter.sketch import inverse_square_root, seeded_probes
 
@@ -171,3 +173,27 @@ def test_what_a_sketch_cannot_do() -> None:
         MUterCallback(L2Ball(0.4), parameters=["0.weight"], sketch=1)
     with pytest.raises(ConfigurationError, match="exact inverse"):
         MUterCallback(L2Ball(0.4), head="head", sketch=1, response="unconstrained", inverse="exact")
+
+
+def test_an_indefinite_point_keeps_a_single_precision_sketch_finite() -> None:
+    """Far from a maximum K is indefinite: such a point has no response, and infects no other."""
+    torch.manual_seed(1)
+    net = nn.Sequential(nn.Linear(D, 7), nn.Tanh(), nn.Linear(7, C))
+    with torch.no_grad():
+        net[0].weight.mul_(4)
+    x, y = torch.rand(40, D), torch.randint(0, C, (40,))
+    threat = LinfBall(2.0, bandwidth=1e-2)
+    delta = torch.zeros_like(x)  # no maximum
+
+    def sketched(some: slice) -> Tensor:
+        batch = (x[some], y[some])
+        return total_hessian(net, batch, threat, head="2", delta=delta[some], sketch=2)
+
+    each = [sketched(slice(i, i + 1)) for i in range(40)]
+    derivatives = derivatives_for(net, "cross_entropy", "2")
+    recipe = Recipe("muter", threat, Constrained(rank=2))
+    inner = recipe.given(derivatives, x, y, delta)
+    usable = recipe.accumulate(derivatives, x, y, lambda i, j, block: None, inner).counts[3]
+    assert 0 < int(usable) < 40
+    assert all(bool(torch.isfinite(matrix).all()) for matrix in each)
+    assert torch.allclose(sketched(slice(None)), torch.stack(each).sum(dim=0), rtol=1e-3, atol=1e-2)
