@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
+from lightning_muter.acceleration import Anderson
 from lightning_muter.threats import Threat
 
 __all__ = ["InnerMaximum", "maximise"]
@@ -16,6 +17,8 @@ __all__ = ["InnerMaximum", "maximise"]
 InputGradient = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 STATIONARY = 1e-3
+_PAYS = 0.9  # an accelerated move that leaves more of the residual is followed by a plain one
+_PLAIN = 4  # passes before acceleration: most points need no more
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,8 @@ def maximise(
 
     Starts at ``start`` (zero by default), tries the threat's fixed-point map first and falls
     back, point by point, to shorter and shorter ascent steps wherever the (smoothed) objective
-    fell. For a loss that is convex in δ the map itself is monotone (minorise-maximise).
+    fell. For a loss that is convex in δ the map itself is monotone (minorise-maximise). Points
+    that are not done after some passes are accelerated, and never past a fall of the objective.
 
     Args:
         input_gradient: losses and their gradients at perturbed points.
@@ -73,37 +77,70 @@ def maximise(
         dtype: what losses and gradients were computed in: no difference below its rounding counts.
         tol: a point is done when the map moves it by less than this share of the radius.
     """
-    rounding = torch.finfo(dtype).eps
-    tol = max(tol, 50 * rounding)
-    delta = torch.zeros_like(x) if start is None else threat.project(x, start)
-    losses, grad = input_gradient(x + delta, torch.arange(len(x), device=x.device))
-    size = torch.full_like(x[:, :1], torch.inf)
-    mapped = threat.ascend(x, delta, grad, size)
-    moved = threat.distance(x, mapped - delta)
-    if start is not None:  # a start within tol would be kept with its whole error
-        moved = torch.full_like(moved, torch.inf)
-    for _ in range(max_iter):
-        todo = torch.nonzero(moved > tol).flatten()
+    tol = max(tol, 50 * torch.finfo(dtype).eps)
+    ascent = _Ascent(input_gradient, x, threat, start, dtype)
+    history: Anderson | None = None
+    for k in range(max_iter):
+        todo = torch.nonzero(ascent.moved > tol).flatten()
         if len(todo) == 0:
             break
-        some: Tensor | slice = slice(None) if len(todo) == len(x) else todo
-        point, now, slope = x[some], delta[some], grad[some]
-        candidate = mapped[some]
-        if not bool(torch.isinf(size[some]).all()):
-            candidate = threat.ascend(point, now, slope, size[some])
-        value, new_slope = input_gradient(point + candidate, todo)
-        before = losses[some] + threat.merit(now, slope)
+        if k == _PLAIN:
+            history = Anderson(x)
+        ascent.advance(todo, history)
+    return InnerMaximum(ascent.delta, ascent.grad, ascent.losses, ascent.moved)
+
+
+class _Ascent:
+    """Where the perturbations of a batch are: δ (n, d), losses, gradients, and the map's image."""
+
+    def __init__(
+        self,
+        input_gradient: InputGradient,
+        x: Tensor,
+        threat: Threat,
+        start: Tensor | None,
+        dtype: torch.dtype,
+    ) -> None:
+        self.input_gradient, self.x, self.threat = input_gradient, x, threat
+        self.slack = 10 * torch.finfo(dtype).eps
+        self.delta = torch.zeros_like(x) if start is None else threat.project(x, start)
+        everyone = torch.arange(len(x), device=x.device)
+        self.losses, self.grad = input_gradient(x + self.delta, everyone)
+        self.size = torch.full_like(x[:, :1], torch.inf)
+        self.mapped = threat.ascend(x, self.delta, self.grad, self.size)
+        self.moved = threat.distance(x, self.mapped - self.delta)
+        if start is not None:  # a start within the tolerance would be kept with its whole error
+            self.moved = torch.full_like(self.moved, torch.inf)
+
+    def advance(self, todo: Tensor, history: Anderson | None) -> None:
+        """Move the points ``todo`` to a candidate each, where it does not lower the objective."""
+        threat = self.threat
+        some: Tensor | slice = slice(None) if len(todo) == len(self.x) else todo
+        point, now, slope, size = self.x[some], self.delta[some], self.grad[some], self.size[some]
+        residual = self.mapped[some] - now
+        candidate = self.mapped[some]
+        if not bool(torch.isinf(size).all()):
+            candidate = threat.ascend(point, now, slope, size)
+        bold = torch.zeros_like(size, dtype=torch.bool)
+        if history is not None:
+            bold = history.filled[some].unsqueeze(1)
+            proposal = threat.project(point, history.propose(some, self.mapped[some], residual))
+            candidate = torch.where(bold, proposal, candidate)
+        value, new_slope = self.input_gradient(point + candidate, todo)
+        before = self.losses[some] + threat.merit(now, slope)
         after = value + threat.merit(candidate, slope)
-        slack = 10 * rounding * (1 + before.abs())
-        better = (after >= before - slack).unsqueeze(1)
-        delta[some] = torch.where(better, candidate, now)
-        grad[some] = torch.where(better, new_slope, slope)
-        losses[some] = torch.where(better.squeeze(1), value, losses[some])
-        size[some] = _next_size(size[some], better)
-        whole = torch.full_like(size[some], torch.inf)
-        mapped[some] = threat.ascend(point, delta[some], grad[some], whole)
-        moved[some] = threat.distance(point, mapped[some] - delta[some])
-    return InnerMaximum(delta, grad, losses, moved)
+        better = (after >= before - self.slack * (1 + before.abs())).unsqueeze(1)
+        self.delta[some] = torch.where(better, candidate, now)
+        self.grad[some] = torch.where(better, new_slope, slope)
+        self.losses[some] = torch.where(better.squeeze(1), value, self.losses[some])
+        self.size[some] = torch.where(bold, size, _next_size(size, better))
+        whole = torch.full_like(size, torch.inf)
+        self.mapped[some] = threat.ascend(point, self.delta[some], self.grad[some], whole)
+        left = self.mapped[some] - self.delta[some]
+        apart, self.moved[some] = self.moved[some], threat.distance(point, left)
+        if history is not None:  # at an interior maximum the map has no fixed point to go by
+            pays = (self.moved[some] < _PAYS * apart).unsqueeze(1) | ~bold
+            history.record(some, self.delta[some] - now, left - residual, better & pays)
 
 
 def _next_size(size: Tensor, better: Tensor) -> Tensor:
