@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import types
 import warnings
@@ -36,6 +35,8 @@ __all__ = ["MODEL_FILE", "MUterCallback", "reducer"]
 MODEL_FILE = "model.ckpt"
 
 _MEMORY_LIMIT = 60_000
+#: a Newton step longer than this share of ω* means that training did not converge
+_UNFINISHED = 0.1
 
 
 class MUterCallback(AdversarialTraining):
@@ -140,7 +141,7 @@ class MUterCallback(AdversarialTraining):
         self._flags: list[tuple[nn.Parameter, bool]] = []
         self._was_training: list[nn.Module] = []
         self._checked = False
-        self._flow_time = 0.0  # nan once a step followed no gradient flow
+        self._flow_time = 0.0
 
     # --- finetuning -------------------------------------------------------------------------
 
@@ -167,12 +168,18 @@ class MUterCallback(AdversarialTraining):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         _points(trainer).check()
+        rates = [flow_rate(optimizer) for optimizer in trainer.optimizers]
+        if self.horizon == "training" and None in rates:
+            names = [type(optimizer).__name__ for optimizer in trainer.optimizers]
+            raise ConfigurationError(
+                f"horizon='training' with {names}: it needs torch.optim.SGD of one learning rate, "
+                "since others follow no gradient flow; give a number, newton_steps, or horizon=None"
+            )
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
-        rate = flow_rate(optimizer)
-        self._flow_time += math.nan if rate is None else rate
+        self._flow_time += flow_rate(optimizer) or 0.0
 
     def state_dict(self) -> dict[str, Any]:
         """The time of training so far, for a run that is resumed."""
@@ -304,11 +311,6 @@ class MUterCallback(AdversarialTraining):
     def _horizon(self, n: int) -> float | None:
         if self.horizon != "training":
             return self.horizon
-        if math.isnan(self._flow_time):
-            raise ConfigurationError(
-                "horizon='training' needs torch.optim.SGD with one learning rate: other optimizers "
-                "follow no gradient flow; give a number, newton_steps, or horizon=None"
-            )
         return self._flow_time / n
 
     @staticmethod
@@ -335,6 +337,17 @@ class MUterCallback(AdversarialTraining):
                 for k, v in memory.summary.items()
             )
         )
+        left = memory.summary.get("distance_to_optimum", 0.0)
+        size = float(torch.linalg.vector_norm(memory.omega_star))
+        taken_as_converged = memory.settings.horizon is None and not self.newton_steps
+        if taken_as_converged and left > _UNFINISHED * size:
+            warnings.warn(
+                f"training stopped about {left:.3g} from its optimum (‖ω*‖ = {size:.3g}): the "
+                "full step assumes that it converged, and may end farther from a Retrain than "
+                "doing nothing; give newton_steps=..., or horizon='training' for a Retrain that "
+                "stops as early",
+                stacklevel=2,
+            )
         usable = memory.summary["usable_response"]
         if self.settings.response == "unconstrained" and usable < 1:
             rank_zero_info(

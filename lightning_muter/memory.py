@@ -25,7 +25,7 @@ from lightning_muter.settings import Settings
 
 __all__ = ["FORMAT_VERSION", "UnlearningMemory", "digest", "fingerprint", "size_estimate"]
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 _TENSORS = (
     "omega_star",
     "omega",
@@ -340,7 +340,7 @@ class UnlearningMemory:
         if settings is None:
             settings = Settings.from_dict(saved)
         else:
-            settings = settings.trained(saved["weight_decay"], saved.get("horizon"))
+            settings = settings.trained(saved["weight_decay"], saved["horizon"])
             _check_settings(settings, saved)
         return cls(
             settings=settings,

@@ -17,6 +17,7 @@ from lightning_muter.methods import METHODS
 from lightning_muter.objective import Evaluation, evaluation_of
 from lightning_muter.recipe import Contribution
 from lightning_muter.settings import Settings
+from lightning_muter.solvers import conjugate_gradients, direct
 from lightning_muter.threats import Threat
 
 __all__ = ["build_memories", "summarise"]
@@ -122,7 +123,19 @@ def summarise(evaluation: Evaluation, matrix: Tensor, p: int) -> dict[str, Any]:
     }
     if matrix.numel():
         summary["smallest_eigenvalue"], summary["largest_eigenvalue"] = _extremes(matrix)
+        if summary["smallest_eigenvalue"] > 0:
+            newton_step = _solved(matrix, evaluation.gradient)
+            summary["distance_to_optimum"] = float(torch.linalg.vector_norm(newton_step))
     return summary
+
+
+def _solved(matrix: Tensor, rhs: Tensor) -> Tensor:
+    """M⁻¹ times a vector: a number for people, so that a rough one does where M is large."""
+    if len(matrix) <= _EIGEN_LIMIT:
+        return direct(matrix, rhs).value
+    inverse = matrix.diagonal().reciprocal()
+    rough = conjugate_gradients(lambda v: matrix @ v, rhs, lambda v: inverse * v, 1e-3, 100)
+    return rough.value
 
 
 def _extremes(matrix: Tensor) -> tuple[float, float]:

@@ -180,6 +180,24 @@ def test_the_horizon_is_that_of_training_and_stays_with_the_memory(tmp_path: obj
     assert result.iterations > 0 and result.residual < 1e-8
 
 
+def test_training_that_did_not_converge_is_said_with_the_ways_out() -> None:
+    with pytest.warns(UserWarning, match="newton_steps=..., or horizon='training'"):
+        fit()
+    for options in ({"horizon": "training"}, {"newton_steps": 20}):
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", "training stopped about.*")
+            fit(**options)
+
+
+def test_the_distance_to_the_optimum_is_that_of_newton_s_step() -> None:
+    trainer, model = fit()
+    (callback,) = (c for c in trainer.callbacks if isinstance(c, MUterCallback))
+    _, optimum = fit(newton_steps=20)
+    found = callback.memory.summary["distance_to_optimum"]
+    apart = (model.head.weight - optimum.head.weight).detach().norm()
+    assert found == pytest.approx(float(apart), rel=0.5)
+
+
 def test_requests_of_any_split_end_at_the_same_model() -> None:
     models = []
     for size in (None, 1):
@@ -199,8 +217,11 @@ def test_what_has_no_horizon_is_refused() -> None:
         MUterCallback(L2Ball(0.1), head="head", horizon=1.0, solver="schur")
     callback = MUterCallback(L2Ball(0.1), head="head", loss="logistic", horizon="training")
     trainer = Trainer(max_epochs=1, callbacks=[callback], **QUIET)
+    model = Early("adam")
+    before = model.head.weight.detach().clone()
     with pytest.raises(ConfigurationError, match="SGD"):
-        trainer.fit(Early("adam"), DataLoader(data(), batch_size=8))
+        trainer.fit(model, DataLoader(data(), batch_size=8))
+    assert torch.equal(before, model.head.weight)  # refused before the first step
     trainer, model = fit(horizon="training")
     with pytest.raises(ConfigurationError, match="corrector_steps"):
         trainer.unlearn(RemovalDataModule(data(), [3]), corrector_steps=1)

@@ -84,6 +84,7 @@ def _quiet() -> Iterator[None]:
             warnings.filterwarnings("ignore", ".*does not have many workers.*")
             warnings.filterwarnings("ignore", ".*number of training batches.*")
             warnings.filterwarnings("ignore", "the system of the remaining points is indefinite.*")
+            warnings.filterwarnings("ignore", "training stopped about.*")
             yield
     finally:
         logger.setLevel(level)
