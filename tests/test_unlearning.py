@@ -29,6 +29,7 @@ from lightning_muter import (
     adversarial_influence,
     total_hessian,
 )
+from lightning_muter.memory import FORMAT_VERSION
 
 QUIET: dict[str, Any] = {
     "accelerator": "cpu",
@@ -273,7 +274,9 @@ def test_damaged_memories_are_refused(damage: str, tmp_path: Any) -> None:
         state.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     elif damage == "version":
         text = manifest.read_text()
-        manifest.write_text(text.replace('"format_version": 1', '"format_version": 99'))
+        manifest.write_text(
+            text.replace(f'"format_version": {FORMAT_VERSION}', '"format_version": 99')
+        )
     else:
         manifest.unlink()
     with pytest.raises(MemoryFormatError):
