@@ -76,8 +76,10 @@ def inverse_square_root(
 
 
 def _first_column(alphas: list[Tensor], betas: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """T^{-1/2} e_1 (n, k, m) of the tridiagonal T, and T's lowest eigenvalue relative to 1e-10
-    of its highest (n, k)."""
+    """T^{-1/2} e_1 (n, k, m) of the tridiagonal T, and T's lowest eigenvalue (n, k).
+
+    The latter less 1e-10 of the highest, so that rounding does not pass for positive.
+    """
     t = torch.diag_embed(torch.stack(alphas, dim=2))
     if betas:
         off = torch.stack(betas, dim=2)

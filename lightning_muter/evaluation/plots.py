@@ -27,6 +27,8 @@ _STYLES: tuple[tuple[str, str, str], ...] = (
     ("#80cdc1", ">", "-."),
     ("#777777", "*", ":"),
     ("#b2182b", "d", "--"),
+    ("#e08214", "p", "-."),
+    ("#5e3c99", "h", "-"),
 )
 #: of the first row's decades, added above its curves for the inset
 _INSET_ROOM = 0.65
@@ -121,7 +123,7 @@ def _curves(
         mean = [s.mean for _, s in kept]
         low, high = zip(*(_range(table, method, m, metric) for m, _ in kept), strict=True)
         axis.plot(x, mean, dash, color=colour, marker=marker, ms=3, lw=1, label=method)
-        axis.fill_between(x, low, high, color=colour, alpha=0.15, lw=0)
+        axis.fill_between(x, low, high, color=colour, alpha=0.1, lw=0)
 
 
 def _range(table: Table, method: str, removed: int, metric: str) -> tuple[float, float]:
@@ -140,7 +142,7 @@ def plot_pareto(table: Table, path: str | os.PathLike[str], title: str = "") -> 
         title: above the figure.
     """
     plt = _pyplot()
-    figure, axis = plt.subplots(figsize=(3.6, 3.0), layout="constrained")
+    figure, axis = plt.subplots(figsize=(3.6, 3.6), layout="constrained")
     removed = table.removals()[-1]
     for method, (colour, marker, _) in _style(table.methods()).items():
         seconds = table.summary(method, removed, "seconds")
@@ -162,7 +164,8 @@ def plot_pareto(table: Table, path: str | os.PathLike[str], title: str = "") -> 
     axis.tick_params(labelsize=7, which="both")
     axis.xaxis.set_minor_formatter("")
     axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(fontsize=6, frameon=False)
+    handles, labels = axis.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=6, frameon=False)
     figure.savefig(path, dpi=200)
     plt.close(figure)
     return Path(path)

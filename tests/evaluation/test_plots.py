@@ -7,7 +7,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import pytest
 
-from lightning_muter.evaluation import Table
+from lightning_muter.evaluation import Table, plots
 from lightning_muter.evaluation.plots import plot_comparison, plot_pareto
 from lightning_muter.evaluation.table import Cell
 
@@ -74,3 +74,9 @@ def test_pareto_draws_the_range_of_both_axes(table: Table, tmp_path: Path, kept_
     ]
     assert ([0.05, 0.2], [0.125, 0.125]) in drawn
     assert ([0.125, 0.125], [0.05, 0.2]) in drawn
+
+
+def test_thirteen_methods_are_told_apart() -> None:
+    styles = plots._style(["none", "retrain", "muter", *(f"method_{k}" for k in range(10))])
+    assert len(set(styles.values())) == 13
+    assert styles["muter"] == plots._STYLES[0]
