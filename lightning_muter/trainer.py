@@ -47,8 +47,8 @@ class Trainer(pl.Trainer):
             memory: an `UnlearningMemory` or its folder; the callback's by default.
             noise_std: σ of Gaussian noise added to ω^u.
             corrector_steps: Newton steps on the remaining data afterwards (a pass each).
-            bound: report ‖∇F_{-S}(ω^u)‖ / (λ(n-m)), which bounds the distance to Retrain for a
-                linear head, λ > 0 and the exact inner maximum (a pass).
+            bound: report ‖∇F_{-S}(ω^u)‖ / (λ(n-m)), which bounds the distance to a Retrain at
+                its optimum for a linear head, λ > 0 and the exact inner maximum (a pass).
 
         Returns:
             The numbers of the requests.
