@@ -23,7 +23,7 @@ class UnlearningResult:
         stationary: share of the removed points whose δ* was stationary.
         active: share of the removed points whose constraint was active.
         seconds: wall time of each stage: "maximise_and_solve", "write".
-        bound: an upper bound of the distance to a Retrain at its optimum where one holds, else None.
+        bound: an upper bound of the distance to a Retrain at its optimum, or None.
         certificate: "no certificate", or what ``bound`` rests on.
     """
 
