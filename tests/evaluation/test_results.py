@@ -53,3 +53,17 @@ def test_models_were_trained_to_stationarity(name: str) -> None:
     for removed in table.removals():
         assert max(table.values("retrain", removed, "gradient_norm").values()) < 1e-6
         assert set(table.values("retrain", removed, "stationary").values()) == {1.0}
+
+
+@pytest.mark.parametrize(
+    "run", [run for run in RUNS if run.name.startswith("paper_")], ids=lambda run: run.name
+)
+def test_in_the_paper_s_settings_the_horizon_is_what_helps(run: Path) -> None:
+    table = Table(run / "results.csv")
+    assert len(table.removals()) == 10
+    for removed in table.removals()[5:]:  # from 1% on; below, the order of the batches decides
+        nearest = table.values("muter_horizon", removed, "distance_relative")
+        assert len(nearest) == 5 and max(nearest.values()) < 1
+        for method in set(table.methods()) - {"muter_horizon", "retrain"}:
+            other = table.values(method, removed, "distance_relative")
+            assert all(nearest[seed] < other[seed] for seed in nearest), (method, removed)
