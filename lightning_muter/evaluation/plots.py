@@ -25,11 +25,10 @@ _STYLES: tuple[tuple[str, str, str], ...] = (
     ("#dfc27d", "X", "-"),
     ("#018571", "<", "--"),
     ("#80cdc1", ">", "-."),
-    ("#777777", "*", ":"),
-    ("#b2182b", "d", "--"),
     ("#e08214", "p", "-."),
     ("#5e3c99", "h", "-"),
 )
+_FIXED = {"none": ("#777777", "*", ":"), "retrain": ("#b2182b", "d", "--")}
 #: of the first row's decades, added above its curves for the inset
 _INSET_ROOM = 0.65
 _ROWS = (
@@ -51,8 +50,10 @@ def _pyplot() -> Any:
 
 
 def _style(methods: list[str]) -> dict[str, tuple[str, str, str]]:
-    ordered = sorted(methods, key=lambda m: (m != "muter", m in ("none", "retrain")))
-    return {m: _STYLES[i % len(_STYLES)] for i, m in enumerate(ordered)}
+    others = [m for m in methods if m not in _FIXED]
+    ordered = sorted(others, key=lambda m: (m != "muter", not m.startswith("muter")))
+    cycled = {m: _STYLES[i % len(_STYLES)] for i, m in enumerate(ordered)}
+    return {**cycled, **{m: _FIXED[m] for m in methods if m in _FIXED}}
 
 
 def plot_comparison(

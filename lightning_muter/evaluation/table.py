@@ -45,6 +45,8 @@ class Table:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
         self.cells: list[Cell] = []
+        self._index: dict[tuple[str, int, str], dict[int, float]] = {}
+        self._indexed = 0
         if self.path.exists():
             self.cells = _read(self.path)
 
@@ -75,11 +77,11 @@ class Table:
 
     def values(self, method: str, removed: int, metric: str) -> dict[int, float]:
         """A metric by seed."""
-        return {
-            c.seed: c.value
-            for c in self.cells
-            if (c.method, c.removed, c.metric) == (method, removed, metric)
-        }
+        for cell in self.cells[self._indexed :]:
+            key = (cell.method, cell.removed, cell.metric)
+            self._index.setdefault(key, {})[cell.seed] = cell.value
+        self._indexed = len(self.cells)
+        return dict(self._index.get((method, removed, metric), {}))
 
     def summary(self, method: str, removed: int, metric: str) -> Summary | None:
         """A metric over the seeds, or None where it was not measured."""
