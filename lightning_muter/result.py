@@ -17,8 +17,9 @@ class UnlearningResult:
         indices: the training points forgotten, in the order of the requests.
         requests: how many requests (removal batches) were served.
         update_norm: ‖ω^u - ω before‖ over the whole call.
-        residual: largest ‖M Δω - rhs‖ / ‖rhs‖ of the requests' systems.
-        iterations: solver iterations, summed; 0 for a direct solve.
+        residual: largest ‖M Δω - rhs‖ / ‖rhs‖ of the requests' systems; with a horizon that of the
+            flow, ‖M Δ - (I - exp(-hM)) b‖ / ‖b‖.
+        iterations: solver iterations, summed, Lanczos steps among them; 0 for a direct solve.
         status: the worst solver status: "converged", "indefinite", "minimum_norm", ...
         stationary: share of the removed points whose δ* was stationary.
         active: share of the removed points whose constraint was active.
