@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -209,3 +210,16 @@ def test_the_training_attack_starts_where_the_experiment_says(tmp_path: Path) ->
         for start in (True, False)
     ]
     assert not torch.equal(*heads)
+
+
+def test_a_row_takes_the_horizon_of_training(tmp_path: Path) -> None:
+    rows = [Row(label="muter"), Row(label="early", horizon="training")]
+    table = run(small(rows=rows, removals=[4], newton_steps=0), tmp_path)
+    values = {row.label: table.values(row.label, 4, "distance")[0] for row in rows}
+    none = table.values("none", 4, "distance")[0]
+    assert values["early"] != pytest.approx(values["muter"], rel=0.1)
+    assert values["early"] < none
+    kept = json.loads((tmp_path / "heads" / "seed-0-training.json").read_text())
+    assert kept["horizon"] > 0
+    with pytest.raises(ConfigurationError, match="newton_steps"):
+        run(small(rows=rows, removals=[4], newton_steps=3), tmp_path / "other")
