@@ -71,3 +71,13 @@ def test_in_the_paper_s_settings_the_horizon_is_what_helps(name: str) -> None:
         for method in set(table.methods()) - {"muter_horizon", "retrain"}:
             other = table.values(method, removed, "distance_relative")
             assert all(nearest[seed] < other[seed] for seed in nearest), (method, removed)
+
+
+def test_on_the_wide_resnet_under_l_infinity_too() -> None:
+    table = Table(RESULTS / "cifar10_wrn_linf" / "results.csv")
+    for removed in table.removals():
+        nearest = table.values("muter_horizon", removed, "distance_relative")
+        assert len(nearest) == 3
+        for method in set(table.methods()) - {"muter_horizon", "retrain"}:
+            other = table.values(method, removed, "distance_relative")
+            assert all(nearest[seed] < other[seed] for seed in nearest), (method, removed)
