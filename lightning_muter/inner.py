@@ -18,6 +18,8 @@ InputGradient = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 STATIONARY = 1e-3
 _PAYS = 0.9  # an accelerated move that leaves more of the residual is followed by a plain one
+#: the tolerance of accelerated points: another batch's rounding takes another way to the same δ*
+_FINER = 1e-3
 _PLAIN = 4  # passes before acceleration: most points need no more
 
 
@@ -77,15 +79,17 @@ def maximise(
         dtype: what losses and gradients were computed in: no difference below its rounding counts.
         tol: a point is done when the map moves it by less than this share of the radius.
     """
-    tol = max(tol, 50 * torch.finfo(dtype).eps)
+    rounding = 50 * torch.finfo(dtype).eps
     ascent = _Ascent(input_gradient, x, threat, start, dtype)
+    limit = torch.full_like(ascent.moved, max(tol, rounding))
     history: Anderson | None = None
     for k in range(max_iter):
-        todo = torch.nonzero(ascent.moved > tol).flatten()
+        todo = torch.nonzero(ascent.moved > limit).flatten()
         if len(todo) == 0:
             break
         if k == _PLAIN:
             history = Anderson(x)
+            limit[todo] = max(_FINER * tol, rounding)
         ascent.advance(todo, history)
     return InnerMaximum(ascent.delta, ascent.grad, ascent.losses, ascent.moved)
 
@@ -130,17 +134,19 @@ class _Ascent:
         before = self.losses[some] + threat.merit(now, slope)
         after = value + threat.merit(candidate, slope)
         better = (after >= before - self.slack * (1 + before.abs())).unsqueeze(1)
-        self.delta[some] = torch.where(better, candidate, now)
+        move = torch.where(better, candidate - now, torch.zeros_like(now))
+        self.delta[some] = torch.where(better, candidate, now)  # ``now`` may be a view of it
         self.grad[some] = torch.where(better, new_slope, slope)
         self.losses[some] = torch.where(better.squeeze(1), value, self.losses[some])
         self.size[some] = torch.where(bold, size, _next_size(size, better))
         whole = torch.full_like(size, torch.inf)
         self.mapped[some] = threat.ascend(point, self.delta[some], self.grad[some], whole)
         left = self.mapped[some] - self.delta[some]
-        apart, self.moved[some] = self.moved[some], threat.distance(point, left)
+        distance = threat.distance(point, left)
         if history is not None:  # at an interior maximum the map has no fixed point to go by
-            pays = (self.moved[some] < _PAYS * apart).unsqueeze(1) | ~bold
-            history.record(some, self.delta[some] - now, left - residual, better & pays)
+            pays = (distance < _PAYS * self.moved[some]).unsqueeze(1) | ~bold
+            history.record(some, move, left - residual, better & pays)
+        self.moved[some] = distance
 
 
 def _next_size(size: Tensor, better: Tensor) -> Tensor:

@@ -9,8 +9,11 @@ from torch import Tensor, nn
 from lightning_muter import L2Ball, LinfBall, Threat
 from lightning_muter import inner as inner_module
 from lightning_muter.acceleration import Anderson
+from lightning_muter.hessian import derivatives_for
 from lightning_muter.inner import InnerMaximum, maximise
 from lightning_muter.losses import resolve_loss
+from lightning_muter.recipe import Recipe
+from lightning_muter.responses import Constrained
 
 N, D = 30, 8
 
@@ -88,3 +91,13 @@ def test_more_maximisers_are_stationary_after_fewer_passes(
     assert torch.allclose(value[0][both], value[1][both], rtol=1e-3)
     same = (fast.delta - patient.delta).norm(dim=1)[both] < 1e-4
     assert int(same.sum()) >= 0.9 * int(both.sum())
+
+
+def test_a_point_s_maximiser_is_its_own_whatever_the_batch() -> None:
+    """To far below the tolerance: Stage III removes what another batch added."""
+    net, x, y = problem(2.0)
+    derivatives = derivatives_for(net, "cross_entropy", "2")
+    recipe = Recipe("muter", LinfBall(0.3, bandwidth=1e-2), Constrained())
+    together = recipe.perturb(derivatives, x, y).delta
+    apart = torch.cat([recipe.perturb(derivatives, x[[i]], y[[i]]).delta for i in range(N)])
+    assert torch.allclose(together, apart, rtol=0, atol=1e-10)
