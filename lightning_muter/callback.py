@@ -182,12 +182,12 @@ class MUterCallback(AdversarialTraining):
         self._flow_time += flow_rate(optimizer) or 0.0
 
     def state_dict(self) -> dict[str, Any]:
-        """The time of training so far, for a run that is resumed."""
-        return {"flow_time": self._flow_time}
+        """Where training started and its time so far, for a run that is resumed."""
+        return {"flow_time": self._flow_time, "initial": self.initial}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on counting where the checkpoint was."""
-        self._flow_time = state_dict["flow_time"]
+        self._flow_time, self.initial = state_dict["flow_time"], state_dict["initial"]
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int

@@ -121,12 +121,12 @@ class _Ascent:
         threat = self.threat
         some: Tensor | slice = slice(None) if len(todo) == len(self.x) else todo
         point, now, slope, size = self.x[some], self.delta[some], self.grad[some], self.size[some]
-        residual = self.mapped[some] - now
         candidate = self.mapped[some]
         if not bool(torch.isinf(size).all()):
             candidate = threat.ascend(point, now, slope, size)
         bold = torch.zeros_like(size, dtype=torch.bool)
         if history is not None:
+            residual = self.mapped[some] - now
             bold = history.filled[some].unsqueeze(1)
             proposal = threat.project(point, history.propose(some, self.mapped[some], residual))
             candidate = torch.where(bold, proposal, candidate)
@@ -134,8 +134,9 @@ class _Ascent:
         before = self.losses[some] + threat.merit(now, slope)
         after = value + threat.merit(candidate, slope)
         better = (after >= before - self.slack * (1 + before.abs())).unsqueeze(1)
-        move = torch.where(better, candidate - now, torch.zeros_like(now))
-        self.delta[some] = torch.where(better, candidate, now)  # ``now`` may be a view of it
+        if history is not None:  # before δ changes: ``now`` may be a view of it
+            move = torch.where(better, candidate - now, torch.zeros_like(now))
+        self.delta[some] = torch.where(better, candidate, now)
         self.grad[some] = torch.where(better, new_slope, slope)
         self.losses[some] = torch.where(better.squeeze(1), value, self.losses[some])
         self.size[some] = torch.where(bold, size, _next_size(size, better))

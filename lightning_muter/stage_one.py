@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_muter.derivatives.base import AddBlock, measuring
+from lightning_muter.errors import ConfigurationError
 from lightning_muter.horizon import retrace
 from lightning_muter.inner import InnerMaximum
 from lightning_muter.memory import UnlearningMemory, fingerprint
@@ -92,10 +93,14 @@ def build_memories(
 def _with_start(memory: UnlearningMemory, initial: Tensor | None) -> UnlearningMemory:
     """The memory with what a Retrain that stops early needs, where its settings have a horizon."""
     horizon = memory.settings.horizon
-    if horizon is None or initial is None or not memory.matrix.numel():
+    if horizon is None or not memory.matrix.numel():
         return memory
-    start = initial.to(memory.matrix)
-    matrix = memory.matrix + memory.settings.damping * torch.eye(memory.p).to(memory.matrix)
+    if initial is None:
+        raise ConfigurationError(f"horizon={horizon} needs the parameters that training started at")
+    start, matrix = initial.to(memory.matrix), memory.matrix
+    if memory.settings.damping > 0:
+        matrix = matrix.clone()  # p x p is what is large: only where it must be
+        matrix.diagonal().add_(memory.settings.damping)
     offset = start - memory.omega_star
     retraced = retrace(matrix, memory.residual_gradient, offset, horizon).value
     error = torch.linalg.vector_norm(offset + retraced) / torch.linalg.vector_norm(offset)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -25,6 +26,7 @@ from lightning_muter import (
     UnlearningMemory,
 )
 from lightning_muter.horizon import flow, flow_rate, retrace
+from lightning_muter.stage_one import build_memories
 
 ROWS = 40
 
@@ -236,9 +238,32 @@ def test_what_has_no_horizon_is_refused() -> None:
         trainer.unlearn(RemovalDataModule(data(), [3]), corrector_steps=1)
 
 
-def test_a_resumed_run_counts_on() -> None:
-    callback = MUterCallback(L2Ball(0.1), head="head", horizon="training")
-    callback._flow_time = 1.25
-    other = MUterCallback(L2Ball(0.1), head="head", horizon="training")
-    other.load_state_dict(callback.state_dict())
-    assert other._horizon(5) == pytest.approx(0.25)
+def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path) -> None:
+    """From another start, as a new process has it: ω_0 and the time come with the checkpoint."""
+
+    def train(model: Early, epochs: int, **options: Any) -> tuple[Trainer, MUterCallback]:
+        callback = MUterCallback(L2Ball(0.1), head="head", loss="logistic", horizon="training")
+        trainer = Trainer(max_epochs=epochs, callbacks=[callback], **QUIET)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*log_every_n_steps.*|.*is not writable.*")
+            trainer.fit(model, DataLoader(data(), batch_size=2), **options)
+        return trainer, callback
+
+    stopped, _ = train(Early(), 8)
+    stopped.save_checkpoint(tmp_path / "stopped.ckpt")
+    other = Early()
+    with torch.no_grad():
+        other.head.weight.add_(3.0)
+    _, resumed = train(other, 20, ckpt_path=str(tmp_path / "stopped.ckpt"))
+    _, whole = train(Early(), 20)
+    assert resumed.memory is not None and whole.memory is not None
+    assert resumed.memory.settings.horizon == pytest.approx(whole.memory.settings.horizon)
+    assert torch.equal(resumed.memory.initial, whole.memory.initial)
+
+
+def test_a_memory_with_a_horizon_needs_the_start_of_training() -> None:
+    callback = MUterCallback(L2Ball(0.1), head="head", loss="logistic", horizon=0.1)
+    x, y = data().tensors
+    digests = torch.zeros(ROWS, 16, dtype=torch.uint8)
+    with pytest.raises(ConfigurationError, match="started"):
+        build_memories(Early(), [callback.settings], [(x, y)], digests, bytes(16))
