@@ -18,10 +18,11 @@ from jsonargparse import auto_cli
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_muter import AdversarialTraining, LinfBall, inner
-from lightning_muter.derivatives.base import measuring
-from lightning_muter.hessian import derivatives_for
-from lightning_muter.inner import maximise
+from lightning_muter import AdversarialTraining, LinfBall
+from lightning_muter.adversary import maximiser as inner
+from lightning_muter.adversary.maximiser import maximise
+from lightning_muter.models.base import measuring
+from lightning_muter.unlearning.hessian import derivatives_for
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from examples.experiments.data import CIFAR10, VARIABLE

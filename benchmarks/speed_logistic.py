@@ -10,13 +10,13 @@ import torch
 from common import Logistic, arguments, one_or_seven
 
 from lightning_muter import L2Ball
-from lightning_muter.derivatives import LinearHead
-from lightning_muter.derivatives.base import measuring
-from lightning_muter.forgetting import forget
-from lightning_muter.losses import resolve_loss
-from lightning_muter.memory import UnlearningMemory
-from lightning_muter.objective import RobustObjective
-from lightning_muter.settings import Settings
+from lightning_muter.memory.memory import UnlearningMemory
+from lightning_muter.models import LinearHead
+from lightning_muter.models.base import measuring
+from lightning_muter.objectives.losses import resolve_loss
+from lightning_muter.spec import Settings
+from lightning_muter.unlearning.objective import RobustObjective
+from lightning_muter.unlearning.request import forget
 
 
 def main() -> None:

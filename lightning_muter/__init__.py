@@ -1,9 +1,5 @@
 """lightning-muter: make adversarially trained Lightning models forget training points."""
 
-from lightning_muter.adversarial import AdversarialTraining, Attack
-from lightning_muter.callback import MUterCallback
-from lightning_muter.cli import MUterCLI
-from lightning_muter.data import RemovalDataModule
 from lightning_muter.errors import (
     ConfigurationError,
     MemoryFormatError,
@@ -12,14 +8,18 @@ from lightning_muter.errors import (
     SolverError,
     StateError,
 )
-from lightning_muter.hessian import total_hessian
-from lightning_muter.influence import adversarial_influence, influence_on_losses
-from lightning_muter.memory import UnlearningMemory
-from lightning_muter.methods import METHODS
-from lightning_muter.module import UnlearningModule
-from lightning_muter.result import UnlearningResult
+from lightning_muter.lightning.adversarial_training import AdversarialTraining, Attack
+from lightning_muter.lightning.callback import MUterCallback
+from lightning_muter.lightning.cli import MUterCLI
+from lightning_muter.lightning.data import RemovalDataModule
+from lightning_muter.lightning.module import UnlearningModule
+from lightning_muter.lightning.trainer import Trainer
+from lightning_muter.memory.memory import UnlearningMemory
 from lightning_muter.threats import L2Ball, LinfBall, Threat
-from lightning_muter.trainer import Trainer
+from lightning_muter.unlearning.hessian import total_hessian
+from lightning_muter.unlearning.influence import adversarial_influence, influence_on_losses
+from lightning_muter.unlearning.methods import METHODS
+from lightning_muter.unlearning.result import UnlearningResult
 
 __version__ = "0.1.0"
 

@@ -1,6 +1,6 @@
 """``python -m lightning_muter``."""
 
-from lightning_muter.cli import main
+from lightning_muter.lightning.cli import main
 
 if __name__ == "__main__":
     main()

@@ -9,8 +9,8 @@ from lightning_muter.evaluation.metrics import (
     likelihood_ratio_scores,
     output_divergence,
 )
+from lightning_muter.evaluation.results_table import Cell, Summary, Table
 from lightning_muter.evaluation.runner import run
-from lightning_muter.evaluation.table import Cell, Summary, Table
 
 __all__ = [
     "ROWS",

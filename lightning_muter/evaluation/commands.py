@@ -13,10 +13,10 @@ from jsonargparse import ActionConfigFile, ArgumentParser  # type: ignore[attr-d
 from pytorch_lightning.loggers import Logger
 
 from lightning_muter.evaluation.experiment import Experiment
+from lightning_muter.evaluation.markdown import render, update_tables
 from lightning_muter.evaluation.plots import plot_comparison, plot_pareto
+from lightning_muter.evaluation.results_table import Cell, Table
 from lightning_muter.evaluation.runner import run
-from lightning_muter.evaluation.table import Cell, Table
-from lightning_muter.evaluation.tables import render, update_tables
 
 __all__ = ["COMMANDS", "DATA_VARIABLE"]
 

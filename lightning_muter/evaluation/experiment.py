@@ -9,9 +9,9 @@ from typing import Literal
 import pytorch_lightning as pl
 
 from lightning_muter.errors import ConfigurationError
-from lightning_muter.evaluation.measures import Attacks
-from lightning_muter.losses import resolve_loss
-from lightning_muter.settings import Settings
+from lightning_muter.evaluation.judge import Attacks
+from lightning_muter.objectives.losses import resolve_loss
+from lightning_muter.spec import Settings
 from lightning_muter.threats import Threat
 
 __all__ = ["ROWS", "Experiment", "Row"]

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_muter.errors import ConfigurationError
-from lightning_muter.evaluation.table import Table
+from lightning_muter.evaluation.results_table import Table
 
 __all__ = ["plot_comparison", "plot_pareto"]
 

@@ -22,20 +22,20 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 from tqdm.auto import tqdm
 
-from lightning_muter.callback import MUterCallback
-from lightning_muter.data import RemovalDataModule, training_points
-from lightning_muter.derivatives.base import measuring
 from lightning_muter.errors import ConfigurationError
-from lightning_muter.evaluation.claim import claim
 from lightning_muter.evaluation.experiment import Experiment, Row
-from lightning_muter.evaluation.measures import Judge, Points, Shadows, gaps
-from lightning_muter.evaluation.peak import peak_memory
-from lightning_muter.evaluation.table import Cell, Table
-from lightning_muter.memory import UnlearningMemory, digest
-from lightning_muter.objective import RobustObjective
-from lightning_muter.settings import Settings
-from lightning_muter.stage_one import build_memories
-from lightning_muter.trainer import Trainer
+from lightning_muter.evaluation.judge import Judge, Points, Shadows, gaps
+from lightning_muter.evaluation.peak_memory import peak_memory
+from lightning_muter.evaluation.results_table import Cell, Table
+from lightning_muter.evaluation.run_folder import claim
+from lightning_muter.lightning.callback import MUterCallback
+from lightning_muter.lightning.data import RemovalDataModule, training_points
+from lightning_muter.lightning.trainer import Trainer
+from lightning_muter.memory.memory import UnlearningMemory, digest
+from lightning_muter.models.base import measuring
+from lightning_muter.spec import Settings
+from lightning_muter.unlearning.objective import RobustObjective
+from lightning_muter.unlearning.stage_one import build_memories
 
 __all__ = ["run"]
 

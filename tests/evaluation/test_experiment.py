@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_unlearning import Data, Net
+from cases import Data, Net
 
 from lightning_muter import ConfigurationError, L2Ball
-from lightning_muter.cli import main
 from lightning_muter.evaluation import Cell, Experiment, Row, Table, run, runner
-from lightning_muter.evaluation.tables import update_tables
+from lightning_muter.evaluation.markdown import update_tables
+from lightning_muter.lightning.cli import main
 
 ROOT = Path(__file__).parents[2]
 CONFIG = str(ROOT / "examples" / "experiments" / "digits.yaml")

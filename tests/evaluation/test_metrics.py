@@ -18,9 +18,9 @@ from lightning_muter.evaluation import (
     likelihood_ratio_scores,
     output_divergence,
 )
-from lightning_muter.evaluation.measures import gaps, strongest_loss
+from lightning_muter.evaluation.judge import gaps, strongest_loss
 from lightning_muter.evaluation.metrics import confidence
-from lightning_muter.losses import resolve_loss
+from lightning_muter.objectives.losses import resolve_loss
 
 
 @pytest.fixture(autouse=True)

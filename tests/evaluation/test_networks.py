@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lightning_muter.cli import main
 from lightning_muter.evaluation import Table
+from lightning_muter.lightning.cli import main
 
 ROOT = Path(__file__).parents[2]
 EXPERIMENTS = ROOT / "examples" / "experiments"

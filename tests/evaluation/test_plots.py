@@ -9,7 +9,7 @@ import pytest
 
 from lightning_muter.evaluation import Table, plots
 from lightning_muter.evaluation.plots import plot_comparison, plot_pareto
-from lightning_muter.evaluation.table import Cell
+from lightning_muter.evaluation.results_table import Cell
 
 VALUES = {"none": (1.0, 1.0), "muter": (0.001, 0.004), "retrain": (0.0, 0.0)}
 

@@ -1,0 +1,1 @@
+"""One point's curvature, and its sum over points."""

@@ -1,0 +1,1 @@
+"""Everything that knows of Lightning: callbacks, trainer, data, command line."""

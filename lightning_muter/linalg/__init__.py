@@ -1,0 +1,1 @@
+"""Linear algebra: solutions with their status, one solver a file."""

@@ -1,0 +1,1 @@
+"""The memory as a value, its points, and its folder."""

@@ -1,0 +1,1 @@
+"""What training minimises: per-point losses and their derivatives in the outputs."""

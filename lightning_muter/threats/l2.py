@@ -1,0 +1,96 @@
+"""The Euclidean ball."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lightning_muter.threats.base import TINY, Geometry, Threat, dot, row_norm
+
+__all__ = ["L2Ball"]
+
+
+@dataclass(frozen=True)
+class L2Ball(Threat):
+    """All perturbations of Euclidean norm at most ``eps`` over the flattened input.
+
+    Source: ours; K = μI - ∂δδ on the tangent space of the sphere, μ = ‖g_F‖/‖δ_F‖.
+
+    Example:
+        >>> import torch
+        >>> L2Ball(eps=1.0).project(torch.zeros(1, 2), torch.tensor([[3.0, 4.0]]))
+        tensor([[0.6000, 0.8000]])
+    """
+
+    norm = "L2"
+
+    def project(self, x: Tensor, delta: Tensor) -> Tensor:
+        if self.data_range is None:
+            return delta * (self.eps / row_norm(delta).clamp(min=TINY)).clamp(max=1.0)
+        low, high = self.bounds(x)
+        clipped = delta.clamp(low, high)
+        outside = row_norm(clipped) > self.eps
+        if not bool(outside.any()):
+            return clipped
+        return torch.where(outside, self._scale_to_sphere(delta, low, high), clipped)
+
+    def _scale_to_sphere(self, v: Tensor, low: Tensor, high: Tensor) -> Tensor:
+        """clip(c v, low, high) with the c that puts it on the sphere, by its active set.
+
+        c grows as coordinates reach their bound; the set can only grow, so this ends.
+        """
+        held = torch.zeros_like(v, dtype=torch.bool)
+        while True:
+            fixed = torch.where(held, torch.where(v > 0, high, low), torch.zeros_like(v))
+            rest = (self.eps**2 - dot(fixed, fixed)).clamp(min=0.0).sqrt()
+            free = torch.where(held, torch.zeros_like(v), v)
+            scaled = free * (rest / row_norm(free).clamp(min=TINY))
+            beyond = ((scaled > high) | (scaled < low)) & ~held
+            if not bool(beyond.any()):
+                return fixed + scaled
+            held = held | beyond
+
+    def random_start(self, x: Tensor) -> Tensor:
+        direction = torch.randn_like(x)
+        radius = self.eps * torch.rand_like(x[:, :1]) ** (1.0 / x.shape[1])
+        return self.project(x, direction / row_norm(direction).clamp(min=TINY) * radius)
+
+    def step(self, x: Tensor, delta: Tensor, grad: Tensor, size: float) -> Tensor:
+        return self.project(x, delta + size * grad / row_norm(grad).clamp(min=TINY))
+
+    def ascend(self, x: Tensor, delta: Tensor, grad: Tensor, size: Tensor) -> Tensor:
+        unit = grad * (self.eps / row_norm(grad).clamp(min=TINY))
+        whole = torch.isinf(size)
+        if self.data_range is None and bool(whole.all()):
+            return unit
+        v = torch.where(whole, unit, delta + torch.where(whole, 1.0, size) * unit)
+        if self.data_range is None:
+            return self.project(x, v)
+        # the fixed-point map goes to the farthest point along the gradient, on the sphere if the
+        # box lets it: scale up where clipping fell short of it
+        low, high = self.bounds(x)
+        return torch.where(whole, self._scale_to_sphere(v, low, high), self.project(x, v))
+
+    def merit(self, delta: Tensor, grad: Tensor) -> Tensor:
+        return torch.zeros_like(delta[:, 0])
+
+    def active(self, x: Tensor, delta: Tensor) -> Tensor:
+        return (row_norm(delta).squeeze(1) >= self.eps * (1 - 1e-4)).to(delta)
+
+    def geometry(self, x: Tensor, delta: Tensor, grad: Tensor) -> Geometry:
+        free = torch.ones_like(delta)
+        if self.data_range is not None:
+            low, high = self.bounds(x)
+            slack = 1e-6 * self.eps
+            held = ((delta >= high - slack) & (grad > 0)) | ((delta <= low + slack) & (grad < 0))
+            free = (~held).to(delta)
+        on_sphere = self.active(x, delta).unsqueeze(1)
+        delta_free, grad_free = delta * free, grad * free
+        norm = row_norm(delta_free)
+        mu = row_norm(grad_free) / norm.clamp(min=TINY) * on_sphere
+        normal = delta_free / norm.clamp(min=TINY) * on_sphere
+        # a point on the sphere without a gradient has no defined multiplier: it stays
+        free = free * ((on_sphere == 0) | (mu > TINY)).to(free)
+        return Geometry(mu.expand_as(delta).contiguous(), free, normal)

@@ -1,0 +1,89 @@
+"""The L-infinity ball, with its smoothed sign."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from lightning_muter.errors import ConfigurationError
+from lightning_muter.threats.base import TINY, Geometry, Threat
+
+__all__ = ["LinfBall"]
+
+
+@dataclass(frozen=True)
+class LinfBall(Threat):
+    """All perturbations of absolute value at most ``eps`` in every coordinate.
+
+    The sign response is smoothed: δ_j = ε g_j / sqrt(g_j² + τ²), the exact maximiser of
+    l(x + δ) + τ Σ_j sqrt(ε² - δ_j²), with τ_i = ``smoothing`` · rms(g_i), or the absolute
+    ``bandwidth`` for one fixed smoothed objective.
+
+    Source: ours; K = Λ - ∂δδ, Λ_jj = (g_j² + τ²)^(3/2) / (ε τ²).
+
+    Example:
+        >>> import torch
+        >>> LinfBall(eps=0.1).project(torch.zeros(1, 2), torch.tensor([[3.0, -0.05]]))
+        tensor([[ 0.1000, -0.0500]])
+    """
+
+    norm = "Linf"
+
+    smoothing: float = 0.02
+    bandwidth: float | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.smoothing > 0:
+            raise ConfigurationError(f"smoothing={self.smoothing!r} must be positive")
+        if self.bandwidth is not None and not self.bandwidth > 0:
+            raise ConfigurationError(f"bandwidth={self.bandwidth!r} must be positive or None")
+
+    def relaxed(self, factor: float) -> Threat:
+        bandwidth = None if self.bandwidth is None else self.bandwidth * factor
+        return replace(self, smoothing=self.smoothing * factor, bandwidth=bandwidth)
+
+    def tau(self, grad: Tensor) -> Tensor:
+        """The bandwidth of each point (n, 1)."""
+        if self.bandwidth is not None:
+            return torch.full_like(grad[:, :1], self.bandwidth)
+        rms = grad.square().mean(dim=1, keepdim=True).sqrt()
+        return (self.smoothing * rms).clamp(min=TINY)
+
+    def project(self, x: Tensor, delta: Tensor) -> Tensor:
+        low, high = self.bounds(x)
+        return delta.clamp(-self.eps, self.eps).clamp(low, high)
+
+    def random_start(self, x: Tensor) -> Tensor:
+        return self.project(x, torch.empty_like(x).uniform_(-self.eps, self.eps))
+
+    def step(self, x: Tensor, delta: Tensor, grad: Tensor, size: float) -> Tensor:
+        return self.project(x, delta + size * grad.sign())
+
+    def ascend(self, x: Tensor, delta: Tensor, grad: Tensor, size: Tensor) -> Tensor:
+        target = self.eps * grad / torch.hypot(grad, self.tau(grad))
+        low, high = self.bounds(x)
+        return delta + size.clamp(max=1.0) * (target.clamp(low, high) - delta)
+
+    def merit(self, delta: Tensor, grad: Tensor) -> Tensor:
+        height = (self.eps**2 - delta.square()).clamp(min=0.0).sqrt()
+        return self.tau(grad).squeeze(1) * height.sum(dim=1)
+
+    def active(self, x: Tensor, delta: Tensor) -> Tensor:
+        low, high = self.bounds(x)
+        limit = torch.where(delta > 0, high, -low).clamp(max=self.eps)
+        return (delta.abs() >= 0.99 * limit).to(delta).mean(dim=1)
+
+    def geometry(self, x: Tensor, delta: Tensor, grad: Tensor) -> Geometry:
+        tau = self.tau(grad)
+        low, high = self.bounds(x)
+        target = self.eps * grad / torch.hypot(grad, tau)
+        held = (target >= high) | (target <= low)
+        shift = torch.hypot(grad, tau) ** 3 / (self.eps * tau**2)
+        return Geometry(shift, (~held).to(delta), torch.zeros_like(delta))
+
+    def _radius(self, x: Tensor) -> float:
+        return self.eps * math.sqrt(x.shape[1])

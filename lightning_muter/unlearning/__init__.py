@@ -1,0 +1,1 @@
+"""Stage I, requests, correctors and bounds, without Lightning."""

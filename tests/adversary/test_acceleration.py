@@ -1,0 +1,103 @@
+"""Acceleration of the inner ascent: the same maximiser in fewer passes, and never a lower one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_muter import L2Ball, LinfBall, Threat
+from lightning_muter.adversary import maximiser as inner_module
+from lightning_muter.adversary.acceleration import Anderson
+from lightning_muter.adversary.maximiser import InnerMaximum, maximise
+from lightning_muter.objectives.losses import resolve_loss
+from lightning_muter.responses import Constrained
+from lightning_muter.unlearning.hessian import derivatives_for
+from lightning_muter.unlearning.recipe import Recipe
+
+N, D = 30, 8
+
+
+def test_a_linear_map_of_few_dimensions_is_solved_in_as_many_moves() -> None:
+    """T(δ) = A δ + b, slow: A has an eigenvalue of 0.9. Two dimensions, a fixed point a point."""
+    torch.manual_seed(0)
+    a = torch.tensor([[0.9, 0.0], [0.3, -0.5]]).double()
+    b = torch.randn(5, 2).double()
+    exact = torch.linalg.solve(torch.eye(2).double() - a, b.T).T
+    delta = torch.zeros(5, 2).double()
+    history, everyone = Anderson(delta, depth=2), slice(None)
+    residual = delta @ a.T + b - delta
+    for k in range(3):
+        proposal = history.propose(everyone, delta + residual, residual)
+        move = proposal - delta if k else residual
+        after = (delta + move) @ a.T + b - (delta + move)
+        history.record(everyone, move, after - residual, torch.ones(5, 1, dtype=torch.bool))
+        delta, residual = delta + move, after
+    assert torch.allclose(delta, exact, rtol=1e-5)
+
+
+def test_a_move_that_was_not_made_is_forgotten() -> None:
+    history = Anderson(torch.zeros(2, 3).double(), depth=2)
+    ones = torch.ones(2, 3).double()
+    history.record(slice(None), ones, -0.5 * ones, torch.tensor([[True], [False]]))
+    assert history.filled.tolist() == [True, False]
+    proposal = history.propose(slice(None), ones, ones)
+    assert torch.allclose(proposal[1], ones[1])  # nothing to go by: the map's own image
+    assert torch.allclose(proposal[0], 2 * ones[0])  # a move of one closed half of the gap
+
+
+def problem(scale: float) -> tuple[nn.Module, Tensor, Tensor]:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(D, 16), nn.Tanh(), nn.Linear(16, 3)).double()
+    with torch.no_grad():
+        net[0].weight.mul_(scale)
+    return net, torch.rand(N, D).double(), torch.randint(0, 3, (N,))
+
+
+def ascend(threat: Threat, scale: float, max_iter: int = 200) -> tuple[InnerMaximum, float]:
+    """The maximum, and passes a point."""
+    net, x, y = problem(scale)
+    loss, passes = resolve_loss("cross_entropy"), 0
+
+    def input_gradient(points: Tensor, which: Tensor) -> tuple[Tensor, Tensor]:
+        nonlocal passes
+        passes += len(points)
+        with torch.enable_grad():
+            inputs = points.detach().requires_grad_(True)
+            losses = loss(net(inputs), y[which])
+            (grad,) = torch.autograd.grad(losses.sum(), inputs)
+        return losses.detach(), grad
+
+    return maximise(input_gradient, x, threat, max_iter), passes / N
+
+
+@pytest.mark.parametrize(
+    "threat",
+    [LinfBall(0.3, bandwidth=1e-2), LinfBall(0.3, (0, 1), bandwidth=3e-3), L2Ball(0.5, (0, 1))],
+    ids=str,
+)
+def test_more_maximisers_are_stationary_after_fewer_passes(
+    threat: Threat, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fast, fast_passes = ascend(threat, 2.0)
+    monkeypatch.setattr(inner_module, "_PLAIN", 10**9)
+    plain, plain_passes = ascend(threat, 2.0)
+    patient, _ = ascend(threat, 2.0, max_iter=20_000)
+    assert int(fast.stationary.sum()) >= int(plain.stationary.sum())
+    assert fast_passes < plain_passes
+    both = fast.stationary & patient.stationary
+    assert int(both.sum()) > 0.9 * N
+    value = [m.losses + threat.merit(m.delta, m.grad) for m in (fast, patient)]
+    assert torch.allclose(value[0][both], value[1][both], rtol=1e-3)
+    same = (fast.delta - patient.delta).norm(dim=1)[both] < 1e-4
+    assert int(same.sum()) >= 0.9 * int(both.sum())
+
+
+def test_a_point_s_maximiser_is_its_own_whatever_the_batch() -> None:
+    """To far below the tolerance: Stage III removes what another batch added."""
+    net, x, y = problem(2.0)
+    derivatives = derivatives_for(net, "cross_entropy", "2")
+    recipe = Recipe("muter", LinfBall(0.3, bandwidth=1e-2), Constrained())
+    together = recipe.perturb(derivatives, x, y).delta
+    apart = torch.cat([recipe.perturb(derivatives, x[[i]], y[[i]]).delta for i in range(N)])
+    assert torch.allclose(together, apart, rtol=0, atol=1e-10)

@@ -1,0 +1,85 @@
+"""Newton's method on the robust objective, against solvers that share no code with it."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import reference
+import scipy.optimize
+import torch
+from torch import Tensor, nn
+
+from lightning_muter import L2Ball, LinfBall, Threat
+from lightning_muter.models import LinearHead
+from lightning_muter.objectives.losses import resolve_loss
+from lightning_muter.responses import Constrained
+from lightning_muter.unlearning.objective import HALVINGS, RobustObjective, line_search, newton
+from lightning_muter.unlearning.recipe import Recipe
+
+N, D, LAM = 80, 6, 1e-2
+
+
+def data() -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(2)
+    y = torch.randint(0, 2, (N,), generator=generator)
+    x = torch.randn(N, D, generator=generator, dtype=torch.float64)
+    return x + 0.8 * (2 * y - 1).unsqueeze(1), y
+
+
+def robust_objective(threat: Threat) -> RobustObjective:
+    torch.manual_seed(0)
+    x, y = data()
+    model = nn.Sequential(nn.Linear(D, 1, bias=False)).double()
+    derivatives = LinearHead(model, "0", resolve_loss("logistic"))
+    recipe = Recipe("muter", threat, Constrained(), LAM, max_iter=2000)
+    return RobustObjective(derivatives, recipe, lambda: [(x, y)], lambda tensor: tensor)
+
+
+def solve(threat: Threat) -> tuple[Tensor, list[float]]:
+    objective = robust_objective(threat)
+    history = newton(objective, 30)
+    return objective.derivatives.get(), history
+
+
+@pytest.mark.parametrize("tau", [1e-1, 1e-2, 1e-3])
+def test_linf_optimum_is_the_brute_force_one(tau: float) -> None:
+    x, y = (t.numpy() for t in data())
+    omega, history = solve(LinfBall(0.2, bandwidth=tau))
+    found = scipy.optimize.minimize(
+        lambda w: reference.smoothed_linf_logistic(w, x, y, 0.2, tau, LAM),
+        np.zeros(D),
+        jac=True,
+        method="BFGS",
+        options={"gtol": 1e-9},
+    )
+    assert np.abs(found.jac).max() < 1e-6 and history[-1] < 1e-6
+    np.testing.assert_allclose(omega.numpy(), found.x, rtol=1e-5, atol=1e-7)
+
+
+def test_l2_optimum_is_that_of_the_closed_form() -> None:
+    x, y = data()
+    omega, history = solve(L2Ball(0.5))
+    w = omega.clone().requires_grad_(True)
+    padded = torch.cat([w, w.new_zeros(1)])  # the closed form has a bias
+    (gradient,) = torch.autograd.grad(reference.robust_logistic(padded, x, y, 0.5, LAM), w)
+    assert float(gradient.norm()) < 1e-7 and history[-1] < 1e-7
+
+
+def test_a_hessian_serves_further_steps_and_the_history_falls() -> None:
+    _, history = solve(L2Ball(0.5))
+    assert len(history) <= 6
+    assert all(later <= earlier for earlier, later in zip(history, history[1:], strict=False))
+
+
+def test_the_line_search_shortens_a_step_that_is_far_too_long() -> None:
+    objective = robust_objective(LinfBall(0.2, bandwidth=1e-3))
+    newton(objective, 30)
+    omega = objective.derivatives.get() * 1.001  # where any long step raises F and ‖∇F‖
+    objective.derivatives.set(omega)
+    start, matrix = objective.curvature()
+    step = 2.0**12 * torch.linalg.solve(matrix, start.gradient)
+    trial = line_search(objective, objective.recipe, omega, step, start, HALVINGS)
+    assert trial is not None and trial.value < start.value
+    torch.testing.assert_close(objective.gradient().gradient, trial.gradient)
+    assert line_search(objective, objective.recipe, omega, step, start, 0) is None
+    torch.testing.assert_close(objective.derivatives.get(), omega)
