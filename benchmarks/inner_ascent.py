@@ -21,8 +21,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_muter import AdversarialTraining, LinfBall
 from lightning_muter.adversary import maximiser as inner
 from lightning_muter.adversary.maximiser import maximise
-from lightning_muter.models.base import measuring
-from lightning_muter.unlearning.hessian import derivatives_for
+from lightning_muter.models import measuring, view_of
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from examples.experiments.data import CIFAR10, VARIABLE
@@ -48,7 +47,7 @@ def main(data: str | None = None, points: int = 60, eps: float = 0.0314) -> None
     attack = AdversarialTraining(LinfBall(eps, (0, 1)), attack_steps=3)
     trainer = pl.Trainer(max_epochs=8, callbacks=[attack], enable_model_summary=False, **quiet)
     trainer.fit(model, DataLoader(TensorDataset(x, y), batch_size=20, shuffle=True))
-    derivatives = derivatives_for(model, "cross_entropy", "head")
+    derivatives = view_of(model, "cross_entropy", "head")
     plain_passes = inner._PLAIN
     for bandwidth in (1e-3, 3e-4, 1e-4):
         for name, passes in (("plain", 10**9), ("accelerated", plain_passes)):

@@ -62,7 +62,7 @@ def main() -> None:
         stage_one = peak()
         trainer.unlearn(RemovalDataModule(data, [0, 1]))
     assert muter.memory is not None
-    matrix = muter.memory.matrix.numel() * 8
+    matrix = muter.memory.curvature.matrix.numel() * 8
     row = {
         "p": muter.memory.p,
         "matrix_mb": matrix / 1e6,

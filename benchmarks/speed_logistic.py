@@ -11,8 +11,7 @@ from common import Logistic, arguments, one_or_seven
 
 from lightning_muter import L2Ball
 from lightning_muter.memory.memory import UnlearningMemory
-from lightning_muter.models import LinearHead
-from lightning_muter.models.base import measuring
+from lightning_muter.models import LinearHead, measuring
 from lightning_muter.objectives.losses import resolve_loss
 from lightning_muter.spec import Settings
 from lightning_muter.unlearning.objective import RobustObjective
@@ -41,7 +40,7 @@ def main() -> None:
         weight_decay=1e-3,
     )
     objective = RobustObjective(
-        derivatives, settings.recipe(), lambda: [(x, y)], lambda tensor: tensor
+        derivatives, settings.problem(), lambda: [(x, y)], lambda tensor: tensor
     )
     weights = torch.rand(len(x), dtype=torch.float64)
     gram, stage = [], []

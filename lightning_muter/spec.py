@@ -8,13 +8,12 @@ from typing import Any
 from torch import nn
 
 from lightning_muter.errors import ConfigurationError
-from lightning_muter.models import Derivatives
+from lightning_muter.models import ModelView, view_of
 from lightning_muter.objectives.losses import LOSSES, LossFunction, resolve_loss
 from lightning_muter.responses import resolve_response
 from lightning_muter.threats import L2Ball, LinfBall, Threat
-from lightning_muter.unlearning.hessian import derivatives_for
 from lightning_muter.unlearning.methods import resolve_method
-from lightning_muter.unlearning.recipe import Recipe
+from lightning_muter.unlearning.point_problem import PointProblem
 
 __all__ = ["Settings"]
 
@@ -59,11 +58,10 @@ class Settings:
             raise ConfigurationError(
                 f"sketch={self.sketch} needs a linear head: give head=..., or sketch=0"
             )
-        if self.needs_direct and self.solver == "schur":
+        if self.horizon is not None and self.solver == "schur":
             raise ConfigurationError(
-                f"solver='schur' with sketch={self.sketch}, temperature={self.threat.temperature},"
-                f" horizon={self.horizon}: a sketch, a mixed adversary and a horizon need the "
-                "matrix itself: solver='direct'"
+                f"solver='schur' with horizon={self.horizon}: a horizon's step is no linear "
+                "system; use solver='direct', or no horizon"
             )
         if self.horizon is not None and not self.horizon > 0:
             raise ConfigurationError(
@@ -76,23 +74,18 @@ class Settings:
                 f"damping={self.damping} and weight_decay={self.weight_decay} must be >= 0"
             )
 
-    @property
-    def needs_direct(self) -> bool:
-        """Whether a removal is no block system with one response a point, or no plain solve."""
-        return self.sketch > 0 or self.threat.temperature is not None or self.horizon is not None
-
     def trained(self, weight_decay: float, horizon: float | None) -> Settings:
         """The same settings with the λ and the horizon of the training behind the memory."""
         return replace(self, weight_decay=weight_decay, horizon=horizon)
 
-    def derivatives(self, module: nn.Module) -> Derivatives:
-        """The provider for the trained parameters of ``module``."""
-        return derivatives_for(module, self.loss, self.head, self.parameters, self.space)
+    def view(self, module: nn.Module) -> ModelView:
+        """The trained parameters of ``module``."""
+        return view_of(module, self.loss, self.head, self.parameters, self.space)
 
-    def recipe(self) -> Recipe:
+    def problem(self) -> PointProblem:
         """What a point contributes under these settings."""
         response = resolve_response(self.response, self.inverse, self.neumann_order, self.sketch)
-        return Recipe(self.method, self.threat, response, self.weight_decay)
+        return PointProblem(self.method, self.threat, response, self.weight_decay)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for the manifest; a custom loss is kept by its name alone."""

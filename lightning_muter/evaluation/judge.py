@@ -18,8 +18,7 @@ from lightning_muter.evaluation.metrics import (
 )
 from lightning_muter.lightning.adversarial_training import Attack, projected_gradient_ascent
 from lightning_muter.memory.memory import UnlearningMemory
-from lightning_muter.models import Derivatives
-from lightning_muter.models.base import measuring
+from lightning_muter.models import ModelView, measuring
 from lightning_muter.objectives.losses import PointLoss
 from lightning_muter.threats import Threat
 from lightning_muter.unlearning.corrector import strong_convexity_bound
@@ -96,7 +95,7 @@ class Attacks:
 class Judge:
     """Measures modules after one removal: what is retained, forgotten and held out is fixed."""
 
-    derivatives: Derivatives
+    view: ModelView
     threat: Threat
     retained: Points
     forgotten: Points
@@ -111,7 +110,7 @@ class Judge:
     def measure(self, omega: Tensor, memory: UnlearningMemory) -> dict[str, float]:
         """All metrics of the module at ω (p,); ``memory`` is of the remaining points."""
         found = self._distances(omega)
-        with measuring(self.derivatives.module), self.derivatives.at(omega):
+        with measuring(self.view.module), self.view.at(omega):
             found.update(self._scores())
             found.update(self._divergence())
             found.update(self._membership())
@@ -131,7 +130,7 @@ class Judge:
 
     def _scores(self) -> dict[str, float]:
         found = {}
-        module, loss, attacks = self.derivatives.module, self.derivatives.loss, self.attacks
+        module, loss, attacks = self.view.module, self.view.loss, self.attacks
         with _seeded():
             for name, points in self._sets().items():
                 some = _first(points, attacks.points)
@@ -151,19 +150,19 @@ class Judge:
 
     @contextmanager
     def _at_retrained(self) -> Iterator[None]:
-        with self.derivatives.at(self.retrained):
+        with self.view.at(self.retrained):
             yield
 
     def _divergence(self) -> dict[str, float]:
-        loss = self.derivatives.loss
+        loss = self.view.loss
         if loss.name not in ("cross_entropy", "logistic", "squared"):
             return {}
         metric, x = OutputDivergence(loss.name), self.test[0]
         with torch.no_grad():
             for part in torch.split(x, _BATCH):
-                mine = self.derivatives.module(part)
+                mine = self.view.module(part)
                 with self._at_retrained():
-                    theirs = self.derivatives.module(part)
+                    theirs = self.view.module(part)
                 metric.to(part.device).update(theirs, mine)
         return {"kl": float(metric.compute())}
 
@@ -185,13 +184,13 @@ class Judge:
         return found
 
     def _losses(self, points: Points) -> Tensor:
-        module, loss = self.derivatives.module, self.derivatives.loss
+        module, loss = self.view.module, self.view.loss
         with torch.no_grad():
             parts = zip(*(torch.split(t, _BATCH) for t in points), strict=True)
             return torch.cat([loss(module(x), y).double() for x, y in parts])
 
     def _shadow(self, omega: Tensor, points: Points) -> Tensor:
-        with self.derivatives.at(omega):
+        with self.view.at(omega):
             return confidence(self._losses(points))
 
 

@@ -32,9 +32,10 @@ from lightning_muter.lightning.callback import MUterCallback
 from lightning_muter.lightning.data import RemovalDataModule, training_points
 from lightning_muter.lightning.trainer import Trainer
 from lightning_muter.memory.memory import UnlearningMemory, digest
-from lightning_muter.models.base import measuring
+from lightning_muter.models import measuring
 from lightning_muter.spec import Settings
 from lightning_muter.unlearning.objective import RobustObjective
+from lightning_muter.unlearning.points import unweighted
 from lightning_muter.unlearning.stage_one import build_memories
 
 __all__ = ["run"]
@@ -250,7 +251,7 @@ class _Seed:
         """A copy of the module with its head at ω."""
         module = copy.deepcopy(self.initial)
         reference = self.experiment.settings(Row(label="reference"), 0.0)
-        reference.derivatives(module).set(omega)
+        reference.view(module).set(omega)
         return module
 
     def memories(self, trained: Tensor) -> dict[str, UnlearningMemory]:
@@ -263,8 +264,8 @@ class _Seed:
         rows_of_bytes = [list(digest(key, a, b)) for a, b in zip(x, y, strict=True)]
         digests = torch.tensor(rows_of_bytes, dtype=torch.uint8)
         size = experiment.batch_size
-        batches = zip(torch.split(x, size), torch.split(y, size), strict=True)
-        start = settings[0].derivatives(self.initial).get()
+        batches = map(unweighted, torch.split(x, size), torch.split(y, size))
+        start = settings[0].view(self.initial).get()
         built = build_memories(self.at(trained), settings, batches, digests, key, initial=start)
         robust = replace(built[0].settings, method="muter")  # what its bound is about
         built[0] = replace(built[0], settings=robust)
@@ -288,12 +289,12 @@ class _Seed:
     def _losses(self, trained: Tensor) -> Tensor:
         settings = self.experiment.settings(Row(label="reference"), 0.0)
         module = self.at(trained)
-        derivatives, recipe = settings.derivatives(module), settings.recipe()
+        view, problem = settings.view(module), settings.problem()
         size = self.experiment.batch_size
         with measuring(module):
             return torch.cat(
                 [
-                    recipe.perturb(derivatives, x, y).losses
+                    problem.perturb(view, unweighted(x, y)).losses
                     for x, y in zip(*(torch.split(t, size) for t in self.train), strict=True)
                 ]
             )
@@ -311,15 +312,14 @@ class _Seed:
         module = self.at(retrained)
         x, y = self.train[0][keep], self.train[1][keep]
         size = self.experiment.batch_size
-        derivatives = settings.derivatives(module)
+        view = settings.view(module)
         objective = RobustObjective(
-            derivatives,
-            settings.recipe(),
-            lambda: zip(torch.split(x, size), torch.split(y, size), strict=True),
-            lambda tensor: tensor,
+            view,
+            settings.problem(),
+            lambda: map(unweighted, torch.split(x, size), torch.split(y, size)),
         )
         return Judge(
-            derivatives=derivatives,
+            view=view,
             threat=self.experiment.threat,
             retained=(x, y),
             forgotten=(self.train[0][gone], self.train[1][gone]),
@@ -357,14 +357,14 @@ class _Seed:
                 noise_std=row.noise_std,
                 corrector_steps=row.corrector_steps,
             )
-        omega = memory.settings.derivatives(module).get().cpu()
+        omega = memory.settings.view(module).get().cpu()
         found = judge.measure(omega, reference)
         if peak.bytes is not None:
             found["peak_bytes"] = float(peak.bytes)
         stage = "total" if row.corrector_steps else "maximise_and_solve"
         found["seconds"] = result.seconds[stage]
         found["residual"] = result.residual
-        found["memory_bytes"] = float(memory.matrix.numel() * memory.matrix.element_size())
+        found["memory_bytes"] = float(memory.curvature.nbytes if memory.curvature else 0)
         found["smallest_eigenvalue"] = memory.summary["smallest_eigenvalue"]
         found["usable_response"] = memory.summary["usable_response"]
         return found

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
 from lightning_muter.errors import ConfigurationError
-from lightning_muter.models.base import measuring
+from lightning_muter.models import measuring
 from lightning_muter.objectives.losses import LossFunction, PointLoss, resolve_loss
 from lightning_muter.threats import Threat
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import types
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -20,23 +20,23 @@ from lightning_muter.errors import ConfigurationError
 from lightning_muter.lightning.adversarial_training import AdversarialTraining, Attack
 from lightning_muter.lightning.data import TrainingPoints
 from lightning_muter.memory.memory import UnlearningMemory, digest, size_estimate
-from lightning_muter.models import Derivatives
+from lightning_muter.models import ModelView
 from lightning_muter.objectives.losses import LossFunction
+from lightning_muter.parallel import Group
 from lightning_muter.spec import Settings
 from lightning_muter.threats import Threat
 from lightning_muter.unlearning.flow import flow_rate
 from lightning_muter.unlearning.methods import METHODS
 from lightning_muter.unlearning.objective import RobustObjective, newton
+from lightning_muter.unlearning.points import Batch
 from lightning_muter.unlearning.stage_one import build_memories
 
-__all__ = ["MODEL_FILE", "MUterCallback", "reducer"]
+__all__ = ["MODEL_FILE", "MUterCallback", "process_group"]
 
 #: the checkpoint of the model at ω*, beside the memory
 MODEL_FILE = "model.ckpt"
 
 _MEMORY_LIMIT = 60_000
-#: a Newton step longer than this share of ω* means that training did not converge
-_UNFINISHED = 0.1
 
 
 class MUterCallback(AdversarialTraining):
@@ -152,14 +152,14 @@ class MUterCallback(AdversarialTraining):
             trainer.unlearn = types.MethodType(unlearn, trainer)  # type: ignore[attr-defined]
         if stage != "fit":
             return
-        derivatives = self.settings.derivatives(pl_module)
-        if METHODS[self.settings.method].has_memory and derivatives.p > _MEMORY_LIMIT:
+        view = self.settings.view(pl_module)
+        if METHODS[self.settings.method].has_memory and view.p > _MEMORY_LIMIT:
             raise ConfigurationError(
-                f"{size_estimate(derivatives.p)} is too large for a dense memory (at most "
+                f"{size_estimate(view.p)} is too large for a dense memory (at most "
                 f"p = {_MEMORY_LIMIT:,}); choose a smaller head or fewer parameters"
             )
-        self.initial = derivatives.get()
-        trained = set(derivatives.names)
+        self.initial = view.get()
+        trained = set(view.names)
         self._flags = [(p, p.requires_grad) for p in pl_module.parameters()]
         for name, parameter in pl_module.named_parameters():
             parameter.requires_grad_(name in trained)
@@ -222,7 +222,7 @@ class MUterCallback(AdversarialTraining):
                 )
 
     def _freeze_modes(self, pl_module: nn.Module) -> None:
-        trained = set(self.settings.derivatives(pl_module).names)
+        trained = set(self.settings.view(pl_module).names)
         for name, module in pl_module.named_modules():
             own = {f"{name}.{k}" if name else k for k, _ in module.named_parameters()}
             if name and not own & trained and module.training:
@@ -244,16 +244,16 @@ class MUterCallback(AdversarialTraining):
         settings = self.settings.trained(self._decay(trainer), self._horizon(len(points)))
         if self.newton_steps:  # ω* is every method's: the robust objective's own optimum
             robust = replace(settings, method="muter", response="constrained", space="input")
-            target = self.objective(trainer, robust.derivatives(pl_module), robust, points)
+            target = self.objective(trainer, robust.view(pl_module), robust, points)
             self.newton_history = newton(target, self.newton_steps, settings.damping)
         if METHODS[settings.method].has_memory:
-            size = size_estimate(settings.derivatives(pl_module).p)
+            size = size_estimate(settings.view(pl_module).p)
             rank_zero_info(f"Stage I ({settings.method}): {size}")
         key = trainer.strategy.broadcast(os.urandom(16))
         batches = self._batches(trainer, points, range(len(points)))
         digests = self._digests(trainer, points, key)
         (memory,) = build_memories(
-            pl_module, [settings], batches, digests, key, reducer(trainer), self.initial
+            pl_module, [settings], batches, digests, key, process_group(trainer), self.initial
         )
         self._refuse_broken(memory)
         self._report_memory(memory)
@@ -265,20 +265,20 @@ class MUterCallback(AdversarialTraining):
     def objective(
         self,
         trainer: pl.Trainer,
-        derivatives: Derivatives,
+        view: ModelView,
         settings: Settings,
         points: TrainingPoints,
     ) -> RobustObjective:
         """The robust objective over training points, each counted once over all processes."""
 
-        def batches() -> Iterator[tuple[Tensor, Tensor]]:
+        def batches() -> Iterator[Batch]:
             return self._batches(trainer, points, range(len(points)))
 
-        return RobustObjective(derivatives, settings.recipe(), batches, reducer(trainer))
+        return RobustObjective(view, settings.problem(), batches, process_group(trainer))
 
     def _batches(
         self, trainer: pl.Trainer, points: TrainingPoints, indices: Sequence[int]
-    ) -> Iterator[tuple[Tensor, Tensor]]:
+    ) -> Iterator[Batch]:
         """This process's share of the points, with a progress bar."""
         mine = list(indices[trainer.global_rank :: trainer.world_size])
         device = trainer.strategy.root_device
@@ -326,7 +326,7 @@ class MUterCallback(AdversarialTraining):
         for i in range(trainer.global_rank, len(points), trainer.world_size):
             x, target = points.batch([i])
             rows[i] = torch.tensor(list(digest(key, x[0], target[0])), dtype=torch.float32)
-        total: Tensor = reducer(trainer)(rows.to(trainer.strategy.root_device))
+        total: Tensor = process_group(trainer).sum(rows.to(trainer.strategy.root_device))
         return total.cpu().to(torch.uint8)
 
     def _report_memory(self, memory: UnlearningMemory) -> None:
@@ -337,17 +337,8 @@ class MUterCallback(AdversarialTraining):
                 for k, v in memory.summary.items()
             )
         )
-        left = memory.summary.get("distance_to_optimum", 0.0)
-        size = float(torch.linalg.vector_norm(memory.omega_star))
-        taken_as_converged = memory.settings.horizon is None and not self.newton_steps
-        if taken_as_converged and left > _UNFINISHED * size:
-            warnings.warn(
-                f"training stopped about {left:.3g} from its optimum (‖ω*‖ = {size:.3g}): the "
-                "full step assumes that it converged, and may end farther from a Retrain than "
-                "doing nothing; give newton_steps=..., or horizon='training' for a Retrain that "
-                "stops as early",
-                stacklevel=2,
-            )
+        for sentence in memory.warnings:
+            warnings.warn(sentence, stacklevel=2)
         usable = memory.summary["usable_response"]
         if self.settings.response == "unconstrained" and usable < 1:
             rank_zero_info(
@@ -362,16 +353,16 @@ class MUterCallback(AdversarialTraining):
             self.memory.save(self.memory_dir)
 
 
-def reducer(trainer: pl.Trainer) -> Callable[[Tensor], Tensor]:
-    """A function that sums a tensor over the processes of a trainer."""
+def process_group(trainer: pl.Trainer) -> Group:
+    """The processes of a trainer."""
     if trainer.world_size == 1:
-        return lambda tensor: tensor
+        return Group()
 
     def total(tensor: Tensor) -> Tensor:
         summed: Tensor = trainer.strategy.reduce(tensor, reduce_op="sum")
         return summed
 
-    return total
+    return Group(trainer.global_rank, trainer.world_size, total)
 
 
 def _points(trainer: pl.Trainer) -> TrainingPoints:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import pytorch_lightning as pl
@@ -18,6 +19,7 @@ from torch.utils.data import (
 )
 
 from lightning_muter.errors import ConfigurationError, RemovalError
+from lightning_muter.unlearning.points import Batch, unweighted
 
 __all__ = ["RemovalDataModule", "TrainingPoints", "training_points"]
 
@@ -60,12 +62,27 @@ class TrainingPoints:
         return self.collate([self.dataset[i] for i in indices])
 
     def batches(
-        self, indices: Sequence[int], batch_size: int, device: torch.device
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        """The points of ``indices`` in order, on ``device``."""
+        self,
+        indices: Sequence[int],
+        batch_size: int,
+        device: torch.device,
+        weights: Tensor | None = None,
+    ) -> Iterator[Batch]:
+        """The points of ``indices`` in order, on ``device``.
+
+        Args:
+            indices: which points.
+            batch_size: points a batch.
+            device: where the batch goes.
+            weights: of all points (n,); 1 each by default.
+        """
         for start in range(0, len(indices), batch_size):
-            x, targets = self.batch(indices[start : start + batch_size])
-            yield x.to(device), targets.to(device)
+            some = list(indices[start : start + batch_size])
+            x, targets = self.batch(some)
+            batch = unweighted(x.to(device), targets.to(device))
+            if weights is not None:
+                batch = replace(batch, weights=weights[some].to(batch.weights))
+            yield batch
 
     def check(self) -> None:
         """Refuse random augmentation and values that no derivative survives.

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from lightning_muter.errors import RemovalError
-from lightning_muter.lightning.callback import MUterCallback, reducer
+from lightning_muter.lightning.callback import MUterCallback, process_group
 from lightning_muter.memory.memory import UnlearningMemory
-from lightning_muter.models import Derivatives
+from lightning_muter.models import ModelView
 from lightning_muter.unlearning.request import Outcome, forget
 
 __all__ = ["UnlearningModule"]
@@ -56,35 +56,32 @@ class UnlearningModule(pl.LightningModule):
             indices = [int(i) for i in batch[2]] if len(batch) > 2 else memory.find(x, targets)
             memory.check_indices(indices)
             memory.check_content(indices, x, targets)
-            derivatives = memory.settings.derivatives(self.model)
-            memory.check_model(derivatives)
-            outcome = self._request(memory, derivatives, indices, x, targets)
-            self._commit(outcome, derivatives)
+            view = memory.settings.view(self.model)
+            memory.check_model(view)
+            outcome = self._request(memory, view, indices, x, targets)
+            self._commit(outcome, view)
         change = torch.linalg.vector_norm(outcome.memory.omega - memory.omega)
         return {"residual": outcome.solution.residual, "update_norm": float(change)}
 
     def _request(
         self,
         memory: UnlearningMemory,
-        derivatives: Derivatives,
+        view: ModelView,
         indices: list[int],
         x: Tensor,
         targets: Tensor,
     ) -> Outcome:
         trainer = self.trainer
-        share = slice(trainer.global_rank, None, trainer.world_size)
-        outcome = forget(
-            memory, derivatives, indices, x, targets, self._noise_std, share, reducer(trainer)
-        )
+        outcome = forget(memory, view, indices, x, targets, self._noise_std, process_group(trainer))
         if self._noise_std > 0 and trainer.world_size > 1:
             omega = trainer.strategy.broadcast(outcome.memory.omega)
             outcome = replace(outcome, memory=replace(outcome.memory, omega=omega))
         return outcome
 
-    def _commit(self, outcome: Outcome, derivatives: Derivatives) -> None:
+    def _commit(self, outcome: Outcome, view: ModelView) -> None:
         """Write first, then the memory in hand, then the model: a failed write changes nothing."""
         self.keep(outcome.memory)
-        derivatives.set(outcome.memory.omega)
+        view.set(outcome.memory.omega)
         self.outcomes.append(outcome)
 
     def keep(self, memory: UnlearningMemory) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import pytorch_lightning as pl
@@ -12,18 +13,18 @@ import torch
 from torch.utils.data import DataLoader, Subset
 
 from lightning_muter.errors import ConfigurationError, RemovalError, StateError
-from lightning_muter.lightning.callback import MUterCallback, reducer
+from lightning_muter.lightning.callback import MUterCallback, process_group
 from lightning_muter.lightning.data import RemovalDataModule, TrainingPoints, training_points
 from lightning_muter.lightning.module import UnlearningModule
+from lightning_muter.linalg.solution import Status
 from lightning_muter.memory.memory import UnlearningMemory
 from lightning_muter.unlearning.corrector import Bound, correct, strong_convexity_bound
 from lightning_muter.unlearning.methods import METHODS
 from lightning_muter.unlearning.objective import Evaluation, RobustObjective
+from lightning_muter.unlearning.request import Outcome
 from lightning_muter.unlearning.result import UnlearningResult
 
 __all__ = ["Trainer", "unlearn"]
-
-_WORST = ("max_iterations", "indefinite", "minimum_norm", "converged")
 
 
 class Trainer(pl.Trainer):
@@ -80,8 +81,8 @@ def unlearn(
     if model is None:
         raise StateError("there is no model to unlearn in: fit first, or give model=...")
     model.cpu()
-    derivatives = state.settings.derivatives(model)
-    state.check_model(derivatives)
+    view = state.settings.view(model)
+    state.check_model(view)
     if isinstance(datamodule, RemovalDataModule):
         _check_points(state, datamodule)
     elif corrector_steps or bound:
@@ -91,7 +92,7 @@ def unlearn(
             f"corrector_steps={corrector_steps} with horizon={state.settings.horizon}: they lead "
             "to the optimum, where a Retrain that stops early does not go; give one of the two"
         )
-    before = derivatives.get()
+    before = view.get()
     if not METHODS[state.settings.method].has_memory:
         return _without_memory(trainer, callback, datamodule, model, state)
     server = UnlearningModule(model, state, callback if memory is None else None, folder, noise_std)
@@ -168,8 +169,8 @@ def _result(
     outcomes = server.outcomes
     known = len(server.memory.ledger) - len(outcomes)
     indices = [i for entry in server.memory.ledger[known:] for i in entry["indices"]]
-    counts = torch.stack([o.contribution.counts.cpu() for o in outcomes]).sum(dim=0).tolist()
-    statuses = {o.solution.status for o in outcomes}
+    sums = sum((o.sums for o in outcomes[1:]), outcomes[0].sums)
+    warned = (*server.memory.warnings, *(w for o in outcomes for w in o.warnings))
     return UnlearningResult(
         method=server.memory.settings.method,
         indices=tuple(indices),
@@ -177,9 +178,9 @@ def _result(
         update_norm=float(torch.linalg.vector_norm(server.memory.omega.cpu() - before.cpu())),
         residual=max(o.solution.residual for o in outcomes),
         iterations=sum(o.solution.iterations for o in outcomes),
-        status=next(s for s in _WORST if s in statuses),
-        stationary=counts[1] / counts[0],
-        active=counts[2] / counts[0],
+        status=_status(outcomes, warned),
+        stationary=sums.share(sums.stationary),
+        active=sums.share(sums.active),
         seconds={
             "maximise_and_solve": sum(o.seconds for o in outcomes),
             "write": server.write_seconds,
@@ -187,20 +188,27 @@ def _result(
         },
         bound=after.value,
         certificate=after.certificate,
+        warnings=tuple(dict.fromkeys(warned)),
     )
+
+
+def _status(outcomes: Sequence[Outcome], warned: Sequence[str]) -> Status:
+    """The worst of the solver's, and nothing good where something is in doubt."""
+    doubt = [Status.DOUBTFUL] if warned else []
+    return Status.worst([*(o.solution.status for o in outcomes), *doubt])
 
 
 def _finish(server: UnlearningModule, points: TrainingPoints, corrector_steps: int) -> Evaluation:
     """Corrector steps over the remaining points, and where they end."""
     state, trainer = server.memory, server.trainer
-    derivatives = state.settings.derivatives(server.model)
-    device = derivatives.parameters[0].device
+    view = state.settings.view(server.model)
+    device = view.parameters[0].device
     mine = state.remaining[trainer.global_rank :: trainer.world_size]
     objective = RobustObjective(
-        derivatives,
-        state.settings.recipe(),
-        lambda: points.batches(mine, 512, device),
-        reducer(trainer),
+        view,
+        state.settings.problem(),
+        lambda: points.batches(mine, 512, device, state.weights),
+        process_group(trainer),
     )
     if not corrector_steps:
         return objective.gradient()
@@ -223,17 +231,16 @@ def _without_memory(
             "MUterCallback"
         )
     start = time.perf_counter()
-    derivatives = state.settings.derivatives(model)
-    before = derivatives.get()
+    view = state.settings.view(model)
+    before = view.get()
     indices = list(datamodule.indices)
     if state.settings.method == "retrain":
         gone = set(indices)
         keep = [i for i in state.remaining if i not in gone]
         _retrain(trainer, callback, datamodule, model, keep)
-    omega = derivatives.get()
-    empty = torch.zeros(0, 0, dtype=torch.float64)
+    omega = view.get()
     entry = {"m": len(indices), "status": state.settings.method}
-    callback.memory = state.forget(indices, empty, torch.zeros_like(omega), omega, entry)
+    callback.memory = state.forget(indices, None, torch.zeros_like(omega), omega, entry)
     callback.save()
     return UnlearningResult(
         method=state.settings.method,
@@ -242,7 +249,7 @@ def _without_memory(
         update_norm=float(torch.linalg.vector_norm(omega - before)),
         residual=0.0,
         iterations=0,
-        status="converged",
+        status=Status.CONVERGED,
         stationary=1.0,
         active=0.0,
         seconds={"total": time.perf_counter() - start},
@@ -262,7 +269,7 @@ def _retrain(
     again.memory, again.memory_dir = None, None
     if callback.initial is None:
         raise StateError("the callback has not seen a fit: there is no initial ω to retrain from")
-    callback.settings.derivatives(model).set(callback.initial)
+    callback.settings.view(model).set(callback.initial)
     loader = trainer.train_dataloader
     fresh = pl.Trainer(
         max_epochs=trainer.max_epochs,

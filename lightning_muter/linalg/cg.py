@@ -1,13 +1,63 @@
-"""Conjugate gradients."""
+"""Conjugate gradients: one iteration for a single system and for a system a point."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from lightning_muter.linalg.solution import Operator, Solution, finite, relative_residual
+from lightning_muter.linalg.solution import (
+    Operator,
+    Solution,
+    Status,
+    finite,
+    relative_residual,
+)
 
 __all__ = ["batched_conjugate_gradients", "conjugate_gradients"]
+
+
+@dataclass(frozen=True)
+class _End:
+    """Where the iteration stopped: x and b - A x (..., d), which systems were done or negative."""
+
+    value: Tensor
+    rest: Tensor
+    done: Tensor
+    negative: Tensor
+    iterations: int
+
+
+def _iterate(
+    operator: Operator, rhs: Tensor, preconditioner: Operator, tol: float, max_iter: int
+) -> _End:
+    """Systems along the last dimension of ``rhs`` (..., d); one that is done changes no more."""
+    x, r = torch.zeros_like(rhs), rhs.clone()
+    z = preconditioner(r)
+    direction = z.clone()
+    rz = (r * z).sum(dim=-1, keepdim=True)
+    limit = tol * torch.linalg.vector_norm(rhs, dim=-1, keepdim=True)
+    negative = torch.zeros_like(rz, dtype=torch.bool)
+    iterations = 0
+    while iterations < max_iter:
+        todo = (torch.linalg.vector_norm(r, dim=-1, keepdim=True) > limit) & ~negative
+        if not bool(todo.any()):
+            break
+        product = operator(direction)
+        curvature = (direction * product).sum(dim=-1, keepdim=True)
+        negative = negative | (todo & (curvature <= 0))
+        if not bool((todo & ~negative).any()):
+            break
+        iterations += 1
+        step = torch.where(todo & ~negative, rz / curvature, torch.zeros_like(rz))
+        x += step * direction
+        r -= step * product
+        z = preconditioner(r)
+        rz, before = (r * z).sum(dim=-1, keepdim=True), rz
+        direction = z + torch.where(todo, rz / before, torch.zeros_like(rz)) * direction
+    done = torch.linalg.vector_norm(r, dim=-1, keepdim=True) <= limit
+    return _End(x, r, done, negative, iterations)
 
 
 def conjugate_gradients(
@@ -15,36 +65,29 @@ def conjugate_gradients(
     rhs: Tensor,
     preconditioner: Operator | None = None,
     tol: float = 1e-10,
-    max_iter: int | None = None,
+    max_iter: int = 1000,
 ) -> Solution:
-    """Preconditioned conjugate gradients; stops with "indefinite" at negative curvature."""
-    apply = preconditioner or (lambda v: v)
-    x = torch.zeros_like(rhs)
-    r = rhs.clone()
-    z = apply(r)
-    direction = z.clone()
-    rz = torch.dot(r, z)
-    limit = 10 * len(rhs) if max_iter is None else max_iter
-    threshold = tol * float(torch.linalg.vector_norm(rhs))
-    status, iterations = "max_iterations", 0
-    for iterations in range(limit + 1):
-        if float(torch.linalg.vector_norm(r)) <= threshold:
-            status = "converged"
-            break
-        if iterations == limit:
-            break
-        product = operator(direction)
-        curvature = torch.dot(direction, product)
-        if float(curvature) <= 0:
-            status = "indefinite"
-            break
-        step = rz / curvature
-        x = x + step * direction
-        r = r - step * product
-        z = apply(r)
-        rz, previous = torch.dot(r, z), rz
-        direction = z + (rz / previous) * direction
-    return finite(Solution(x, relative_residual(operator(x) - rhs, rhs), iterations, status))
+    """Preconditioned conjugate gradients for one system (p,).
+
+    Stops with "indefinite" at negative curvature and with "max_iterations" at its limit. The
+    residual is computed anew from the solution, not taken from the recurrence.
+
+    Args:
+        operator: products with a symmetric A.
+        rhs: b (p,).
+        preconditioner: products with an approximate inverse; None for the identity.
+        tol: ‖A x - b‖ / ‖b‖ at which to stop.
+        max_iter: iterations at the most.
+
+    Raises:
+        SolverError: the solution is not finite.
+    """
+    end = _iterate(operator, rhs, preconditioner or (lambda v: v), tol, max_iter)
+    status = Status.CONVERGED if bool(end.done.all()) else Status.MAX_ITERATIONS
+    if bool(end.negative.any()):
+        status = Status.INDEFINITE
+    residual = relative_residual(operator(end.value) - rhs, rhs)
+    return finite(Solution(end.value, residual, end.iterations, status))
 
 
 def batched_conjugate_gradients(
@@ -57,24 +100,5 @@ def batched_conjugate_gradients(
         curvature only and converged; a system that is done no longer changes, whatever else is in
         the batch.
     """
-    x, r = torch.zeros_like(rhs), rhs.clone()
-    z = inverse * r
-    direction = z.clone()
-    rz = (r * z).sum(dim=2, keepdim=True)
-    limit = tol * torch.linalg.vector_norm(rhs, dim=2, keepdim=True)
-    bad = torch.zeros_like(rz, dtype=torch.bool)
-    for _ in range(max_iter):
-        todo = (torch.linalg.vector_norm(r, dim=2, keepdim=True) > limit) & ~bad
-        if not bool(todo.any()):
-            break
-        product = operator(direction)
-        curvature = (direction * product).sum(dim=2, keepdim=True)
-        bad |= todo & (curvature <= 0)
-        step = torch.where(todo & ~bad, rz / curvature, torch.zeros_like(rz))
-        x += step * direction
-        r -= step * product
-        z = inverse * r
-        rz, before = (r * z).sum(dim=2, keepdim=True), rz
-        direction = z + torch.where(todo, rz / before, torch.zeros_like(rz)) * direction
-    done = torch.linalg.vector_norm(r, dim=2, keepdim=True) <= limit
-    return x, r, (done & ~bad).all(dim=1).squeeze(1)
+    end = _iterate(operator, rhs, lambda v: inverse * v, tol, max_iter)
+    return end.value, end.rest, (end.done & ~end.negative).all(dim=1).squeeze(1)

@@ -5,26 +5,23 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightning_muter.linalg.solution import Operator, Solution, finite, relative_residual
+from lightning_muter.linalg.solution import Operator, Solution, Status, finite, relative_residual
 
 __all__ = ["minres"]
 
 
-def minres(
-    operator: Operator, rhs: Tensor, tol: float = 1e-10, max_iter: int | None = None
-) -> Solution:
+def minres(operator: Operator, rhs: Tensor, tol: float = 1e-10, max_iter: int = 1000) -> Solution:
     """Minimum residuals for a symmetric, possibly indefinite operator (Paige and Saunders)."""
-    limit = 10 * len(rhs) if max_iter is None else max_iter
     beta = torch.linalg.vector_norm(rhs)
     if float(beta) == 0:
-        return Solution(torch.zeros_like(rhs), 0.0, 0, "converged")
+        return Solution(torch.zeros_like(rhs), 0.0, 0, Status.CONVERGED)
     x = torch.zeros_like(rhs)
     v_old, v = torch.zeros_like(rhs), rhs / beta
     d_old, d = torch.zeros_like(rhs), torch.zeros_like(rhs)
     c_old, s_old, c, s = 1.0, 0.0, 1.0, 0.0
     scale, eta, b = float(beta), float(beta), 0.0
     iterations = 0
-    for iterations in range(1, limit + 1):  # noqa: B007
+    for iterations in range(1, max_iter + 1):  # noqa: B007
         w = operator(v)
         alpha = float(torch.dot(v, w))
         w = w - alpha * v - b * v_old
@@ -44,5 +41,6 @@ def minres(
             break
         v_old, v, b = v, w / b_next, b_next
     residual = relative_residual(operator(x) - rhs, rhs)
-    status = "indefinite" if residual <= max(1e3 * tol, 1e-8) else "max_iterations"
+    done = residual <= max(1e3 * tol, 1e-8)
+    status = Status.INDEFINITE if done else Status.MAX_ITERATIONS
     return finite(Solution(x, residual, iterations, status))

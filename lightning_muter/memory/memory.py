@@ -14,28 +14,28 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from lightning_muter.curvature.dense import DenseCurvature
 from lightning_muter.errors import (
     ConfigurationError,
     MemoryFormatError,
     RemovalError,
     StateError,
 )
-from lightning_muter.models import Derivatives
+from lightning_muter.models import ModelView
 from lightning_muter.spec import Settings
 
-__all__ = ["FORMAT_VERSION", "UnlearningMemory", "digest", "fingerprint", "size_estimate"]
+__all__ = ["FORMAT_VERSION", "Start", "UnlearningMemory", "digest", "fingerprint", "size_estimate"]
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
+#: tensors that every memory has
 _TENSORS = (
     "omega_star",
     "omega",
-    "matrix",
     "gradient",
     "residual_gradient",
     "digests",
     "removed",
-    "initial",
-    "retraced",
+    "weights",
 )
 
 
@@ -74,8 +74,20 @@ def size_estimate(p: int) -> str:
     return f"p = {p:,}: {8 * p * p / 1e6:,.0f} MB"
 
 
-def _nothing() -> Tensor:
-    return torch.zeros(0, dtype=torch.float64)
+@dataclass(frozen=True)
+class Start:
+    """Where training that stopped early began, for a step of the same length.
+
+    ``initial`` is the ω (p,) that it started from, ``retraced`` (p,) how far the quadratic model
+    of all points comes from there within the horizon.
+    """
+
+    initial: Tensor
+    retraced: Tensor
+
+    def to(self, device: torch.device | str) -> Start:
+        """The same on another device."""
+        return Start(self.initial.to(device), self.retraced.to(device))
 
 
 @dataclass(frozen=True)
@@ -83,8 +95,9 @@ class UnlearningMemory:
     """ω* (p,), M_r (p, p), G_r (p,), the current ω^u, the ledger and the points' digests.
 
     Immutable: `forget` returns the memory after a request, so that a failure changes nothing.
-    Where training stopped early, ``initial`` is the ω (p,) that it started from and ``retraced``
-    (p,) how far the quadratic model of all points comes from there within the horizon.
+    ``curvature`` is None for the methods that keep none, ``start`` where there is no horizon.
+    ``weights`` (n,) is how much each point counted in training, 0 for one that it never saw;
+    ``warnings`` say in words what is in doubt.
 
     All tensors are float64 but ``digests`` (n, 16) uint8 and ``removed`` (n,) bool.
 
@@ -94,17 +107,18 @@ class UnlearningMemory:
     settings: Settings
     omega_star: Tensor
     omega: Tensor
-    matrix: Tensor
+    curvature: DenseCurvature | None
     gradient: Tensor
     residual_gradient: Tensor
     digests: Tensor
     removed: Tensor
+    weights: Tensor
     key: bytes
     fingerprint: str
-    initial: Tensor = field(default_factory=_nothing)
-    retraced: Tensor = field(default_factory=_nothing)
+    start: Start | None = None
     summary: dict[str, Any] = field(default_factory=dict)
     ledger: tuple[dict[str, Any], ...] = ()
+    warnings: tuple[str, ...] = ()
 
     @property
     def n(self) -> int:
@@ -118,17 +132,23 @@ class UnlearningMemory:
 
     @property
     def remaining(self) -> list[int]:
-        """The indices that have not been forgotten."""
-        return [int(i) for i in torch.nonzero(~self.removed).flatten()]
+        """The indices that were trained on and have not been forgotten."""
+        return torch.nonzero(~self.removed & (self.weights > 0)).flatten().tolist()
 
     def to(self, device: torch.device | str) -> UnlearningMemory:
         """The memory on another device."""
-        return replace(self, **{name: getattr(self, name).to(device) for name in _TENSORS})
+        moved = {name: getattr(self, name).to(device) for name in _TENSORS}
+        return replace(
+            self,
+            **moved,
+            curvature=None if self.curvature is None else self.curvature.to(device),
+            start=None if self.start is None else self.start.to(device),
+        )
 
     def forget(
         self,
         indices: list[int],
-        remaining: Tensor,
+        remaining: DenseCurvature | None,
         gradient: Tensor,
         omega: Tensor,
         entry: dict[str, Any],
@@ -137,7 +157,7 @@ class UnlearningMemory:
 
         Args:
             indices: the points that go.
-            remaining: M_{r+1} = M_r - Σ_S D_i (p, p).
+            remaining: M_{r+1} = M_r - Σ_S D_i.
             gradient: Σ_S (∇l_i + λω*) (p,), added to G_r.
             omega: the current ω^u (p,).
             entry: what else the ledger should say of the request.
@@ -147,7 +167,7 @@ class UnlearningMemory:
         record = {"request": len(self.ledger) + 1, "indices": indices, **entry}
         return replace(
             self,
-            matrix=remaining,
+            curvature=remaining,
             gradient=self.gradient + gradient,
             omega=omega,
             removed=removed,
@@ -183,10 +203,16 @@ class UnlearningMemory:
         twice = sorted({i for i in indices if indices.count(i) > 1})
         if twice:
             raise RemovalError(f"indices {twice} occur twice in the request: name each once")
+        unseen = [i for i in indices if not float(self.weights[i]) > 0]
+        if unseen:
+            raise RemovalError(
+                f"indices {unseen} were never trained on: the training sampler left them out, so "
+                "there is nothing of them to forget; leave them out of the request"
+            )
         gone = [i for i in indices if bool(self.removed[i])]
         if gone:
             raise RemovalError(f"indices {gone} were forgotten already: leave them out")
-        if len(indices) >= int((~self.removed).sum()):
+        if len(indices) >= len(self.remaining):
             raise RemovalError(
                 f"the request would forget all {len(indices)} remaining points: there is no model "
                 "of no data; delete the model instead"
@@ -234,24 +260,24 @@ class UnlearningMemory:
             found.append(free[0])
         return found
 
-    def check_model(self, derivatives: Derivatives) -> None:
+    def check_model(self, view: ModelView) -> None:
         """Refuse a module that is not the memory's: architecture, frozen weights, head.
 
         Raises:
             StateError: with what differs.
         """
-        if derivatives.p != self.p:
+        if view.p != self.p:
             raise StateError(
-                f"the model has {derivatives.p} trained parameters, the memory {self.p}: it "
+                f"the model has {view.p} trained parameters, the memory {self.p}: it "
                 "belongs to another head or architecture"
             )
-        if fingerprint(derivatives.module, derivatives.names) != self.fingerprint:
+        if fingerprint(view.module, view.names) != self.fingerprint:
             raise StateError(
                 "the model's architecture or frozen weights are not the memory's: load the "
                 "checkpoint that was saved when the memory was built"
             )
-        now = derivatives.get().to(self.omega.device)
-        expected = [w.to(derivatives.dtype).double() for w in (self.omega, self.omega_star)]
+        now = view.get().to(self.omega.device)
+        expected = [w.to(view.dtype).double() for w in (self.omega, self.omega_star)]
         if not any(torch.allclose(now, w, rtol=1e-6, atol=1e-8) for w in expected):
             distance = float(torch.linalg.vector_norm(now - expected[0]))
             raise StateError(
@@ -270,6 +296,11 @@ class UnlearningMemory:
         folder.mkdir(parents=True, exist_ok=True)
         name = f"state-{len(self.ledger):06d}-{os.urandom(4).hex()}.safetensors"
         tensors = {key: getattr(self, key).detach().cpu() for key in _TENSORS}
+        if self.curvature is not None:
+            tensors["matrix"] = self.curvature.matrix.detach().cpu()
+        if self.start is not None:
+            tensors["initial"] = self.start.initial.cpu()
+            tensors["retraced"] = self.start.retraced.cpu()
         tensors["omega"] = tensors["omega"].clone()  # it may share ω*'s memory
         tensors["removed"] = tensors["removed"].to(torch.uint8)
         save_file(tensors, folder / name)
@@ -286,6 +317,7 @@ class UnlearningMemory:
             "data_fingerprint": self._data_fingerprint(),
             "settings": self.settings.to_dict(),
             "summary": self.summary,
+            "warnings": list(self.warnings),
             "versions": {"python": platform.python_version(), "torch": torch.__version__},
         }
         _replace(folder / "ledger.jsonl", ledger)
@@ -348,6 +380,9 @@ class UnlearningMemory:
             fingerprint=manifest["model_fingerprint"],
             summary=manifest["summary"],
             ledger=tuple(ledger),
+            warnings=tuple(manifest["warnings"]),
+            curvature=DenseCurvature(tensors["matrix"]) if "matrix" in tensors else None,
+            start=Start(tensors["initial"], tensors["retraced"]) if "initial" in tensors else None,
             **{key: tensors[key] for key in _TENSORS},
         )
 

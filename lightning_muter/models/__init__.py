@@ -1,7 +1,8 @@
 """Views of a module's trained parameters: the linear head's closed forms, and autodiff."""
 
 from lightning_muter.models.autodiff import Autodiff
-from lightning_muter.models.base import Derivatives
+from lightning_muter.models.base import Linearisation, ModelView, measuring
 from lightning_muter.models.linear_head import LinearHead
+from lightning_muter.models.view import view_of
 
-__all__ = ["Autodiff", "Derivatives", "LinearHead"]
+__all__ = ["Autodiff", "LinearHead", "Linearisation", "ModelView", "measuring", "view_of"]

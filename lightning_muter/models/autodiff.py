@@ -8,23 +8,26 @@ import torch
 from torch import Tensor
 from torch.func import functional_call, grad, jacrev, vmap
 
-from lightning_muter.models.base import AddBlock, Derivatives
+from lightning_muter.curvature.autodiff import AutodiffHessian, AutodiffTotal
+from lightning_muter.curvature.point import PointCurvature
+from lightning_muter.models.base import Linearisation, ModelView
 from lightning_muter.responses import Response
 from lightning_muter.threats import Geometry
 
-__all__ = ["Autodiff"]
+__all__ = ["Autodiff", "AutodiffLinearisation"]
 
 PointFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-class Autodiff(Derivatives):
+class Autodiff(ModelView):
     """Second derivatives of any model that ``torch.func`` can differentiate twice.
 
     Costs O(p) backward passes a batch for ∂ωω and O(d) a batch for ∂ωδ and ∂δδ: exact and
     general, meant for p and d of some thousands at the most.
     """
 
-    def _point(self) -> tuple[PointFunction, Tensor]:
+    def point_function(self) -> tuple[PointFunction, Tensor]:
+        """(ω, x, y) -> l of one point, and the module's ω (p,)."""
         module, shapes = self.module, [p.shape for p in self.parameters]
         sizes = [p.numel() for p in self.parameters]
 
@@ -39,33 +42,37 @@ class Autodiff(Derivatives):
 
         return loss, torch.cat([p.detach().reshape(-1) for p in self.parameters])
 
-    def gradients(self, x: Tensor, targets: Tensor) -> Tensor:
-        loss, omega = self._point()
-        gradients: Tensor = vmap(grad(loss), (None, 0, 0))(omega, x, targets)
+    def linearise(self, x: Tensor, targets: Tensor, weights: Tensor) -> AutodiffLinearisation:
+        return AutodiffLinearisation(self, x, targets, weights)
+
+    def chunk(self, x: Tensor, response: Response, budget: int) -> int:
+        d = x[0].numel()
+        return max(1, budget // (8 * (3 * self.p * d + 4 * d * d)))
+
+
+class AutodiffLinearisation(Linearisation):
+    """A batch of `Autodiff`: nothing is shared between points but the graph of one pass."""
+
+    view: Autodiff
+
+    def losses(self) -> Tensor:
+        with torch.no_grad():
+            return self.view.loss(self.view.module(self.x), self.targets).double()
+
+    def gradients(self) -> Tensor:
+        loss, omega = self.view.point_function()
+        gradients: Tensor = vmap(grad(loss), (None, 0, 0))(omega, self.x, self.targets)
         return gradients.detach().double()
 
-    def add_direct(self, x: Tensor, targets: Tensor, weights: Tensor, add: AddBlock) -> None:
-        products = self.products(x, targets, weights)
-        for j in range(self.p):
-            unit = torch.zeros(self.p, dtype=torch.float64, device=x.device)
-            unit[j] = 1.0
-            add(0, j, products.ww(unit).unsqueeze(1))
+    def hessian(self) -> PointCurvature:
+        products = self.view.products(self.x, self.targets, self.weights)
+        return AutodiffHessian(products.ww, self.view.p, self.weights)
 
-    def add_total(
-        self,
-        x: Tensor,
-        targets: Tensor,
-        weights: Tensor,
-        geometry: Geometry,
-        response: Response,
-        add: AddBlock,
-    ) -> Tensor:
-        self.add_direct(x, targets, weights, add)
-        loss, omega = self._point()
+    def total(self, geometry: Geometry, response: Response) -> PointCurvature:
+        view, x, targets = self.view, self.x, self.targets
+        loss, omega = view.point_function()
         mixed = vmap(jacrev(grad(loss), argnums=1), (None, 0, 0))(omega, x, targets)
-        mixed = mixed.detach().reshape(len(x), self.p, -1).double()  # ∂ωδ l
-        r, usable = response.dense(geometry, self.second_input_derivatives(x, targets))
-        weighted = weights[:, None, None] * (mixed @ r.matrices)
-        left = weighted.permute(1, 0, 2).reshape(self.p, -1)
-        add(0, 0, left @ mixed.permute(1, 0, 2).reshape(self.p, -1).T)
-        return usable
+        mixed = mixed.detach().reshape(len(x), view.p, -1).double()  # ∂ωδ l
+        r, usable = response.dense(geometry, view.second_input_derivatives(x, targets))
+        products = view.products(x, targets, self.weights)
+        return AutodiffTotal(products.ww, mixed, r, usable, self.weights)

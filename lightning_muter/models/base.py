@@ -1,4 +1,4 @@
-"""The protocol between a model and everything second-order."""
+"""A view of a module's trained parameters, and its linearisation at a batch."""
 
 from __future__ import annotations
 
@@ -10,15 +10,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from lightning_muter.curvature.point import PointCurvature
 from lightning_muter.errors import ConfigurationError
 from lightning_muter.objectives.losses import PointLoss
 from lightning_muter.responses import Response
 from lightning_muter.threats import Geometry
 
-__all__ = ["Derivatives", "Products", "measuring"]
-
-#: adds a (rows, columns) block of Σ D_i to the memory: (row start, column start, block)
-AddBlock = Callable[[int, int, Tensor], None]
+__all__ = ["Linearisation", "ModelView", "Products", "measuring"]
 
 
 @contextmanager
@@ -53,8 +51,42 @@ class Products:
     dd: Callable[[Tensor], Tensor]
 
 
-class Derivatives(ABC):
-    """Derivatives of l(ω, x + δ) in the named parameters ω (p, in order) and the input.
+class Linearisation(ABC):
+    """A batch at (ω, x + δ): what one forward pass says of it, computed once.
+
+    Gradients, curvature and losses of the points all come from here. Results are float64 whatever
+    the module computes in. ``weights`` (n,) multiply each point's terms in sums.
+    """
+
+    def __init__(self, view: ModelView, x: Tensor, targets: Tensor, weights: Tensor) -> None:
+        self.view, self.x, self.targets, self.weights = view, x, targets, weights
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    @abstractmethod
+    def losses(self) -> Tensor:
+        """l (n,)."""
+
+    @abstractmethod
+    def gradients(self) -> Tensor:
+        """∇_ω l of every point (n, p), without its weight."""
+
+    def gradient_sum(self) -> Tensor:
+        """Σ weights_i ∇_ω l_i (p,)."""
+        return self.weights @ self.gradients()
+
+    @abstractmethod
+    def hessian(self) -> PointCurvature:
+        """Σ weights_i ∂ωω l_i."""
+
+    @abstractmethod
+    def total(self, geometry: Geometry, response: Response) -> PointCurvature:
+        """Σ weights_i (∂ωω l + ∂ωδ l · R · ∂δω l)."""
+
+
+class ModelView(ABC):
+    """The named parameters ω (p, in order) of a module, and derivatives of its per-point loss.
 
     ``x`` is (n, *input shape); perturbations and input gradients are flattened to (n, d). Results
     are float64 whatever the module computes in. Call inside `measuring`.
@@ -77,6 +109,11 @@ class Derivatives(ABC):
     def dtype(self) -> torch.dtype:
         """The dtype that the module computes in."""
         return self.parameters[0].dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return self.parameters[0].device
 
     def get(self) -> Tensor:
         """ω (p,) as float64."""
@@ -162,28 +199,9 @@ class Derivatives(ABC):
         )
 
     @abstractmethod
-    def gradients(self, x: Tensor, targets: Tensor) -> Tensor:
-        """∇_ω l of every point (n, p), float64."""
-
-    def gradient_sum(self, x: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
-        """Σ weights_i ∇_ω l_i (p,), float64."""
-        return weights @ self.gradients(x, targets)
+    def linearise(self, x: Tensor, targets: Tensor, weights: Tensor) -> Linearisation:
+        """The points x (n, ...) with their weights (n,) at the module's parameters."""
 
     @abstractmethod
-    def add_direct(self, x: Tensor, targets: Tensor, weights: Tensor, add: AddBlock) -> None:
-        """Σ weights_i ∂ωω l_i, block by block."""
-
-    @abstractmethod
-    def add_total(
-        self,
-        x: Tensor,
-        targets: Tensor,
-        weights: Tensor,
-        geometry: Geometry,
-        response: Response,
-        add: AddBlock,
-    ) -> Tensor:
-        """Σ weights_i (∂ωω l + ∂ωδ l · R · ∂δω l), block by block.
-
-        Returns which points (n,) had a usable K_i.
-        """
+    def chunk(self, x: Tensor, response: Response, budget: int) -> int:
+        """How many points like x (n, ...) have their curvature computed in ``budget`` bytes."""

@@ -1,4 +1,4 @@
-"""A linear head on frozen features: exact blocks from Gram matrices (docs/theory.md)."""
+"""A linear head on frozen features: every second derivative in closed form (docs/theory.md)."""
 
 from __future__ import annotations
 
@@ -7,29 +7,29 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from lightning_muter.curvature.head import HeadHessian, HeadPoints, HeadTotal
+from lightning_muter.curvature.point import PointCurvature
 from lightning_muter.errors import ConfigurationError
-from lightning_muter.models.base import AddBlock, Derivatives
+from lightning_muter.models.base import Linearisation, ModelView
 from lightning_muter.objectives.losses import PointLoss
 from lightning_muter.responses import Dense, DiagonalLowRank, Response
 from lightning_muter.threats import Geometry
 
-__all__ = ["LinearHead"]
+__all__ = ["FeatureHead", "HeadLinearisation", "LinearHead"]
 
 _SOLVE = 10  # products with ∂δδ l that a conjugate gradient solve takes, about
+_PROBED = 64  # points that are sketched together at the least: smaller batches waste the network
 
 
-class LinearHead(Derivatives):
-    """z = W h + b with h = φ(x + δ) frozen: every second derivative in closed form.
+class LinearHead(ModelView):
+    """z = W h + b with h = φ(x + δ) frozen; the perturbation lives at the module's input.
 
     The features are read by a forward pre-hook on the head, so that the network need not be
     split; ∂φ/∂x comes from one vector-Jacobian product a feature, batched over points, and is
-    skipped when the head reads the input itself. With ``feature_space`` the perturbation lives at
-    the head's input (the paper's published variant for networks).
+    skipped when the head reads the input itself.
     """
 
-    def __init__(
-        self, module: nn.Module, head: str, loss: PointLoss, feature_space: bool = False
-    ) -> None:
+    def __init__(self, module: nn.Module, head: str, loss: PointLoss) -> None:
         modules = dict(module.named_modules())
         if head not in modules:
             raise ConfigurationError(
@@ -44,12 +44,10 @@ class LinearHead(Derivatives):
         names = [f"{head}.weight"] + ([f"{head}.bias"] if layer.bias is not None else [])
         super().__init__(module, names, loss)
         self.layer = layer
-        self.feature_space = feature_space
-        self._second_order: bool | None = None
-        self._reads_input = False
+        self._bends: bool | None = None
 
     def features(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The head's input h (n, F) and the outputs z (n, C), with the graph to x."""
+        """The head's input h (n, F) and the module's outputs (n, ...), with the graph to x."""
         seen: list[Tensor] = []
         handle = self.layer.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
         try:
@@ -70,103 +68,38 @@ class LinearHead(Derivatives):
                 f"the head has {self.layer.out_features} outputs but forward returned shape "
                 f"{tuple(outputs.shape)}: forward must return the head's own outputs"
             )
-        return h, outputs.reshape(len(x), -1)
+        return h, outputs
 
-    def gradient_sum(self, x: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
-        h, r, _ = self._head(x, targets)
-        r = r * weights.unsqueeze(1)
-        weight = (r.T @ h).reshape(-1)
-        return torch.cat([weight, r.sum(dim=0)]) if self.layer.bias is not None else weight
+    def linearise(self, x: Tensor, targets: Tensor, weights: Tensor) -> HeadLinearisation:
+        return HeadLinearisation(self, x, targets, weights)
 
-    def gradients(self, x: Tensor, targets: Tensor) -> Tensor:
-        h, r, _ = self._head(x, targets)
-        weight = (r.unsqueeze(2) * h.unsqueeze(1)).reshape(len(x), -1)
-        return torch.cat([weight, r], dim=1) if self.layer.bias is not None else weight
+    def chunk(self, x: Tensor, response: Response, budget: int) -> int:
+        d, f = x[0].numel(), self.layer.in_features
+        if f == d:
+            return max(1, budget // (16 * 8 * d))
+        if response.rank:
+            return max(_PROBED, budget // (8 * d * 8 * response.rank))
+        dense = 4 * d * d if self.prefers_dense(x) else 0
+        return max(1, budget // (8 * (8 * f * d + 3 * f * f + dense)))
 
-    def _head(self, x: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        with torch.no_grad():
-            h, z = self.features(x)
-        # the head of a linear model reads the input's own memory: J is the identity
-        self._reads_input = h.data_ptr() == x.data_ptr() and h.numel() == x.numel()
-        r, s = self.loss.derivatives(z.double(), targets)
-        return h.double(), r, s
+    def prefers_dense(self, x: Tensor) -> bool:
+        """Whether all of ∂δδ l (d products a point) is cheaper than solves for J's F rows."""
+        return x[0].numel() <= _SOLVE * self.layer.in_features
 
-    def add_direct(self, x: Tensor, targets: Tensor, weights: Tensor, add: AddBlock) -> None:
-        h, _, s = self._head(x, targets)
-        h, s = self._extend(h), s * weights[:, None, None]
-        c = s.shape[1]
-        for a in range(c):
-            for b in range(a, c):  # S ⊗ h̃h̃ᵀ
-                self._add(a, b, h.T @ (h * s[:, a, b, None]), add)
-
-    def _extend(self, h: Tensor) -> Tensor:
-        if self.layer.bias is None:
-            return h
-        return torch.cat([h, torch.ones_like(h[:, :1])], dim=1)
-
-    def _add(self, a: int, b: int, block: Tensor, add: AddBlock) -> None:
-        """Place the (F̃, F̃) block of classes (a, b), and of (b, a), in the order of ω."""
-        f, c = self.layer.in_features, self.layer.out_features
-        for i, j, m in [(a, b, block)] + ([(b, a, block.T)] if a != b else []):
-            add(i * f, j * f, m[:f, :f])
-            if self.layer.bias is not None:
-                add(i * f, c * f + j, m[:f, f:])
-                add(c * f + i, j * f, m[f:, :f])
-                add(c * f + i, c * f + j, m[f:, f:])
-
-    def add_total(
-        self,
-        x: Tensor,
-        targets: Tensor,
-        weights: Tensor,
-        geometry: Geometry,
-        response: Response,
-        add: AddBlock,
-    ) -> Tensor:
-        h, r, s = self._head(x, targets)
-        w = self.layer.weight.detach().double()
-        b, usable = self._feature_response(x, targets, geometry, response, w, s)
-        sw = s @ w  # (n, C, F): rows (S W)_a
-        t = b.apply(sw.mT)  # (n, F, C): columns B (S W)_aᵀ
-        # direct weight and h̃h̃ᵀ's indirect one
-        quadratic = (s + sw @ t) * weights[:, None, None]
-        weighted = r * weights.unsqueeze(1)
-        h, f = self._extend(h), self.layer.in_features
-        for a in range(s.shape[1]):
-            for c in range(a, s.shape[1]):
-                # G = r ⊗ I + (S W) ⊗ h̃, so G B Gᵀ falls into the four terms below
-                left = h * (0.5 * quadratic[:, a, c, None])
-                left[:, :f].addcmul_(weighted[:, a, None], t[:, :, c])
-                if a == c:
-                    half = h.T @ left
-                    block = half + half.T
-                else:
-                    right = h * (0.5 * quadratic[:, a, c, None])
-                    right[:, :f].addcmul_(weighted[:, c, None], t[:, :, a])
-                    block = left.T @ h
-                    block.addmm_(h.T, right)
-                b.add_weighted_sum(block[:f, :f], weighted[:, a] * r[:, c])
-                self._add(a, c, block, add)
-        return usable
-
-    def _feature_response(
-        self,
-        x: Tensor,
-        targets: Tensor,
-        geometry: Geometry,
-        response: Response,
-        w: Tensor,
-        s: Tensor,
+    def feature_response(
+        self, points: HeadLinearisation, geometry: Geometry, response: Response
     ) -> tuple[DiagonalLowRank | Dense, Tensor]:
-        """B = J R Jᵀ (n, F, F)."""
-        if self.feature_space or self._reads_input:
-            return response.low_rank(geometry, w.T.expand(len(x), -1, -1), s)
+        """B = J R Jᵀ (n, F, F), and which points (n,) had a usable K."""
+        w, s = points.head.weight, points.head.s
+        if points.reads_input:
+            return response.low_rank(geometry, w.T.expand(len(points), -1, -1), s)
+        x, targets = points.x, points.targets
         if response.probes is not None:
             probed, usable = response.sketch(geometry, self._input_curvature(x, targets))
             factors = self._push(x, probed.factors)
             nothing = torch.zeros_like(factors[:, 0])
             return DiagonalLowRank(nothing, factors, probed.coefficients), usable
-        jacobian, bends = self._jacobian(x, targets)
+        jacobian, bends = self._jacobian(x, points.head.r)
         if bends and response.matrix_free and not self.prefers_dense(x):
             return response.congruence(geometry, self._input_curvature(x, targets), jacobian)
         if bends:
@@ -174,10 +107,6 @@ class LinearHead(Derivatives):
             return r.congruence(jacobian), usable
         low, usable = response.low_rank(geometry, (w @ jacobian).mT, s)
         return low.congruence(jacobian), usable
-
-    def prefers_dense(self, x: Tensor) -> bool:
-        """Whether all of ∂δδ l (d products a point) is cheaper than solves for J's F rows."""
-        return x[0].numel() <= _SOLVE * self.layer.in_features
 
     def _input_curvature(self, x: Tensor, targets: Tensor) -> Callable[[Tensor], Tensor]:
         dd = self.products(x, targets).dd
@@ -201,22 +130,21 @@ class LinearHead(Derivatives):
             rows.append(row)
         return torch.stack(rows, dim=1).double()
 
-    def _jacobian(self, x: Tensor, targets: Tensor) -> tuple[Tensor, bool]:
+    def _jacobian(self, x: Tensor, r: Tensor) -> tuple[Tensor, bool]:
         """J (n, F, d), and whether φ has second derivatives here."""
         inputs = x.detach().requires_grad_(True)
-        h, z = self.features(inputs)
-        r, _ = self.loss.derivatives(z.detach().double(), targets)
-        bends = self._bends(inputs, h, (r.to(h) @ self.layer.weight.detach()))
+        h, _ = self.features(inputs)
+        bends = self._has_second_order(inputs, h, r.to(h) @ self.layer.weight.detach())
         rows = []
         for k in range(h.shape[1]):
             (row,) = torch.autograd.grad(h[:, k].sum(), inputs, retain_graph=True)
             rows.append(row.reshape(len(x), -1))
         return torch.stack(rows, dim=1).detach().double(), bends
 
-    def _bends(self, inputs: Tensor, h: Tensor, weights: Tensor) -> bool:
+    def _has_second_order(self, inputs: Tensor, h: Tensor, weights: Tensor) -> bool:
         """Whether Σ_k (Wᵀr)_k ∇²h_k is not identically zero, by one probing product."""
-        if self._second_order is not None:
-            return self._second_order
+        if self._bends is not None:
+            return self._bends
         (g,) = torch.autograd.grad((h * weights).sum(), inputs, create_graph=True)
         found = None
         if g.requires_grad:
@@ -226,5 +154,52 @@ class LinearHead(Derivatives):
             )
         bends = found is not None and bool(found.any())
         if bool(weights.any()):
-            self._second_order = bends
+            self._bends = bends
         return bends
+
+
+class FeatureHead(LinearHead):
+    """A linear head whose input is what the adversary perturbs: the paper's networks variant."""
+
+    def feature_response(
+        self, points: HeadLinearisation, geometry: Geometry, response: Response
+    ) -> tuple[DiagonalLowRank | Dense, Tensor]:
+        """B = R (n, F, F) at the head's input."""
+        w, s = points.head.weight, points.head.s
+        return response.low_rank(geometry, w.T.expand(len(points), -1, -1), s)
+
+
+class HeadLinearisation(Linearisation):
+    """A batch of a head's points: h, z, r and S from one forward pass."""
+
+    view: LinearHead
+
+    def __init__(self, view: LinearHead, x: Tensor, targets: Tensor, weights: Tensor) -> None:
+        super().__init__(view, x, targets, weights)
+        with torch.no_grad():
+            h, self._outputs = view.features(x)
+        # the head of a linear model reads the input's own memory: J is the identity
+        self.reads_input = h.data_ptr() == x.data_ptr() and h.numel() == x.numel()
+        r, s = view.loss.derivatives(self._outputs.reshape(len(x), -1).double(), targets)
+        h = h.double()
+        if view.layer.bias is not None:
+            h = torch.cat([h, torch.ones_like(h[:, :1])], dim=1)
+        self.head = HeadPoints(h, r, s, view.layer.weight.detach().double(), weights)
+
+    def losses(self) -> Tensor:
+        return self.view.loss(self._outputs, self.targets).double()
+
+    def gradients(self) -> Tensor:
+        head, f = self.head, self.head.weight.shape[1]
+        weight = (head.r.unsqueeze(2) * head.features[:, None, :f]).reshape(len(self), -1)
+        return torch.cat([weight, head.r], dim=1) if head.biased else weight
+
+    def gradient_sum(self) -> Tensor:
+        weighted = self.head.r * self.weights.unsqueeze(1)
+        return self.head.vector_form(weighted.T @ self.head.features)
+
+    def hessian(self) -> PointCurvature:
+        return HeadHessian(self.head)
+
+    def total(self, geometry: Geometry, response: Response) -> PointCurvature:
+        return HeadTotal(self.head, *self.view.feature_response(self, geometry, response))

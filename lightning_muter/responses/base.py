@@ -37,6 +37,9 @@ class Response(Protocol):
     def probes(self) -> Tensor | None:
         """Probes (n, k, d) of the points at hand, where R is to be sketched."""
 
+    def rough(self) -> Response:
+        """The response to a tolerance that is enough for a step of Newton's."""
+
     def seeded(self, points: Tensor) -> Response:
         """The response with the probes of points (n, d); itself where nothing is sketched."""
 

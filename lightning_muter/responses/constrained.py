@@ -31,6 +31,9 @@ class Constrained:
     rank: int = 0
     probes: Tensor | None = None
 
+    def rough(self) -> Response:
+        return replace(self, tol=1e-2, rank=min(self.rank, 1))
+
     def seeded(self, points: Tensor) -> Response:
         return replace(self, probes=seeded_probes(points, self.rank)) if self.rank else self
 

@@ -26,6 +26,10 @@ class DiagonalLowRank:
         inner = self.coefficients.unsqueeze(2) * (self.factors @ vectors)
         return self.diagonal.unsqueeze(2) * vectors + self.factors.mT @ inner
 
+    def main_diagonal(self) -> Tensor:
+        """The diagonals (n, d)."""
+        return self.diagonal + (self.coefficients.unsqueeze(2) * self.factors.square()).sum(dim=1)
+
     def add_weighted_sum(self, total: Tensor, weights: Tensor) -> None:
         """total (d, d) += Σ_i weights_i of the matrices."""
         total.diagonal().add_(weights @ self.diagonal)
@@ -73,6 +77,9 @@ class Dense:
 
     def apply(self, vectors: Tensor) -> Tensor:
         return self.matrices @ vectors
+
+    def main_diagonal(self) -> Tensor:
+        return torch.diagonal(self.matrices, dim1=1, dim2=2)
 
     def add_weighted_sum(self, total: Tensor, weights: Tensor) -> None:
         total.add_(torch.einsum("n,nij->ij", weights, self.matrices))

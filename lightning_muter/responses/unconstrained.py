@@ -42,6 +42,9 @@ class Unconstrained:
         if self.order < 0:
             raise ConfigurationError(f"neumann_order={self.order} must be at least 0")
 
+    def rough(self) -> Response:
+        return self
+
     def seeded(self, points: Tensor) -> Response:
         return replace(self, probes=seeded_probes(points, self.rank)) if self.rank else self
 

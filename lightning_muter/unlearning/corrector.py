@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lightning_muter.linalg.cholesky import direct
+from lightning_muter.errors import StateError
 from lightning_muter.memory.memory import UnlearningMemory
 from lightning_muter.unlearning.methods import METHODS
 from lightning_muter.unlearning.objective import (
@@ -39,22 +39,24 @@ def correct(
     and where none does the correction ends. ``objective`` is over the remaining points; its
     module is what moves. Source: ours (docs/theory.md).
     """
-    derivatives = objective.derivatives
-    matrix = memory.matrix.clone()
-    matrix.diagonal().add_(memory.settings.damping)
+    if memory.curvature is None:
+        raise StateError(f"method={memory.settings.method!r} keeps no curvature to correct with")
+    view, damping = objective.view, memory.settings.damping
+    solver = memory.curvature.damped(damping).solver()
     start, slow = objective.gradient(), False
     for _ in range(steps):
         if slow:
-            start, matrix = objective.curvature()
-            matrix.diagonal().add_(memory.settings.damping)
-        omega = derivatives.get()
-        step = direct(matrix, start.gradient.to(matrix)).value.to(omega)
-        trial = line_search(objective, objective.recipe, omega, step, start, HALVINGS)
+            start, curvature = objective.curvature()
+            curvature.add_identity(damping)
+            solver = curvature.solver()
+        omega = view.get()
+        step = solver.solve(start.gradient.to(memory.omega)).value.to(omega)
+        trial = line_search(objective, objective.problem, omega, step, start, HALVINGS)
         if trial is None and slow:
             break
         slow = trial is None or trial.residual > PAYS * start.residual
         start = trial or start
-    return memory.at(derivatives.get()), start
+    return memory.at(view.get()), start
 
 
 def strong_convexity_bound(memory: UnlearningMemory, evaluation: Evaluation) -> Bound:
@@ -63,7 +65,7 @@ def strong_convexity_bound(memory: UnlearningMemory, evaluation: Evaluation) -> 
     Source: ours (docs/theory.md); ``evaluation`` is of the remaining points at ω^u.
     """
     settings = memory.settings
-    strong = settings.weight_decay * len(memory.remaining)
+    strong = settings.weight_decay * float(memory.weights[memory.remaining].sum())
     if settings.head is None:
         return Bound(None, "no certificate: F is convex for a linear head only")
     if strong == 0:

@@ -4,40 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor, nn
 
-from lightning_muter.errors import ConfigurationError
-from lightning_muter.models import Autodiff, Derivatives, LinearHead
-from lightning_muter.models.base import measuring
-from lightning_muter.objectives.losses import LossFunction, PointLoss, resolve_loss
+from lightning_muter.curvature.dense import DenseCurvature
+from lightning_muter.models import measuring, view_of
+from lightning_muter.objectives.losses import LossFunction
 from lightning_muter.responses import resolve_response
 from lightning_muter.threats import Threat
-from lightning_muter.unlearning.recipe import Recipe
+from lightning_muter.unlearning.point_problem import PointProblem
+from lightning_muter.unlearning.points import unweighted
 
-__all__ = ["derivatives_for", "total_hessian"]
-
-
-def derivatives_for(
-    module: nn.Module,
-    loss: str | LossFunction | PointLoss,
-    head: str | None = None,
-    parameters: Sequence[str] | None = None,
-    space: str = "input",
-) -> Derivatives:
-    """The derivative provider for a linear head or for any named parameters."""
-    if (head is None) == (parameters is None):
-        raise ConfigurationError(
-            f"head={head!r} and parameters={parameters!r}: give exactly one of the two"
-        )
-    if space not in ("input", "features"):
-        raise ConfigurationError(f"space={space!r} is unknown; expected 'input' or 'features'")
-    resolved = resolve_loss(loss)
-    if head is not None:
-        return LinearHead(module, head, resolved, feature_space=space == "features")
-    if space == "features":
-        raise ConfigurationError("space='features' needs a linear head: give head=...")
-    return Autodiff(module, list(parameters or ()), resolved)
+__all__ = ["total_hessian"]
 
 
 def total_hessian(
@@ -90,17 +67,13 @@ def total_hessian(
         >>> total_hessian(model, batch, L2Ball(eps=0.1), head="0", loss="logistic").shape
         torch.Size([3, 3])
     """
-    derivatives = derivatives_for(module, loss, head, parameters, space)
+    view = view_of(module, loss, head, parameters, space)
     resolved = resolve_response(response, inverse, neumann_order, sketch)
-    recipe = Recipe("muter", threat, resolved, weight_decay)
-    x, targets = batch[0], batch[1]
-    total = torch.zeros(derivatives.p, derivatives.p, dtype=torch.float64, device=x.device)
-
-    def add(i: int, j: int, block: Tensor) -> None:
-        total[i : i + block.shape[0], j : j + block.shape[1]] += block
-
+    problem = PointProblem("muter", threat, resolved, weight_decay)
+    points = unweighted(batch[0], batch[1])
+    total = DenseCurvature.zeros(view.p, points.x.device)
     with measuring(module):
-        inner = None if delta is None else recipe.given(derivatives, x, targets, delta)
-        recipe.accumulate(derivatives, x, targets, add, inner)
-    total.diagonal().add_(weight_decay * len(x))
-    return total
+        inner = None if delta is None else problem.given(view, points, delta)
+        problem.accumulate(view, points, total, inner)
+    total.add_identity(weight_decay * len(points))
+    return total.matrix

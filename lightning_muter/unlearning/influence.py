@@ -7,9 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from lightning_muter.linalg.cholesky import direct
+from lightning_muter.errors import StateError
 from lightning_muter.memory.memory import UnlearningMemory
-from lightning_muter.models.base import measuring
+from lightning_muter.models import measuring
+from lightning_muter.unlearning.points import unweighted
 
 __all__ = ["adversarial_influence", "influence_on_losses"]
 
@@ -28,22 +29,25 @@ def adversarial_influence(
         batch: x (m, ...) and targets (m,).
 
     Returns:
-        Influences (m, p), float64. Source: the paper, Definition 2.
+        Influences (m, p), float64, on the memory's device. Source: the paper, Definition 2.
     """
-    derivatives = memory.settings.derivatives(module)
-    recipe = memory.settings.recipe()
-    with measuring(module), derivatives.at(memory.omega_star):
-        gradients = torch.cat(
-            [
-                derivatives.gradients(point.inputs, point.targets)
-                for point in recipe.points(derivatives, batch[0], batch[1])
-            ]
+    if memory.curvature is None:
+        raise StateError(
+            f"a memory of method={memory.settings.method!r} keeps no curvature: influence needs "
+            "one of a method that does, as 'muter'"
         )
-    matrix = memory.matrix + memory.settings.damping * torch.eye(
-        memory.p, dtype=torch.float64, device=memory.matrix.device
-    )
+    solver = memory.curvature.damped(memory.settings.damping).solver()
+    gradients = _gradients(memory, module, batch)
     n = len(memory.remaining)
-    return torch.stack([-n * direct(matrix, g.to(matrix.device)).value for g in gradients])
+    return torch.stack([-n * solver.solve(g.to(memory.omega_star)).value for g in gradients])
+
+
+def _gradients(memory: UnlearningMemory, module: nn.Module, batch: Sequence[Tensor]) -> Tensor:
+    """∇_ω l(ω*, x + δ*) (m, p) of each point."""
+    view, problem = memory.settings.view(module), memory.settings.problem()
+    with measuring(module), view.at(memory.omega_star):
+        chunks = problem.chunks(view, unweighted(batch[0], batch[1]))
+        return torch.cat([chunk.linearisation.gradients() for chunk in chunks])
 
 
 def influence_on_losses(
@@ -53,14 +57,6 @@ def influence_on_losses(
     test_batch: Sequence[Tensor],
 ) -> Tensor:
     """First-order change (m, t) of the robust test losses when each training point is removed."""
-    derivatives = memory.settings.derivatives(module)
-    recipe = memory.settings.recipe()
     influence = adversarial_influence(memory, module, train_batch)
-    with measuring(module), derivatives.at(memory.omega_star):
-        gradients = torch.cat(
-            [
-                derivatives.gradients(point.inputs, point.targets)
-                for point in recipe.points(derivatives, test_batch[0], test_batch[1])
-            ]
-        )
+    gradients = _gradients(memory, module, test_batch)
     return -influence @ gradients.to(influence).T / len(memory.remaining)

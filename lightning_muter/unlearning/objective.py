@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from lightning_muter.linalg.cholesky import direct
-from lightning_muter.models import Derivatives
-from lightning_muter.models.base import measuring
-from lightning_muter.unlearning.recipe import Contribution, Recipe
+from lightning_muter.curvature.dense import DenseCurvature
+from lightning_muter.linalg.cholesky import DenseSolver
+from lightning_muter.models import ModelView, measuring
+from lightning_muter.parallel import Group
+from lightning_muter.unlearning.point_problem import PointProblem
+from lightning_muter.unlearning.points import Batch, Sums
 
 __all__ = [
     "HALVINGS",
     "PAYS",
     "Evaluation",
     "RobustObjective",
-    "evaluation_of",
     "line_search",
     "newton",
 ]
@@ -29,16 +30,20 @@ HALVINGS = 20
 #: as many halvings without a lower F, and a lower gradient serves
 PATIENCE = 5
 
-Batches = Callable[[], Iterable[tuple[Tensor, Tensor]]]
+Batches = Callable[[], Iterable[Batch]]
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """F(ω), ∇F(ω) (p,) and the counts of a pass; sums over the points, λ included."""
+    """F(ω), ∇F(ω) (p,) and the shares of a pass; sums over the points, λ included.
+
+    ``weight`` is the sum of the points' weights: their number, where all weigh 1.
+    """
 
     value: float
     gradient: Tensor
     points: int
+    weight: float
     stationary: float
     active: float
     usable: float
@@ -48,69 +53,57 @@ class Evaluation:
         """‖∇F(ω)‖."""
         return float(torch.linalg.vector_norm(self.gradient))
 
+    @classmethod
+    def of(cls, sums: Sums, omega: Tensor, weight_decay: float) -> Evaluation:
+        """Sums over all processes, at ω (p,), with their λ terms."""
+        weight = float(sums.weight)
+        decay = weight * weight_decay
+        return cls(
+            value=float(sums.loss) + 0.5 * decay * float(omega @ omega),
+            gradient=sums.gradient + decay * omega,
+            points=int(sums.points),
+            weight=weight,
+            stationary=sums.share(sums.stationary),
+            active=sums.share(sums.active),
+            usable=sums.share(sums.usable),
+        )
+
 
 @dataclass(frozen=True)
 class RobustObjective:
-    """F(ω) = Σ_i max_δ l(ω, x_i + δ) + (nλ/2)‖ω‖² over the points that ``batches`` yields.
+    """F(ω) = Σ_i w_i max_δ l(ω, x_i + δ) + (Σw λ/2)‖ω‖² over the points that ``batches`` yields.
 
-    Each process iterates its own share of the points; ``reduce`` sums tensors over processes.
+    Each process iterates its own share of the points; ``group`` sums tensors over processes.
     Every pass looks for δ* from the same start: one that began at the last pass's δ* would follow
     a local maximum past the point where another one is higher.
     """
 
-    derivatives: Derivatives
-    recipe: Recipe
+    view: ModelView
+    problem: PointProblem
     batches: Batches
-    reduce: Callable[[Tensor], Tensor]
+    group: Group = field(default_factory=Group)
 
-    def gradient(self, recipe: Recipe | None = None) -> Evaluation:
+    def gradient(self, problem: PointProblem | None = None) -> Evaluation:
         """One pass for the value and gradient."""
-        return self._evaluate(recipe or self.recipe, None)[0]
+        problem = problem or self.problem
+        return self._pass(problem, lambda batch: problem.gradient(self.view, batch))
 
-    def curvature(self, recipe: Recipe | None = None) -> tuple[Evaluation, Tensor]:
+    def curvature(self, problem: PointProblem | None = None) -> tuple[Evaluation, DenseCurvature]:
         """One pass for the value, the gradient and Σ D_i (p, p)."""
-        p = self.derivatives.p
-        device = self.derivatives.parameters[0].device
-        matrix = torch.zeros(p, p, dtype=torch.float64, device=device)
-        return self._evaluate(recipe or self.recipe, matrix)
+        problem = problem or self.problem
+        total = DenseCurvature.zeros(self.view.p, self.view.device)
+        evaluation = self._pass(problem, lambda batch: problem.accumulate(self.view, batch, total))
+        total = total.reduced(self.group.sum)
+        total.add_identity(evaluation.weight * problem.weight_decay)
+        return evaluation, total
 
-    def _evaluate(self, recipe: Recipe, matrix: Tensor | None) -> tuple[Evaluation, Tensor]:
-        derivatives = self.derivatives
-        omega = derivatives.get()
-        total = Contribution.zero(derivatives.p, omega.device)
-
-        def add(i: int, j: int, block: Tensor) -> None:
-            if matrix is not None:
-                matrix[i : i + block.shape[0], j : j + block.shape[1]] += block
-
-        with measuring(derivatives.module):
-            for x, targets in self.batches():
-                if matrix is None:
-                    total = total + recipe.gradient(derivatives, x, targets)
-                else:
-                    total = total + recipe.accumulate(derivatives, x, targets, add)
-        result = evaluation_of(total, omega, recipe.weight_decay, self.reduce)
-        if matrix is None:
-            return result, omega
-        matrix = self.reduce(matrix)
-        matrix.diagonal().add_(result.points * recipe.weight_decay)
-        return result, matrix
-
-
-def evaluation_of(
-    total: Contribution, omega: Tensor, weight_decay: float, reduce: Callable[[Tensor], Tensor]
-) -> Evaluation:
-    """The sums of a pass with their λ terms, over all processes."""
-    n, stationary, active, usable = reduce(total.counts).tolist()
-    decay = n * weight_decay
-    return Evaluation(
-        value=float(reduce(total.loss)) + 0.5 * decay * float(omega @ omega),
-        gradient=reduce(total.gradient) + decay * omega,
-        points=int(n),
-        stationary=stationary / max(n, 1),
-        active=active / max(n, 1),
-        usable=usable / max(n, 1),
-    )
+    def _pass(self, problem: PointProblem, work: Callable[[Batch], Sums]) -> Evaluation:
+        total = Sums.zero(self.view.p, self.view.device)
+        with measuring(self.view.module):
+            for batch in self.batches():
+                total = total + work(batch)
+        reduced = total.reduced(self.group.sum)
+        return Evaluation.of(reduced, self.view.get(), problem.weight_decay)
 
 
 def newton(
@@ -122,22 +115,23 @@ def newton(
     starts wide and ends at its own bandwidth half-way. A step that does not lower F is halved;
     where no step helps, Newton stops at its best point. ω in the module is what changes.
     """
-    derivatives = objective.derivatives
-    tol = max(tol, 0.1 * torch.finfo(derivatives.dtype).eps)
+    view = objective.view
+    tol = max(tol, 0.1 * torch.finfo(view.dtype).eps)
     history: list[float] = []
-    homotopy = objective.recipe.threat.relaxed(2.0) is not objective.recipe.threat
+    homotopy = objective.problem.threat.relaxed(2.0) is not objective.problem.threat
     for k in range(steps):
         widening = max(1.0, 10.0 ** (4 - 8 * (k + 1) / steps)) if homotopy and steps > 1 else 1.0
-        recipe = objective.recipe.at_bandwidth(widening) if widening > 1 else objective.recipe
-        start, matrix = objective.curvature(recipe.rough())
+        problem = objective.problem.at_bandwidth(widening) if widening > 1 else objective.problem
+        start, curvature = objective.curvature(problem.rough())
         if start.residual <= tol * max(1.0, start.value) and widening == 1.0:
             history.append(start.residual)
             break
-        matrix.diagonal().add_(damping)
-        omega = derivatives.get()
-        history.append(_descend(objective, recipe, matrix, start, tol).residual)
-        del matrix
-        stuck = torch.equal(derivatives.get(), omega)
+        curvature.add_identity(damping)
+        omega = view.get()
+        solver = curvature.solver()
+        history.append(_descend(objective, problem, solver, start, tol).residual)
+        del curvature, solver
+        stuck = torch.equal(view.get(), omega)
         at_rounding = start.residual <= 1e4 * tol * max(1.0, start.value)
         if widening == 1.0 and (stuck or (at_rounding and history[-1] > PAYS * start.residual)):
             break
@@ -145,14 +139,18 @@ def newton(
 
 
 def _descend(
-    objective: RobustObjective, recipe: Recipe, matrix: Tensor, start: Evaluation, tol: float
+    objective: RobustObjective,
+    problem: PointProblem,
+    solver: DenseSolver,
+    start: Evaluation,
+    tol: float,
 ) -> Evaluation:
     """Steps with one Hessian until they stop paying, and the evaluation where they end."""
     halvings = HALVINGS
     while True:
-        omega = objective.derivatives.get()
-        step = direct(matrix, start.gradient).value
-        trial = line_search(objective, recipe, omega, step, start, halvings)
+        omega = objective.view.get()
+        step = solver.solve(start.gradient).value
+        trial = line_search(objective, problem, omega, step, start, halvings)
         if trial is None:
             return start
         halvings = 0  # a Hessian of elsewhere is good for whole steps or for none
@@ -164,7 +162,7 @@ def _descend(
 
 def line_search(
     objective: RobustObjective,
-    recipe: Recipe,
+    problem: PointProblem,
     omega: Tensor,
     step: Tensor,
     start: Evaluation,
@@ -176,18 +174,18 @@ def line_search(
     long search is for a smoothed threat, whose curvature falls fast away from a zero weight.
     """
     slope = float(start.gradient @ step)
-    rounding = 100 * torch.finfo(objective.derivatives.dtype).eps * max(1.0, abs(start.value))
+    rounding = 100 * torch.finfo(objective.view.dtype).eps * max(1.0, abs(start.value))
     best, where = start, omega
     for halving in range(halvings + 1):
         scale = 0.5**halving
-        objective.derivatives.set(omega - scale * step)
-        trial = objective.gradient(recipe)
+        objective.view.set(omega - scale * step)
+        trial = objective.gradient(problem)
         lowers = trial.value <= start.value - 1e-4 * scale * slope
         if lowers or trial.residual < best.residual:
-            best, where = trial, objective.derivatives.get()
+            best, where = trial, objective.view.get()
         if lowers or (trial.value <= start.value + rounding and best is trial):
             break
         if halving >= PATIENCE and best is not start:
             break
-    objective.derivatives.set(where)
+    objective.view.set(where)
     return None if best is start else best

@@ -2,123 +2,157 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_muter.adversary.maximiser import InnerMaximum
+from lightning_muter.curvature.dense import DenseCurvature
 from lightning_muter.errors import ConfigurationError
 from lightning_muter.linalg.cg import conjugate_gradients
-from lightning_muter.linalg.cholesky import direct
-from lightning_muter.memory.memory import UnlearningMemory, fingerprint
-from lightning_muter.models.base import AddBlock, measuring
+from lightning_muter.linalg.solution import Solution
+from lightning_muter.memory.memory import Start, UnlearningMemory, fingerprint
+from lightning_muter.models import ModelView, measuring
+from lightning_muter.parallel import Group
 from lightning_muter.spec import Settings
 from lightning_muter.threats import Threat
+from lightning_muter.unlearning.diagnosis import MemoryEvidence, memory_warnings
 from lightning_muter.unlearning.flow import retrace
 from lightning_muter.unlearning.methods import METHODS
-from lightning_muter.unlearning.objective import Evaluation, evaluation_of
-from lightning_muter.unlearning.recipe import Contribution
+from lightning_muter.unlearning.objective import Evaluation
+from lightning_muter.unlearning.point_problem import PointProblem
+from lightning_muter.unlearning.points import Batch, Sums
 
 __all__ = ["build_memories", "summarise"]
 
-_EIGEN_LIMIT = 2000
+_FACTOR_LIMIT = 2000
+
+
+@dataclass
+class _Building:
+    """One memory on its way: what it is of, and its sums so far."""
+
+    settings: Settings
+    view: ModelView
+    problem: PointProblem
+    curvature: DenseCurvature | None
+    sums: Sums
+
+    @classmethod
+    def start(cls, settings: Settings, module: nn.Module) -> _Building:
+        view = settings.view(module)
+        kept = METHODS[settings.method].has_memory
+        curvature = DenseCurvature.zeros(view.p, view.device) if kept else None
+        return cls(settings, view, settings.problem(), curvature, Sums.zero(view.p, view.device))
+
+    def add(self, batch: Batch, shared: dict[Threat, InnerMaximum]) -> None:
+        """Add a batch, with the maximisers that settings of one threat share."""
+        threat = self.problem.threat
+        if threat not in shared and METHODS[self.problem.method].points != "clean":
+            shared[threat] = self.problem.perturb(self.view, batch)
+        inner = shared.get(threat)
+        if self.curvature is None:
+            self.sums += self.problem.gradient(self.view, batch, inner)
+        else:
+            self.sums += self.problem.accumulate(self.view, batch, self.curvature, inner)
 
 
 def build_memories(
     module: nn.Module,
     settings: Sequence[Settings],
-    batches: Iterable[tuple[Tensor, Tensor]],
+    batches: Iterable[Batch],
     digests: Tensor,
     key: bytes,
-    reduce: Callable[[Tensor], Tensor] = lambda tensor: tensor,
+    group: Group | None = None,
     initial: Tensor | None = None,
+    weights: Tensor | None = None,
 ) -> list[UnlearningMemory]:
     """Memories of several methods at the module's ω* from one pass and one δ* a point.
 
     The settings must share loss, λ and trained parameters, and those of one threat share its δ*;
-    each process passes its own batches and ``reduce`` sums over processes.
+    each process passes its own batches and ``group`` sums over processes.
 
     Args:
         module: the trained module; left as it was.
         settings: one for each memory.
-        batches: the training points, each once over all processes.
+        batches: the training points, each once over all processes, with their weights.
         digests: of all points (n, 16), in the order of their indices.
         key: of the digests.
-        reduce: sums a tensor over processes.
+        group: the processes; this one alone by default.
         initial: the ω (p,) that training started from; needed by settings with a horizon.
+        weights: of all points (n,), in the order of their indices; 1 each by default.
     """
-    providers = [s.derivatives(module) for s in settings]
-    recipes = [s.recipe() for s in settings]
-    p, device = providers[0].p, providers[0].parameters[0].device
-    sizes = [p if METHODS[s.method].has_memory else 0 for s in settings]
-    matrices = [torch.zeros(q, q, dtype=torch.float64, device=device) for q in sizes]
-    totals = [Contribution.zero(p, device) for _ in settings]
+    group = group or Group()
+    building = [_Building.start(one, module) for one in settings]
     with measuring(module):
-        for x, targets in batches:
+        for batch in batches:
             shared: dict[Threat, InnerMaximum] = {}
-            for k, (derivatives, recipe) in enumerate(zip(providers, recipes, strict=True)):
-                if recipe.threat not in shared and METHODS[recipe.method].points != "clean":
-                    shared[recipe.threat] = recipe.perturb(derivatives, x, targets)
-                inner = shared.get(recipe.threat)
-                if matrices[k].numel():
-                    add = _adder(matrices[k])
-                    totals[k] += recipe.accumulate(derivatives, x, targets, add, inner)
-                else:
-                    totals[k] += recipe.gradient(derivatives, x, targets, inner)
-    built = []
-    omega = providers[0].get()
-    for k, one in enumerate(settings):
-        evaluation = evaluation_of(totals[k], omega, one.weight_decay, reduce)
-        matrix = reduce(matrices[k]) if matrices[k].numel() else matrices[k]
-        matrix.diagonal().add_(evaluation.points * one.weight_decay)
-        memory = UnlearningMemory(
-            settings=one,
-            omega_star=omega,
-            omega=omega,
-            matrix=matrix,
-            gradient=torch.zeros_like(omega),
-            residual_gradient=evaluation.gradient,
-            digests=digests,
-            removed=torch.zeros(len(digests), dtype=torch.bool),
-            key=key,
-            fingerprint=fingerprint(module, providers[k].names),
-            summary=summarise(evaluation, matrix, p),
-        )
-        built.append(_with_start(memory, initial))
-    return built
+            for one in building:
+                one.add(batch, shared)
+    weights = torch.ones(len(digests), dtype=torch.float64) if weights is None else weights
+    return [_memory(one, digests, key, group, initial, weights) for one in building]
 
 
-def _with_start(memory: UnlearningMemory, initial: Tensor | None) -> UnlearningMemory:
-    """The memory with what a Retrain that stops early needs, where its settings have a horizon."""
-    horizon = memory.settings.horizon
-    if horizon is None or not memory.matrix.numel():
-        return memory
+def _memory(
+    built: _Building,
+    digests: Tensor,
+    key: bytes,
+    group: Group,
+    initial: Tensor | None,
+    weights: Tensor,
+) -> UnlearningMemory:
+    settings, view = built.settings, built.view
+    omega = view.get()
+    evaluation = Evaluation.of(built.sums.reduced(group.sum), omega, settings.weight_decay)
+    curvature, start = built.curvature, None
+    summary = _counts(evaluation, view.p)
+    warnings: tuple[str, ...] = ()
+    if curvature is not None:
+        curvature = curvature.reduced(group.sum)
+        curvature.add_identity(evaluation.weight * settings.weight_decay)
+        start = _start(settings, curvature, evaluation.gradient, omega, initial)
+        summary, warnings = summarise(settings, evaluation, curvature, omega, start)
+    return UnlearningMemory(
+        settings=settings,
+        omega_star=omega,
+        omega=omega,
+        curvature=curvature,
+        gradient=torch.zeros_like(omega),
+        residual_gradient=evaluation.gradient,
+        digests=digests,
+        removed=torch.zeros(len(digests), dtype=torch.bool),
+        weights=weights,
+        key=key,
+        fingerprint=fingerprint(view.module, view.names),
+        start=start,
+        summary=summary,
+        warnings=warnings,
+    )
+
+
+def _start(
+    settings: Settings,
+    curvature: DenseCurvature,
+    gradient: Tensor,
+    omega: Tensor,
+    initial: Tensor | None,
+) -> Start | None:
+    """What a Retrain that stops early needs, where the settings have a horizon."""
+    horizon = settings.horizon
+    if horizon is None:
+        return None
     if initial is None:
         raise ConfigurationError(f"horizon={horizon} needs the parameters that training started at")
-    start, matrix = initial.to(memory.matrix), memory.matrix
-    if memory.settings.damping > 0:
-        matrix = matrix.clone()  # p x p is what is large: only where it must be
-        matrix.diagonal().add_(memory.settings.damping)
-    offset = start - memory.omega_star
-    retraced = retrace(matrix, memory.residual_gradient, offset, horizon).value
-    error = torch.linalg.vector_norm(offset + retraced) / torch.linalg.vector_norm(offset)
-    summary = {**memory.summary, "horizon": horizon, "retrace_error": float(error)}
-    return replace(memory, initial=start, retraced=retraced, summary=summary)
+    initial = initial.to(omega)
+    damped = curvature.damped(settings.damping)
+    return Start(initial, retrace(damped.matvec, gradient, initial - omega, horizon).value)
 
 
-def _adder(matrix: Tensor) -> AddBlock:
-    def add(i: int, j: int, block: Tensor) -> None:
-        matrix[i : i + block.shape[0], j : j + block.shape[1]] += block
-
-    return add
-
-
-def summarise(evaluation: Evaluation, matrix: Tensor, p: int) -> dict[str, Any]:
-    """What a person should know of a memory: sizes, residual, shares, extreme eigenvalues."""
-    summary: dict[str, Any] = {
+def _counts(evaluation: Evaluation, p: int) -> dict[str, Any]:
+    return {
         "n": evaluation.points,
         "p": p,
         "objective": evaluation.value,
@@ -127,32 +161,56 @@ def summarise(evaluation: Evaluation, matrix: Tensor, p: int) -> dict[str, Any]:
         "active": evaluation.active,
         "usable_response": evaluation.usable,
     }
-    if matrix.numel():
-        summary["smallest_eigenvalue"], summary["largest_eigenvalue"] = _extremes(matrix)
-        if summary["smallest_eigenvalue"] > 0:
-            newton_step = _solved(matrix, evaluation.gradient)
-            summary["distance_to_optimum"] = float(torch.linalg.vector_norm(newton_step))
-    return summary
 
 
-def _solved(matrix: Tensor, rhs: Tensor) -> Tensor:
+def summarise(
+    settings: Settings,
+    evaluation: Evaluation,
+    curvature: DenseCurvature,
+    omega: Tensor,
+    start: Start | None,
+) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """What a person should know of a memory: sizes, shares, eigenvalues, distances; and warnings.
+
+    Args:
+        settings: what the memory is of.
+        evaluation: the pass at ω*.
+        curvature: M_0.
+        omega: ω* (p,).
+        start: where training started, with a horizon.
+    """
+    summary = _counts(evaluation, curvature.p)
+    summary["smallest_eigenvalue"], summary["largest_eigenvalue"] = curvature.extremes()
+    retrace_error = None
+    if start is not None:
+        offset = start.initial - omega
+        way = torch.linalg.vector_norm(offset)
+        retrace_error = float(torch.linalg.vector_norm(offset + start.retraced) / way)
+        summary |= {"horizon": settings.horizon, "retrace_error": retrace_error}
+    distance = decrement = solution = None
+    if summary["smallest_eigenvalue"] > -1e-9 * summary["largest_eigenvalue"]:
+        solution = _solved(curvature.damped(settings.damping), evaluation.gradient)
+        distance = float(torch.linalg.vector_norm(solution.value))
+        decrement = float(evaluation.gradient @ solution.value) / max(evaluation.value, 1e-300)
+        summary["distance_to_optimum"] = distance
+    evidence = MemoryEvidence(
+        assumes_optimum=start is None and METHODS[settings.method].points == "adversarial",
+        retrace_error=retrace_error,
+        stationary=evaluation.stationary,
+        usable=evaluation.usable,
+        constrained=settings.problem().response.constrained,
+        distance=distance,
+        size=float(torch.linalg.vector_norm(omega)),
+        decrement=decrement,
+        solution=solution,
+        weight_decay=settings.weight_decay,
+    )
+    return summary, memory_warnings(evidence)
+
+
+def _solved(curvature: DenseCurvature, rhs: Tensor) -> Solution:
     """M⁻¹ times a vector: a number for people, so that a rough one does where M is large."""
-    if len(matrix) <= _EIGEN_LIMIT:
-        return direct(matrix, rhs).value
-    inverse = matrix.diagonal().reciprocal()
-    rough = conjugate_gradients(lambda v: matrix @ v, rhs, lambda v: inverse * v, 1e-3, 100)
-    return rough.value
-
-
-def _extremes(matrix: Tensor) -> tuple[float, float]:
-    """Smallest and largest eigenvalue; beyond some size by LOBPCG."""
-    if not bool(torch.isfinite(matrix).all()):
-        return float("nan"), float("nan")
-    if len(matrix) <= _EIGEN_LIMIT:
-        values = torch.linalg.eigvalsh(matrix)
-        return float(values[0]), float(values[-1])
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        low = torch.lobpcg(matrix, k=1, largest=False, niter=30)[0]
-        high = torch.lobpcg(matrix, k=1, largest=True, niter=30)[0]
-    return float(low[0]), float(high[0])
+    if curvature.p <= _FACTOR_LIMIT:
+        return curvature.solver().solve(rhs)
+    inverse = curvature.diagonal().clamp(min=1e-300).reciprocal()
+    return conjugate_gradients(curvature.matvec, rhs, lambda v: inverse * v, 1e-3, 100)

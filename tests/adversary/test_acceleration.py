@@ -10,10 +10,11 @@ from lightning_muter import L2Ball, LinfBall, Threat
 from lightning_muter.adversary import maximiser as inner_module
 from lightning_muter.adversary.acceleration import Anderson
 from lightning_muter.adversary.maximiser import InnerMaximum, maximise
+from lightning_muter.models import view_of
 from lightning_muter.objectives.losses import resolve_loss
 from lightning_muter.responses import Constrained
-from lightning_muter.unlearning.hessian import derivatives_for
-from lightning_muter.unlearning.recipe import Recipe
+from lightning_muter.unlearning.point_problem import PointProblem
+from lightning_muter.unlearning.points import unweighted
 
 N, D = 30, 8
 
@@ -96,8 +97,10 @@ def test_more_maximisers_are_stationary_after_fewer_passes(
 def test_a_point_s_maximiser_is_its_own_whatever_the_batch() -> None:
     """To far below the tolerance: Stage III removes what another batch added."""
     net, x, y = problem(2.0)
-    derivatives = derivatives_for(net, "cross_entropy", "2")
-    recipe = Recipe("muter", LinfBall(0.3, bandwidth=1e-2), Constrained())
-    together = recipe.perturb(derivatives, x, y).delta
-    apart = torch.cat([recipe.perturb(derivatives, x[[i]], y[[i]]).delta for i in range(N)])
+    derivatives = view_of(net, "cross_entropy", "2")
+    asked = PointProblem("muter", LinfBall(0.3, bandwidth=1e-2), Constrained())
+    together = asked.perturb(derivatives, unweighted(x, y)).delta
+    apart = torch.cat(
+        [asked.perturb(derivatives, unweighted(x[[i]], y[[i]])).delta for i in range(N)]
+    )
     assert torch.allclose(together, apart, rtol=0, atol=1e-10)

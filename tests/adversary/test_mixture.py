@@ -8,10 +8,11 @@ from torch import Tensor, nn
 
 from lightning_muter import L2Ball, LinfBall, total_hessian
 from lightning_muter.errors import ConfigurationError
+from lightning_muter.models import view_of
 from lightning_muter.responses import Constrained
-from lightning_muter.unlearning.hessian import derivatives_for
 from lightning_muter.unlearning.objective import RobustObjective, newton
-from lightning_muter.unlearning.recipe import Recipe
+from lightning_muter.unlearning.point_problem import PointProblem
+from lightning_muter.unlearning.points import unweighted
 
 N, D, EPS, T, LAM = 40, 5, 0.4, 0.02, 0.05
 THREAT = L2Ball(EPS, temperature=T)
@@ -51,9 +52,9 @@ class Model(nn.Module):
 
 
 def robust(model: Model, x: Tensor, y: Tensor, threat: L2Ball = THREAT) -> RobustObjective:
-    derivatives = derivatives_for(model, "squared", head="head")
-    recipe = Recipe("muter", threat, Constrained(), LAM)
-    return RobustObjective(derivatives, recipe, lambda: [(x, y)], lambda t: t)
+    derivatives = view_of(model, "squared", head="head")
+    asked = PointProblem("muter", threat, Constrained(), LAM)
+    return RobustObjective(derivatives, asked, lambda: [unweighted(x, y)])
 
 
 def test_value_gradient_and_hessian_are_those_of_the_closed_form() -> None:
@@ -61,7 +62,8 @@ def test_value_gradient_and_hessian_are_those_of_the_closed_form() -> None:
     w = head.weight.detach().reshape(-1).clone()
     crossing = ((x @ w - y).abs() < EPS * w.norm()).double().mean()
     assert 0.1 < float(crossing) < 0.9  # both kinds of points are there
-    evaluation, matrix = robust(Model(head), x, y).curvature()
+    evaluation, curvature = robust(Model(head), x, y).curvature()
+    matrix = curvature.matrix
     w.requires_grad_(True)
     value = soft_ridge(w, x, y)
     (gradient,) = torch.autograd.grad(value, w)
@@ -103,8 +105,8 @@ def test_points_of_a_smoothed_linf_ball_mix_too() -> None:
     head, x, y = problem()
     threat = LinfBall(0.2, bandwidth=0.05, temperature=T)
     objective = robust(Model(head), x, y, threat)  # type: ignore[arg-type]
-    _, matrix = objective.curvature()
-    derivatives = objective.derivatives
+    matrix = objective.curvature()[1].matrix
+    derivatives = objective.view
     w = derivatives.get()
     columns = []
     for j in range(D):

@@ -29,7 +29,7 @@ if __name__ == "__main__":
     trainer.fit(model, data)
     memory, trained = callback.memory, copy.deepcopy(model.state_dict())
     assert memory is not None and memory.summary["n"] == 41
-    found = {"stage_one": memory.matrix}
+    found = {"stage_one": memory.curvature.matrix}
     removals = RemovalDataModule(data, [3, 17, 40])
     for solver in ("direct", "schur"):
         model.load_state_dict(trained)
@@ -41,6 +41,6 @@ if __name__ == "__main__":
     model.load_state_dict(trained)
     trainer.unlearn(removals)
     assert callback.memory is not None
-    found.update(matrix=callback.memory.matrix, omega=callback.memory.omega)
+    found.update(matrix=callback.memory.curvature.matrix, omega=callback.memory.omega)
     if trainer.is_global_zero:
         save_file({k: v.clone() for k, v in found.items()}, path)

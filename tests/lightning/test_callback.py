@@ -64,7 +64,8 @@ def test_torchattacks_and_frozen_batchnorm(name: str) -> None:
     assert all(torch.equal(v, buffers[k]) for k, v in model.named_buffers())
     assert all(module.training for module in model.modules())
     result = trainer.unlearn(RemovalDataModule(loader.dataset, [0, 5]))
-    assert result.status == "converged" and result.residual < 1e-8
+    assert result.status == "doubtful" and result.residual < 1e-8  # one epoch is no optimum
+    assert "newton_steps" in result.warnings[0]
 
 
 def test_attack_perturbs_within_the_ball_and_leaves_the_rng() -> None:
@@ -117,7 +118,9 @@ def test_compiled_modules(whole: bool) -> None:
     callback = MUterCallback(L2Ball(0.5), head="classifier", newton_steps=15)
     trainer = Trainer(max_epochs=1, callbacks=[callback], **QUIET)
     trainer.fit(model, data)
-    torch.testing.assert_close(memory_of(callback).matrix, reference.matrix, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(
+        memory_of(callback).curvature.matrix, reference.curvature.matrix, rtol=1e-6, atol=1e-6
+    )
     result = trainer.unlearn(RemovalDataModule(data, [3, 5]))
     assert result.status == "converged"
     torch.testing.assert_close(model.classifier.weight.flatten(), memory_of(callback).omega[:18])

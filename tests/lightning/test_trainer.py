@@ -49,12 +49,12 @@ def test_memory_after_forgetting_is_the_memory_of_the_rest() -> None:
     after = memory_of(callback)
     rest = [i for i in range(41) if i not in gone]
     at_star = copy.deepcopy(model)
-    callback.settings.derivatives(at_star).set(star)
+    callback.settings.view(at_star).set(star)
     x, y = data.dataset.tensors
     rebuilt = total_hessian(
         at_star, (x[rest], y[rest]), L2Ball(0.5), head="classifier", weight_decay=1e-2
     )
-    torch.testing.assert_close(after.matrix, rebuilt, rtol=1e-8, atol=1e-8)
+    torch.testing.assert_close(after.curvature.matrix, rebuilt, rtol=1e-8, atol=1e-8)
     assert after.remaining == rest and torch.equal(after.omega_star, star)
 
 
@@ -97,7 +97,7 @@ def test_muter_is_nearest_to_retrain_and_the_bound_holds(threat: Any) -> None:
             assert "strong convexity" in result.certificate
         else:
             assert result.certificate == "no certificate"
-        weights = callback.settings.derivatives(model).get()
+        weights = callback.settings.view(model).get()
         torch.testing.assert_close(weights, memory_of(callback).omega)
     others = [v for k, v in distance.items() if k not in ("muter", "retrain")]
     assert distance["muter"] < 0.5 * min(others), distance
@@ -136,9 +136,9 @@ def test_memory_on_disk_serves_another_process(tmp_path: Any) -> None:
     assert later.indices == (1,)
     loaded = UnlearningMemory.load(folder)
     assert [entry["indices"] for entry in loaded.ledger] == [[0], [1]]
-    torch.testing.assert_close(loaded.omega, callback.settings.derivatives(model).get())
+    torch.testing.assert_close(loaded.omega, callback.settings.view(model).get())
     with pytest.raises(StateError, match="away from the memory"):
-        callback.settings.derivatives(fresh).set(loaded.omega + 1)
+        callback.settings.view(fresh).set(loaded.omega + 1)
         Trainer(**QUIET).unlearn(RemovalDataModule(data, [2]), model=fresh, memory=folder)
 
 

@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_muter import ConfigurationError, L2Ball, LinfBall, Threat, total_hessian
-from lightning_muter.models.base import measuring
+from lightning_muter.models import measuring, view_of
 from lightning_muter.responses import Constrained
-from lightning_muter.unlearning.hessian import derivatives_for
-from lightning_muter.unlearning.recipe import Recipe
+from lightning_muter.unlearning.point_problem import PointProblem
+from lightning_muter.unlearning.points import unweighted
 
 N, D, C = 30, 12, 5
 
@@ -81,16 +81,16 @@ def test_agrees_with_finite_differences_of_the_robust_gradient(index: int, threa
     _, net, where = networks()[index]
     x, y = inputs().clamp(-1, 1), torch.randint(0, C, (N,))
     d = total_hessian(net, (x, y), threat, **where)  # type: ignore[arg-type]
-    derivatives = derivatives_for(net, "cross_entropy", **where)  # type: ignore[arg-type]
-    recipe = Recipe("muter", threat, Constrained(), 0.0, max_iter=3000)
+    derivatives = view_of(net, "cross_entropy", **where)  # type: ignore[arg-type]
+    problem = PointProblem("muter", threat, Constrained(), 0.0, max_iter=3000)
     omega = derivatives.get()
     v = torch.randn_like(omega)
     v, h = v / v.norm(), 1e-4
 
     def gradient(w: Tensor) -> Tensor:
         with measuring(net), derivatives.at(w):
-            total = recipe.gradient(derivatives, x, y)
-        assert total.counts[1] == N
+            total = problem.gradient(derivatives, unweighted(x, y))
+        assert total.stationary == N
         return total.gradient
 
     difference = (gradient(omega + h * v) - gradient(omega - h * v)) / (2 * h)
@@ -108,8 +108,12 @@ def test_every_provider_equals_brute_force(kind: str, case: str) -> None:
     names = ["2.weight", "2.bias"]
     threat: Threat = LinfBall(0.1, bandwidth=0.02) if case == "linf" else L2Ball(0.2)
     with measuring(net):
-        derivatives = derivatives_for(net, "cross_entropy", head="2")
-        delta = Recipe("muter", threat, Constrained()).perturb(derivatives, x, y).delta
+        derivatives = view_of(net, "cross_entropy", head="2")
+        delta = (
+            PointProblem("muter", threat, Constrained())
+            .perturb(derivatives, unweighted(x, y))
+            .delta
+        )
     response = {
         "l2": partial(reference.sphere_response, eps=0.2),
         "linf": partial(reference.smoothed_sign_response, eps=0.1, tau=0.02),

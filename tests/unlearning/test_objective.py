@@ -14,7 +14,8 @@ from lightning_muter.models import LinearHead
 from lightning_muter.objectives.losses import resolve_loss
 from lightning_muter.responses import Constrained
 from lightning_muter.unlearning.objective import HALVINGS, RobustObjective, line_search, newton
-from lightning_muter.unlearning.recipe import Recipe
+from lightning_muter.unlearning.point_problem import PointProblem
+from lightning_muter.unlearning.points import unweighted
 
 N, D, LAM = 80, 6, 1e-2
 
@@ -31,14 +32,14 @@ def robust_objective(threat: Threat) -> RobustObjective:
     x, y = data()
     model = nn.Sequential(nn.Linear(D, 1, bias=False)).double()
     derivatives = LinearHead(model, "0", resolve_loss("logistic"))
-    recipe = Recipe("muter", threat, Constrained(), LAM, max_iter=2000)
-    return RobustObjective(derivatives, recipe, lambda: [(x, y)], lambda tensor: tensor)
+    problem = PointProblem("muter", threat, Constrained(), LAM, max_iter=2000)
+    return RobustObjective(derivatives, problem, lambda: [unweighted(x, y)])
 
 
 def solve(threat: Threat) -> tuple[Tensor, list[float]]:
     objective = robust_objective(threat)
     history = newton(objective, 30)
-    return objective.derivatives.get(), history
+    return objective.view.get(), history
 
 
 @pytest.mark.parametrize("tau", [1e-1, 1e-2, 1e-3])
@@ -74,12 +75,12 @@ def test_a_hessian_serves_further_steps_and_the_history_falls() -> None:
 def test_the_line_search_shortens_a_step_that_is_far_too_long() -> None:
     objective = robust_objective(LinfBall(0.2, bandwidth=1e-3))
     newton(objective, 30)
-    omega = objective.derivatives.get() * 1.001  # where any long step raises F and ‖∇F‖
-    objective.derivatives.set(omega)
-    start, matrix = objective.curvature()
-    step = 2.0**12 * torch.linalg.solve(matrix, start.gradient)
-    trial = line_search(objective, objective.recipe, omega, step, start, HALVINGS)
+    omega = objective.view.get() * 1.001  # where any long step raises F and ‖∇F‖
+    objective.view.set(omega)
+    start, curvature = objective.curvature()
+    step = 2.0**12 * torch.linalg.solve(curvature.matrix, start.gradient)
+    trial = line_search(objective, objective.problem, omega, step, start, HALVINGS)
     assert trial is not None and trial.value < start.value
     torch.testing.assert_close(objective.gradient().gradient, trial.gradient)
-    assert line_search(objective, objective.recipe, omega, step, start, 0) is None
-    torch.testing.assert_close(objective.derivatives.get(), omega)
+    assert line_search(objective, objective.problem, omega, step, start, 0) is None
+    torch.testing.assert_close(objective.view.get(), omega)

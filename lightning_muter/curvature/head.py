@@ -1,0 +1,140 @@
+"""Curvature of a linear head on frozen features, in closed form (docs/theory.md)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lightning_muter.curvature.point import AddBlock, PointCurvature
+from lightning_muter.responses import Dense, DiagonalLowRank
+
+__all__ = ["HeadHessian", "HeadPoints", "HeadTotal"]
+
+
+@dataclass(frozen=True)
+class HeadPoints:
+    """What a head's derivatives are made of: h̃ (n, F̃), r (n, C), S (n, C, C), W (C, F).
+
+    ``features`` has a column of ones where the head has a bias; ``weights`` is (n,).
+    """
+
+    features: Tensor
+    r: Tensor
+    s: Tensor
+    weight: Tensor
+    weights: Tensor
+
+    @property
+    def biased(self) -> bool:
+        """Whether the head has a bias."""
+        return self.features.shape[1] > self.weight.shape[1]
+
+    def matrix_form(self, v: Tensor) -> Tensor:
+        """V (C, F̃) of a vector in the order of ω: the weight (C, F), flattened, then the bias."""
+        c, f = self.weight.shape
+        matrix = v[: c * f].reshape(c, f)
+        return torch.cat([matrix, v[c * f :].unsqueeze(1)], dim=1) if self.biased else matrix
+
+    def vector_form(self, matrix: Tensor) -> Tensor:
+        """The inverse of `matrix_form`."""
+        f = self.weight.shape[1]
+        return torch.cat([matrix[:, :f].reshape(-1), matrix[:, f:].reshape(-1)])
+
+    def place(self, a: int, b: int, block: Tensor, add: AddBlock) -> None:
+        """Add the (F̃, F̃) block of classes (a, b), and of (b, a), in the order of ω."""
+        c, f = self.weight.shape
+        for i, j, m in [(a, b, block)] + ([(b, a, block.T)] if a != b else []):
+            add(i * f, j * f, m[:f, :f])
+            if self.biased:
+                add(i * f, c * f + j, m[:f, f:])
+                add(c * f + i, j * f, m[f:, :f])
+                add(c * f + i, c * f + j, m[f:, f:])
+
+
+class HeadHessian(PointCurvature):
+    """Σ w_i S_i ⊗ h̃h̃ᵀ: the direct part alone."""
+
+    def __init__(self, points: HeadPoints) -> None:
+        super().__init__(torch.ones_like(points.weights, dtype=torch.bool))
+        self.points = points
+
+    def add_to(self, add: AddBlock) -> None:
+        points, c = self.points, self.points.s.shape[1]
+        h, s = points.features, points.s * points.weights[:, None, None]
+        for a in range(c):
+            for b in range(a, c):
+                points.place(a, b, h.T @ (h * s[:, a, b, None]), add)
+
+    def _slopes(self, v: Tensor) -> Tensor:
+        """S u with u = V h̃ (n, C): how r moves along v."""
+        u = self.points.features @ self.points.matrix_form(v).T
+        return (self.points.s @ u.unsqueeze(2)).squeeze(2)
+
+    def direct(self, v: Tensor) -> Tensor:
+        weighted = self._slopes(v) * self.points.weights.unsqueeze(1)
+        return self.points.vector_form(weighted.T @ self.points.features)
+
+
+class HeadTotal(HeadHessian):
+    """Σ w_i (S_i ⊗ h̃h̃ᵀ + G_i B_i G_iᵀ) with G = r ⊗ I_F + (S W) ⊗ h̃ and B = J R Jᵀ (n, F, F).
+
+    The inner unknowns are perturbations of the features.
+    """
+
+    def __init__(
+        self, points: HeadPoints, response: DiagonalLowRank | Dense, usable: Tensor
+    ) -> None:
+        super().__init__(points)
+        self.usable, self.response = usable, response
+
+    def add_to(self, add: AddBlock) -> None:
+        points, b = self.points, self.response
+        r, s, f = points.r, points.s, points.weight.shape[1]
+        sw = s @ points.weight  # (n, C, F): rows (S W)_a
+        t = b.apply(sw.mT)  # (n, F, C): columns B (S W)_aᵀ
+        # direct weight and h̃h̃ᵀ's indirect one
+        quadratic = (s + sw @ t) * points.weights[:, None, None]
+        weighted = r * points.weights.unsqueeze(1)
+        h = points.features
+        for a in range(s.shape[1]):
+            for c in range(a, s.shape[1]):
+                # G B Gᵀ falls into the four terms below
+                left = h * (0.5 * quadratic[:, a, c, None])
+                left[:, :f].addcmul_(weighted[:, a, None], t[:, :, c])
+                if a == c:
+                    half = h.T @ left
+                    block = half + half.T
+                else:
+                    right = h * (0.5 * quadratic[:, a, c, None])
+                    right[:, :f].addcmul_(weighted[:, c, None], t[:, :, a])
+                    block = left.T @ h
+                    block.addmm_(h.T, right)
+                b.add_weighted_sum(block[:f, :f], weighted[:, a] * r[:, c])
+                points.place(a, c, block, add)
+
+    @property
+    def inner_size(self) -> int:
+        return len(self.points.r) * self.points.weight.shape[1]
+
+    def couple(self, v: Tensor) -> Tensor:
+        points = self.points
+        f = points.weight.shape[1]
+        along = points.r @ points.matrix_form(v)[:, :f] + self._slopes(v) @ points.weight
+        return along.reshape(-1)
+
+    def spread(self, alpha: Tensor) -> Tensor:
+        points = self.points
+        features = alpha.reshape(len(points.r), -1)
+        slopes = (points.s @ (features @ points.weight.T).unsqueeze(2)).squeeze(2)
+        matrix = slopes.T @ points.features
+        matrix[:, : points.weight.shape[1]] += points.r.T @ features
+        return points.vector_form(matrix)
+
+    def respond(self, alpha: Tensor) -> Tensor:
+        moved = self.response.apply(alpha.reshape(len(self.points.r), -1, 1)).squeeze(2)
+        return (moved * self.points.weights.unsqueeze(1)).reshape(-1)
+
+    def response_diagonal(self) -> Tensor:
+        return (self.response.main_diagonal() * self.points.weights.unsqueeze(1)).reshape(-1)

@@ -1,0 +1,182 @@
+"""What a method asks of each point: its δ*, gradient and curvature, summed over batches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from lightning_muter.adversary.maximiser import InnerMaximum, maximise
+from lightning_muter.adversary.mixture import Mixture, mix
+from lightning_muter.curvature.dense import DenseCurvature
+from lightning_muter.curvature.point import PointCurvature
+from lightning_muter.models import ModelView
+from lightning_muter.responses import Response
+from lightning_muter.threats import Threat, unconstrained_geometry
+from lightning_muter.unlearning.methods import METHODS
+from lightning_muter.unlearning.points import Batch, Chunk, Sums
+from lightning_muter.unlearning.sources import SOURCES
+
+__all__ = ["PointProblem"]
+
+_CHUNK_BYTES = 96 * 2**20
+_ASCENT = 512  # points that ascend together
+
+
+@dataclass(frozen=True)
+class PointProblem:
+    """How a method turns points into its system: method, threat, response and λ.
+
+    ``weight_decay`` is the λ of one point of weight 1: every point carries w(λI) and w(λω)
+    (docs/theory.md).
+    """
+
+    method: str
+    threat: Threat
+    response: Response
+    weight_decay: float = 0.0
+    max_iter: int = 200
+
+    def at_bandwidth(self, factor: float) -> PointProblem:
+        """The same on a more (factor > 1) smoothed inner problem."""
+        return replace(self, threat=self.threat.relaxed(factor))
+
+    def rough(self) -> PointProblem:
+        """The same with rough inner responses, enough for a step of Newton's."""
+        return replace(self, response=self.response.rough())
+
+    def perturb(self, view: ModelView, batch: Batch, start: Tensor | None = None) -> InnerMaximum:
+        """δ* of the points at the module's parameters, found from ``start`` (n, d)."""
+        found = []
+        for first in range(0, len(batch), _ASCENT):
+            some = slice(first, first + _ASCENT)
+            part = batch.part(some)
+            flat = _flat(part.x)
+
+            def input_gradient(
+                points: Tensor, which: Tensor, part: Batch = part
+            ) -> tuple[Tensor, Tensor]:
+                shaped = points.reshape(len(points), *part.x.shape[1:]).to(part.x)
+                return view.input_gradient(shaped, part.targets[which])
+
+            at = None if start is None else start[some]
+            found.append(maximise(input_gradient, flat, self.threat, self.max_iter, at, view.dtype))
+        return InnerMaximum.cat(found)
+
+    def given(self, view: ModelView, batch: Batch, delta: Tensor) -> InnerMaximum:
+        """Perturbations (n, ...) of the caller's own, with the evidence of how stationary."""
+        x, flat, delta = batch.x, _flat(batch.x), _flat(delta)
+        perturbed = (flat + delta).reshape(x.shape).to(x)
+        losses, grad = view.input_gradient(perturbed, batch.targets)
+        return InnerMaximum(delta, grad, losses, self.threat.stationarity(flat, delta, grad))
+
+    def chunks(
+        self, view: ModelView, batch: Batch, inner: InnerMaximum | None = None
+    ) -> Iterator[Chunk]:
+        """The batch in chunks of bounded memory, each at the perturbation the method sees.
+
+        ``inner`` is δ* where it is known already.
+        """
+        if METHODS[self.method].points == "clean":
+            inner = None
+        elif inner is None:
+            inner = self.perturb(view, batch)
+        mixture = self._mixture(view, batch, inner)
+        step = view.chunk(batch.x, self.response, _CHUNK_BYTES)
+        for start in range(0, len(batch), step):
+            some = slice(start, start + step)
+            part = batch.part(some)
+            alone = torch.ones_like(part.weights)
+            if inner is None:
+                yield self._clean(view, part)
+            elif mixture is None:
+                yield self._chunk(view, part, inner.part(some), alone)
+            else:
+                mixed = mixture.part(some)
+                rival = self._chunk(view, part, mixed.rival, mixed.second)
+                first = self._chunk(view, part, inner.part(some), mixed.first)
+                yield replace(first, rival=rival, value=mixed.value)
+
+    def _clean(self, view: ModelView, batch: Batch) -> Chunk:
+        origin = _flat(batch.x)
+        linearisation = view.linearise(batch.x, batch.targets, batch.weights)
+        ones = torch.ones_like(batch.weights)
+        return Chunk(origin, linearisation, unconstrained_geometry(origin), None, ones)
+
+    def _chunk(self, view: ModelView, batch: Batch, inner: InnerMaximum, mixing: Tensor) -> Chunk:
+        origin = _flat(batch.x)
+        if self.response.constrained:
+            geometry = self.threat.geometry(origin, inner.delta, inner.grad)
+        else:
+            geometry = unconstrained_geometry(inner.delta)
+        perturbed = (origin + inner.delta).reshape(batch.x.shape).to(batch.x)
+        linearisation = view.linearise(perturbed, batch.targets, batch.weights * mixing)
+        return Chunk(origin, linearisation, geometry, inner, mixing)
+
+    def _mixture(self, view: ModelView, batch: Batch, inner: InnerMaximum | None) -> Mixture | None:
+        if inner is None or self.threat.temperature is None:
+            return None
+        rival = self.perturb(view, batch, start=-inner.delta)
+        return mix(self.threat, _flat(batch.x), inner, rival)
+
+    def curvature(self, chunk: Chunk) -> PointCurvature:
+        """Σ w_i D_i of a chunk, without λI."""
+        source = SOURCES[METHODS[self.method].curvature]
+        return source(chunk, self.response, self.threat.temperature)
+
+    def curvatures(
+        self, view: ModelView, batch: Batch, inner: InnerMaximum | None = None
+    ) -> Iterator[PointCurvature]:
+        """Σ w_i D_i of every chunk of the batch."""
+        for chunk in self.chunks(view, batch, inner):
+            yield self.curvature(chunk)
+
+    def accumulate(
+        self,
+        view: ModelView,
+        batch: Batch,
+        into: DenseCurvature,
+        inner: InnerMaximum | None = None,
+    ) -> Sums:
+        """Add the batch's Σ w_i D_i (without λI) and return its other sums."""
+        total = Sums.zero(view.p, batch.x.device)
+        for chunk in self.chunks(view, batch, inner):
+            part = self.curvature(chunk)
+            into.add(part)
+            total = total + self._sums(chunk, part.usable)
+        return total
+
+    def gradient(self, view: ModelView, batch: Batch, inner: InnerMaximum | None = None) -> Sums:
+        """The sums without any curvature."""
+        total = Sums.zero(view.p, batch.x.device)
+        for chunk in self.chunks(view, batch, inner):
+            everyone = torch.ones_like(chunk.mixing, dtype=torch.bool)
+            total = total + self._sums(chunk, everyone)
+        return total
+
+    def _sums(self, chunk: Chunk, usable: Tensor) -> Sums:
+        at, n = chunk.linearisation, len(chunk.origin)
+        gradient, weights = at.gradient_sum(), at.weights
+        stationary = active = gradient.new_zeros(())
+        if chunk.inner is None:
+            losses = at.losses()
+            stationary = stationary + n
+        else:
+            inner = chunk.inner
+            losses = inner.losses + self.threat.merit(inner.delta, inner.grad)
+            losses = losses if chunk.value is None else chunk.value
+            stationary = inner.stationary.double().sum()
+            active = self.threat.active(chunk.origin, inner.delta).sum()
+        if chunk.rival is not None:
+            other = chunk.rival.linearisation
+            gradient = gradient + other.gradient_sum()
+            weights = weights + other.weights
+        points = gradient.new_tensor(float(n))
+        loss, weight = (weights * losses).sum(), weights.sum()
+        return Sums(gradient, loss, weight, points, stationary, active, usable.double().sum())
+
+
+def _flat(x: Tensor) -> Tensor:
+    return x.detach().reshape(len(x), -1).double()

@@ -1,0 +1,93 @@
+"""Batches of points, their linearisation in chunks, and what is summed over them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lightning_muter.adversary.maximiser import InnerMaximum
+from lightning_muter.models import Linearisation
+from lightning_muter.threats import Geometry
+
+__all__ = ["Batch", "Chunk", "Sums", "unweighted"]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Points x (n, ...), their targets (n, ...), and the weight (n,) of each in every sum."""
+
+    x: Tensor
+    targets: Tensor
+    weights: Tensor
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def part(self, some: slice) -> Batch:
+        """Some of the points."""
+        return Batch(self.x[some], self.targets[some], self.weights[some])
+
+
+def unweighted(x: Tensor, targets: Tensor) -> Batch:
+    """A batch whose points all have weight 1."""
+    return Batch(x, targets, torch.ones(len(x), dtype=torch.float64, device=x.device))
+
+
+@dataclass(frozen=True)
+class Sums:
+    """Sums over points: Σ w ∇_ω l (p,), Σ w l, Σ w, and counts of what was checked."""
+
+    gradient: Tensor
+    loss: Tensor
+    weight: Tensor
+    points: Tensor
+    stationary: Tensor
+    active: Tensor
+    usable: Tensor
+
+    @classmethod
+    def zero(cls, p: int, device: torch.device | str) -> Sums:
+        """The empty sum."""
+        return cls.unpack(torch.zeros(p + 6, dtype=torch.float64, device=device))
+
+    @classmethod
+    def unpack(cls, flat: Tensor) -> Sums:
+        """The inverse of `pack`."""
+        return cls(flat[:-6], *flat[-6:].unbind())
+
+    def pack(self) -> Tensor:
+        """Everything as one vector (p + 6,), to be reduced at once."""
+        scalars = (self.loss, self.weight, self.points, self.stationary, self.active, self.usable)
+        return torch.cat([self.gradient, torch.stack(scalars)])
+
+    def __add__(self, other: Sums) -> Sums:
+        return Sums.unpack(self.pack() + other.pack())
+
+    def reduced(self, reduce: Callable[[Tensor], Tensor]) -> Sums:
+        """The sums over processes."""
+        return Sums.unpack(reduce(self.pack()))
+
+    def share(self, count: Tensor) -> float:
+        """A count as a share of the points."""
+        return float(count) / max(float(self.points), 1.0)
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Some points at their perturbation: linearised there, with what the constraint does.
+
+    ``origin`` (n, d) is x, flat and float64. ``rival`` is the same points at a mixed adversary's
+    second maximiser, ``mixing`` (n,) each one's share of the mixture and ``value`` its soft
+    maximum (n,).
+    """
+
+    origin: Tensor
+    linearisation: Linearisation
+    geometry: Geometry
+    inner: InnerMaximum | None
+    mixing: Tensor
+    rival: Chunk | None = None
+    value: Tensor | None = None
