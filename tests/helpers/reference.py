@@ -110,3 +110,72 @@ def smoothed_linf_logistic(
     value = float((loss + height).sum() + 0.5 * len(x) * lam * w @ w)
     r = 1 / (1 + np.exp(-z)) - y
     return value, (x + delta).T @ r + len(x) * lam * w
+
+
+def boxed_sphere_response(
+    delta: Tensor, grad: Tensor, curvature: Tensor, eps: float, low: Tensor, high: Tensor
+) -> Tensor:
+    """The sphere's response on the coordinates that the box (low, high) of δ does not hold."""
+    free = [
+        j
+        for j in range(len(delta))
+        if not (delta[j] >= high[j] - 1e-6 * eps and grad[j] > 0)
+        and not (delta[j] <= low[j] + 1e-6 * eps and grad[j] < 0)
+    ]
+    d, g, h = delta[free], grad[free], curvature[free][:, free]
+    unit = d / d.norm()
+    p = torch.eye(len(free), dtype=delta.dtype) - torch.outer(unit, unit)
+    k = p @ (g.norm() / d.norm() * torch.eye(len(free), dtype=delta.dtype) - h) @ p
+    result = torch.zeros_like(curvature)
+    for row, i in enumerate(free):
+        result[i, free] = torch.linalg.pinv(k, rtol=1e-12, hermitian=True)[row]
+    return result
+
+
+def boxed_sign_response(
+    delta: Tensor,
+    grad: Tensor,
+    curvature: Tensor,
+    eps: float,
+    tau: float,
+    low: Tensor,
+    high: Tensor,
+) -> Tensor:
+    """The smoothed sign's response on the coordinates whose unbounded δ_j lies inside the box."""
+    wanted = eps * grad / torch.sqrt(grad.square() + tau**2)
+    free = [j for j in range(len(delta)) if low[j] < wanted[j] < high[j]]
+    result = torch.zeros_like(curvature)
+    if free:
+        inner = smoothed_sign_response(
+            delta[free], grad[free], curvature[free][:, free], eps=eps, tau=tau
+        )
+        for row, i in enumerate(free):
+            result[i, free] = inner[row]
+    return result
+
+
+def exact_response(delta: Tensor, grad: Tensor, curvature: Tensor) -> Tensor:
+    """-∂δδ^{-1}, the pseudo-inverse where it is singular."""
+    return -torch.linalg.pinv(curvature, rtol=1e-10, hermitian=True)
+
+
+def no_response(delta: Tensor, grad: Tensor, curvature: Tensor) -> Tensor:
+    """A perturbation that does not move."""
+    return torch.zeros_like(curvature)
+
+
+def point_gradients(
+    module: nn.Module,
+    names: list[str],
+    loss: Callable[[Tensor, Tensor], Tensor],
+    x: Tensor,
+    y: Tensor,
+) -> Tensor:
+    """∇_ω l (n, p), one point at a time."""
+    found = dict(module.named_parameters())
+    rows = []
+    for i in range(len(x)):
+        value = loss(module(x[i : i + 1]), y[i : i + 1]).sum()
+        grads = torch.autograd.grad(value, [found[name] for name in names])
+        rows.append(torch.cat([g.reshape(-1) for g in grads]))
+    return torch.stack(rows).detach()

@@ -1,0 +1,273 @@
+"""Every source × response × model × solver against a brute-force loop that shares no code.
+
+A new threat, response, model view, source or solver is a row of a table here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cache, partial
+
+import pytest
+import reference
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightning_muter import L2Ball, LinfBall, Threat
+from lightning_muter.curvature.dense import DenseCurvature
+from lightning_muter.memory.memory import UnlearningMemory
+from lightning_muter.models import measuring
+from lightning_muter.spec import Settings
+from lightning_muter.unlearning.points import unweighted
+from lightning_muter.unlearning.request import forget
+from lightning_muter.unlearning.stage_one import build_memories
+
+N, D, C, LAM, DAMPING = 9, 6, 3, 0.3, 0.05
+GONE = [1, 4]
+LOSS = partial(F.cross_entropy, reduction="none")
+
+ReferenceResponse = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Model:
+    """A module, its trained parameters, and how the settings name them."""
+
+    make: Callable[[], nn.Module]
+    names: list[str]
+    where: dict[str, object]
+
+
+def _relu() -> nn.Module:
+    """Four units that are on and one that is off, whatever the perturbation: no kink is met."""
+    first = nn.Linear(D, 5)
+    with torch.no_grad():
+        first.bias.copy_(torch.tensor([2.0, 2.5, 2.0, -2.5, 2.0]))
+    return nn.Sequential(first, nn.ReLU(), nn.Linear(5, C))
+
+
+def _tanh() -> nn.Module:
+    return nn.Sequential(nn.Linear(D, 5), nn.Tanh(), nn.Linear(5, C, bias=False))
+
+
+def _deep() -> nn.Module:
+    return nn.Sequential(
+        nn.Linear(D, 4), nn.Tanh(), nn.Linear(4, 4), nn.Softplus(), nn.Linear(4, C)
+    )
+
+
+LAYERS = ["2.weight", "2.bias", "4.weight", "4.bias"]
+MODELS = {
+    "linear": Model(lambda: nn.Sequential(nn.Linear(D, C)), ["0.weight", "0.bias"], {"head": "0"}),
+    "relu head": Model(_relu, ["2.weight", "2.bias"], {"head": "2"}),
+    "smooth head": Model(_tanh, ["2.weight"], {"head": "2"}),
+    "two layers": Model(_deep, LAYERS, {"parameters": tuple(LAYERS)}),
+}
+
+
+def _box(x: Tensor, low: float, high: float) -> tuple[Tensor, Tensor]:
+    return low - x, high - x
+
+
+@dataclass(frozen=True)
+class Response:
+    """A threat, how the settings name its response, and the same response written out."""
+
+    threat: Threat
+    options: dict[str, object]
+    written_out: ReferenceResponse
+
+
+def _plain(function: Callable[..., Tensor], **known: float) -> ReferenceResponse:
+    return lambda x, delta, grad, h: function(delta, grad, h, **known)
+
+
+def _boxed(function: Callable[..., Tensor], **known: float) -> ReferenceResponse:
+    def response(x: Tensor, delta: Tensor, grad: Tensor, h: Tensor) -> Tensor:
+        low, high = _box(x, -1.0, 1.0)
+        return function(delta, grad, h, low=low, high=high, **known)
+
+    return response
+
+
+NEUMANN = {"response": "unconstrained", "inverse": "neumann", "neumann_order": 3}
+RESPONSES = {
+    "l2": Response(L2Ball(0.2), {}, _plain(reference.sphere_response, eps=0.2)),
+    "l2 range": Response(
+        L2Ball(0.2, data_range=(-1, 1)), {}, _boxed(reference.boxed_sphere_response, eps=0.2)
+    ),
+    "linf": Response(
+        LinfBall(0.1, bandwidth=0.05),
+        {},
+        _plain(reference.smoothed_sign_response, eps=0.1, tau=0.05),
+    ),
+    "linf range": Response(
+        LinfBall(0.1, bandwidth=0.05, data_range=(-1, 1)),
+        {},
+        _boxed(reference.boxed_sign_response, eps=0.1, tau=0.05),
+    ),
+    "neumann": Response(L2Ball(0.2), NEUMANN, _plain(reference.neumann_response, order=3)),
+    "exact": Response(
+        L2Ball(0.2),
+        {"response": "unconstrained", "inverse": "exact"},
+        _plain(reference.exact_response),
+    ),
+    "features": Response(
+        L2Ball(0.2), {**NEUMANN, "space": "features"}, _plain(reference.neumann_response, order=3)
+    ),
+}
+METHODS = {"total": "muter", "hessian": "newton_delta", "fisher": "fisher_delta"}
+SOLVERS = ["direct", "schur"]
+CASES = [
+    (source, response, model)
+    for source in METHODS
+    for response in RESPONSES
+    for model in MODELS
+    if (source == "total" or response in ("l2", "linf range"))  # others have no response
+    and not (response == "features" and model == "two layers")  # needs a head
+]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A trained-looking module, its points, and the memory that the package builds of it."""
+
+    module: nn.Module
+    names: list[str]
+    settings: Settings
+    x: Tensor
+    y: Tensor
+    memory: UnlearningMemory
+    perturbed: Tensor
+    expected: list[Tensor]  # D_i of every point, without λI
+    gradients: Tensor
+
+
+@cache
+def problem(source: str, response: str, model: str) -> Problem:
+    torch.manual_seed(7)
+    row, case = MODELS[model], RESPONSES[response]
+    module = row.make().double().eval()
+    x = (0.8 * torch.randn(N, D, dtype=torch.float64)).clamp(-0.98, 0.98)
+    y = torch.randint(0, C, (N,))
+    settings = Settings(
+        **{  # type: ignore[arg-type]
+            "method": METHODS[source],
+            "threat": case.threat,
+            "head": None,
+            "parameters": None,
+            "loss": "cross_entropy",
+            "response": "constrained",
+            "inverse": "neumann",
+            "neumann_order": 3,
+            "space": "input",
+            "damping": DAMPING,
+            "solver": "direct",
+            "weight_decay": LAM,
+            **row.where,
+            **case.options,
+        }
+    )
+    digests = torch.zeros(N, 16, dtype=torch.uint8)
+    (memory,) = build_memories(module, [settings], [unweighted(x, y)], digests, bytes(16))
+    with measuring(module):
+        inner = settings.problem().perturb(settings.view(module), unweighted(x, y))
+    assert bool(inner.stationary.all())
+    delta = inner.delta
+    expected = [
+        _expected(source, case, module, row.names, x[i : i + 1], y[i : i + 1], delta[i : i + 1])
+        for i in range(N)
+    ]
+    gradients = reference.point_gradients(module, row.names, LOSS, x + delta, y)
+    return Problem(module, row.names, settings, x, y, memory, x + delta, expected, gradients)
+
+
+def _expected(
+    source: str,
+    case: Response,
+    module: nn.Module,
+    names: list[str],
+    x: Tensor,
+    y: Tensor,
+    delta: Tensor,
+) -> Tensor:
+    """One point's D, by one dense Hessian of the joint function of ω and δ."""
+    if source == "fisher":
+        g = reference.point_gradients(module, names, LOSS, x + delta, y)[0]
+        return torch.outer(g, g)
+    if source == "hessian":
+        still = reference.no_response
+        return reference.brute_force_total_hessian(module, names, LOSS, x, y, delta, still)
+    if case.options.get("space") == "features":  # a linear model of the head's input
+        body, head = module[:-1], nn.Sequential(module[-1])  # type: ignore[index]
+        h = body(x + delta).detach()
+        names = [f"0.{name.split('.')[1]}" for name in names]
+        x, delta, module = h, torch.zeros_like(h), head
+    return reference.brute_force_total_hessian(
+        module,
+        names,
+        LOSS,
+        x,
+        y,
+        delta,
+        lambda d, g, k: case.written_out(x[0], d, g, k),
+    )
+
+
+def relative(found: Tensor, expected: Tensor) -> float:
+    return float((found - expected).norm() / expected.norm())
+
+
+@pytest.mark.parametrize(("source", "response", "model"), CASES)
+def test_the_sum_is_the_brute_force_one(source: str, response: str, model: str) -> None:
+    known = problem(source, response, model)
+    assert known.memory.curvature is not None
+    p = known.memory.p
+    expected = sum(known.expected) + N * LAM * torch.eye(p, dtype=torch.float64)
+    assert relative(known.memory.curvature.matrix, expected) <= 1e-8
+
+
+@pytest.mark.parametrize(("source", "response", "model"), CASES)
+def test_products_and_blocks_are_those_of_the_sum(source: str, response: str, model: str) -> None:
+    """matvec and the parts of Theorem 2's system describe the same D as `add_to`."""
+    known = problem(source, response, model)
+    view, asked = known.settings.view(known.module), known.settings.problem()
+    with measuring(known.module):
+        batch = unweighted(known.x[GONE], known.y[GONE])
+        for part in asked.curvatures(view, batch):
+            total = DenseCurvature.zeros(view.p, "cpu")
+            total.add(part)
+            eye = torch.eye(view.p, dtype=torch.float64)
+            columns = torch.stack([part.matvec(v) for v in eye], dim=1)
+            assert relative(columns, sum(known.expected[i] for i in GONE)) <= 1e-8
+            assert relative(columns, total.matrix) <= 1e-10
+            unit = torch.eye(part.inner_size, dtype=torch.float64)
+            if part.inner_size:
+                response_matrix = torch.stack([part.respond(a) for a in unit], dim=1)
+                diagonal = part.response_diagonal()
+                assert torch.allclose(diagonal, response_matrix.diagonal(), atol=1e-12)
+                coupled = torch.stack([part.couple(v) for v in eye], dim=1)
+                spread = torch.stack([part.spread(a) for a in unit], dim=1)
+                assert torch.allclose(coupled, spread.T, atol=1e-12)
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize(("source", "response", "model"), CASES)
+def test_a_request_moves_by_the_brute_force_step(
+    source: str, response: str, model: str, solver: str
+) -> None:
+    known = problem(source, response, model)
+    memory = replace(known.memory, settings=replace(known.settings, solver=solver))
+    view = memory.settings.view(known.module)
+    outcome = forget(memory, view, GONE, known.x[GONE], known.y[GONE])
+    omega, eye = memory.omega_star, torch.eye(memory.p, dtype=torch.float64)
+    kept = sum(known.expected[i] for i in range(N) if i not in GONE)
+    matrix = kept + ((N - len(GONE)) * LAM + DAMPING) * eye
+    rhs = known.gradients[GONE].sum(dim=0) + len(GONE) * LAM * omega
+    step = torch.linalg.solve(matrix, rhs)
+    assert relative(outcome.memory.omega - omega, step) <= 1e-8
+    assert outcome.memory.curvature is not None
+    assert relative(outcome.memory.curvature.matrix, matrix - DAMPING * eye) <= 1e-8
+    assert outcome.solution.residual <= 1e-8
