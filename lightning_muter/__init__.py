@@ -1,5 +1,7 @@
 """lightning-muter: make adversarially trained Lightning models forget training points."""
 
+from typing import TYPE_CHECKING
+
 from lightning_muter.errors import (
     ConfigurationError,
     MemoryFormatError,
@@ -10,7 +12,6 @@ from lightning_muter.errors import (
 )
 from lightning_muter.lightning.adversarial_training import AdversarialTraining, Attack
 from lightning_muter.lightning.callback import MUterCallback
-from lightning_muter.lightning.cli import MUterCLI
 from lightning_muter.lightning.data import RemovalDataModule
 from lightning_muter.lightning.module import UnlearningModule
 from lightning_muter.lightning.trainer import Trainer
@@ -20,6 +21,9 @@ from lightning_muter.unlearning.hessian import total_hessian
 from lightning_muter.unlearning.influence import adversarial_influence, influence_on_losses
 from lightning_muter.unlearning.methods import METHODS
 from lightning_muter.unlearning.result import UnlearningResult
+
+if TYPE_CHECKING:
+    from lightning_muter.lightning.cli import MUterCLI
 
 __version__ = "0.1.0"
 
@@ -47,3 +51,12 @@ __all__ = [
     "influence_on_losses",
     "total_hessian",
 ]
+
+
+def __getattr__(name: str) -> object:
+    """The command line, loaded when it is asked for: it brings in the evaluation."""
+    if name == "MUterCLI":
+        from lightning_muter.lightning.cli import MUterCLI
+
+        return MUterCLI
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
