@@ -16,6 +16,8 @@ STATIONARY_LIMIT = 0.5
 DISTANCE_LIMIT = 0.1
 #: a Newton decrement above this share of F means that F would still fall by about half as much
 DECREMENT_LIMIT = 0.02
+#: training that stopped farther from its optimum than this share of an update hides the update
+UNFINISHED_LIMIT = 0.3
 #: an update longer than this multiple of ‖ω*‖ leaves what one quadratic model can describe
 UPDATE_LIMIT = 1.0
 
@@ -122,7 +124,7 @@ def _optimum(e: MemoryEvidence) -> str | None:
 
 
 def request_warnings(
-    solution: Solution, update: float, size: float, stationary: float
+    solution: Solution, update: float, size: float, stationary: float, distance: float
 ) -> tuple[str, ...]:
     """One sentence for each number of a request that is beyond its limit, with what to do.
 
@@ -131,10 +133,17 @@ def request_warnings(
         update: ‖Δω‖ from ω*.
         size: ‖ω*‖.
         stationary: share of the removed points' maximisers that were stationary.
+        distance: of ω* from the optimum that the request steps from; 0 where it assumes none.
     """
     found = []
     if solution.status.remedy and solution.status is not Status.MINIMUM_NORM:
         found.append(f"the request's system ended {solution.status}: {solution.status.remedy}")
+    if distance > UNFINISHED_LIMIT * update:
+        found.append(
+            f"training stopped about {distance:.3g} from its optimum and the update is {update:.3g} "
+            "long: what is left of training is as large as what the request changes; give (more) "
+            "newton_steps and a larger weight decay, or horizon='training'"
+        )
     if update > UPDATE_LIMIT * size:
         found.append(
             f"the update is {update:.3g} long beside ‖ω*‖ = {size:.3g}: one quadratic model does "

@@ -101,6 +101,7 @@ def forget(
         float(torch.linalg.vector_norm(solution.value)),
         float(torch.linalg.vector_norm(memory.omega_star)),
         sums.share(sums.stationary),
+        _distance(memory),
     )
     return Outcome(after, solution, sums, time.perf_counter() - start, warnings)
 
@@ -110,6 +111,14 @@ def _by_blocks(memory: UnlearningMemory) -> bool:
     settings = memory.settings
     large = memory.p > _FACTOR_LIMIT and settings.horizon is None
     return settings.solver == "schur" or (settings.solver == "auto" and large)
+
+
+def _distance(memory: UnlearningMemory) -> float:
+    """How far ω* is from the optimum that a step from it assumes; 0 where it assumes none."""
+    measured = METHODS[memory.settings.method].points == "adversarial"
+    if not measured or memory.start is not None:
+        return 0.0
+    return float(memory.summary.get("distance_to_optimum", 0.0))
 
 
 def _step(memory: UnlearningMemory) -> Step:

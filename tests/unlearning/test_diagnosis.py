@@ -112,8 +112,11 @@ def test_training_that_stopped_early_without_a_horizon_is_said_in_every_result()
 
 
 def test_a_request_says_what_its_own_numbers_are() -> None:
-    def sentences(status: Status, update: float, stationary: float) -> tuple[str, ...]:
-        return request_warnings(Solution(torch.zeros(1), 0.0, 0, status), update, 1.0, stationary)
+    def sentences(
+        status: Status, update: float, stationary: float, distance: float = 0.0
+    ) -> tuple[str, ...]:
+        solution = Solution(torch.zeros(1), 0.0, 0, status)
+        return request_warnings(solution, update, 1.0, stationary, distance)
 
     assert sentences(Status.CONVERGED, 0.5, 1.0) == ()
     assert sentences(Status.MINIMUM_NORM, 0.5, 1.0) == ()
@@ -121,4 +124,5 @@ def test_a_request_says_what_its_own_numbers_are() -> None:
     assert "no solution" in sentences(Status.INCONSISTENT, 0.5, 1.0)[0]
     assert "limit" in sentences(Status.MAX_ITERATIONS, 0.5, 1.0)[0]
     assert "corrector_steps" in sentences(Status.CONVERGED, 1.5, 1.0)[0]
+    assert "newton_steps" in sentences(Status.CONVERGED, 0.5, 1.0, 0.4)[0]
     assert "20%" in sentences(Status.CONVERGED, 0.5, 0.2)[0]
