@@ -1,5 +1,6 @@
 """lightning-muter: make adversarially trained Lightning models forget training points."""
 
+from lightning_muter.adversary.attack_library import Attack
 from lightning_muter.errors import (
     ConfigurationError,
     MemoryFormatError,
@@ -8,7 +9,7 @@ from lightning_muter.errors import (
     SolverError,
     StateError,
 )
-from lightning_muter.lightning.adversarial_training import AdversarialTraining, Attack
+from lightning_muter.lightning.adversarial_training import AdversarialTraining
 from lightning_muter.lightning.callback import MUterCallback
 from lightning_muter.lightning.cli import MUterCLI
 from lightning_muter.lightning.data import RemovalDataModule

@@ -105,11 +105,13 @@ class Derivatives(ABC):
 
     def input_gradient(self, x: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Losses (n,) and g = ∂_x l (n, d), both float64."""
-        with torch.enable_grad():
-            inputs = x.detach().requires_grad_(True)
-            losses = self.loss(self.module(inputs), targets)
-            (g,) = torch.autograd.grad(losses.sum(), inputs)
-        return losses.detach().double(), g.reshape(len(x), -1).double()
+        level, slope = self.ascent(x, targets)
+        return self.loss.link.loss(level), self.loss.link.gradient(level, slope)
+
+    def ascent(self, x: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """What an adversary ascends in the loss's place: levels (n,), gradients (n, d), float64."""
+        slope = self.loss.slope(self.module, x, targets)
+        return slope.level.double(), slope.scaled.double() * slope.scale.double()
 
     def second_input_derivatives(self, x: Tensor, targets: Tensor) -> Tensor:
         """∂δδ l (n, d, d), one coordinate of every point at a time, float64."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
-from lightning_muter.adversary.maximiser import InnerMaximum, maximise
+from lightning_muter.adversary.maximiser import InnerMaximum, InputGradient, inspect, maximise
 from lightning_muter.adversary.mixture import Mixture, mix
 from lightning_muter.models import Autodiff, Derivatives, LinearHead
 from lightning_muter.models.base import AddBlock
@@ -85,31 +85,20 @@ class Recipe:
         self, derivatives: Derivatives, x: Tensor, targets: Tensor, start: Tensor | None = None
     ) -> InnerMaximum:
         """δ* of the points x (n, ...) at the module's parameters, found from ``start`` (n, d)."""
-        found = []
+        found, dtype, link = [], derivatives.dtype, derivatives.loss.link
         for first in range(0, len(x), _ASCENT):
             some = slice(first, first + _ASCENT)
-            part, y, flat = x[some], targets[some], _flat(x[some])
-
-            def input_gradient(
-                points: Tensor, which: Tensor, part: Tensor = part, y: Tensor = y
-            ) -> tuple[Tensor, Tensor]:
-                shaped = points.reshape(len(points), *part.shape[1:]).to(part)
-                return derivatives.input_gradient(shaped, y[which])
-
-            at = None if start is None else start[some]
-            found.append(
-                maximise(input_gradient, flat, self.threat, self.max_iter, at, derivatives.dtype)
-            )
+            ascent = _ascent(derivatives, x[some], targets[some])
+            flat, at = _flat(x[some]), None if start is None else start[some]
+            found.append(maximise(ascent, flat, self.threat, self.max_iter, at, dtype, link=link))
         return InnerMaximum.cat(found)
 
     def given(
         self, derivatives: Derivatives, x: Tensor, targets: Tensor, delta: Tensor
     ) -> InnerMaximum:
         """Perturbations (n, ...) of the caller's own, with the evidence of how stationary."""
-        flat = _flat(x)
-        delta = _flat(delta)
-        losses, grad = derivatives.input_gradient((flat + delta).reshape(x.shape).to(x), targets)
-        return InnerMaximum(delta, grad, losses, self.threat.stationarity(flat, delta, grad))
+        ascent, link = _ascent(derivatives, x, targets), derivatives.loss.link
+        return inspect(ascent, _flat(x), self.threat, _flat(delta), link)
 
     def points(
         self,
@@ -270,6 +259,16 @@ def _gradients(derivatives: Derivatives, point: Point) -> Tensor:
     other = derivatives.gradients(point.rival.inputs, point.rival.targets)
     weights = (point.weights.unsqueeze(1), point.rival.weights.unsqueeze(1))
     return weights[0] * gradients + weights[1] * other
+
+
+def _ascent(derivatives: Derivatives, x: Tensor, targets: Tensor) -> InputGradient:
+    """What the adversary ascends at flat float64 versions of the points x (n, ...)."""
+
+    def ascent(points: Tensor, which: Tensor) -> tuple[Tensor, Tensor]:
+        shaped = points.reshape(len(points), *x.shape[1:]).to(x)
+        return derivatives.ascent(shaped, targets[which])
+
+    return ascent
 
 
 def _flat(x: Tensor) -> Tensor:
