@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING
 
+from lightning_muter.adversary.attack_library import Attack
 from lightning_muter.errors import (
     ConfigurationError,
     MemoryFormatError,
@@ -10,7 +11,7 @@ from lightning_muter.errors import (
     SolverError,
     StateError,
 )
-from lightning_muter.lightning.adversarial_training import AdversarialTraining, Attack
+from lightning_muter.lightning.adversarial_training import AdversarialTraining
 from lightning_muter.lightning.callback import MUterCallback
 from lightning_muter.lightning.data import RemovalDataModule
 from lightning_muter.lightning.module import UnlearningModule

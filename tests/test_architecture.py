@@ -16,7 +16,8 @@ ROOT = Path(lightning_muter.__file__).parent
 FLOORS = [
     ["errors"],
     ["options"],
-    ["linalg", "threats", "objectives", "parallel"],
+    ["linalg", "parallel"],
+    ["threats", "objectives"],
     ["responses", "adversary"],
     ["curvature"],
     ["models"],

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from lightning_muter.adversary.acceleration import Anderson
+from lightning_muter.objectives.link import IDENTITY, Link
 from lightning_muter.threats import Threat
 
-__all__ = ["InnerMaximum", "maximise"]
+__all__ = ["InnerMaximum", "InputGradient", "inspect", "maximise"]
 
-#: (x (m, d), which points they are (m,)) -> losses (m,) and their gradient in the input (m, d)
+#: (x (m, d), which points they are (m,)) -> levels (m,) and their gradient in the input (m, d)
 InputGradient = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 STATIONARY = 1e-3
@@ -28,7 +29,10 @@ class InnerMaximum:
     """δ* of a batch with the evidence that it is one.
 
     ``delta`` and ``grad`` are (n, d); ``stationarity`` (n,) is how far the fixed-point map still
-    moves δ relative to the radius of the set.
+    moves δ relative to the radius of the set: of an L2 ball twice the sine of half the angle
+    between δ and the gradient. The size of the gradient plays no part, and where it is exactly
+    zero the point is undetermined: its stationarity is infinite. ``grad`` and ``losses`` are the
+    loss's own and may underflow to zero where the direction that was followed does not.
     """
 
     delta: Tensor
@@ -40,6 +44,11 @@ class InnerMaximum:
     def stationary(self) -> Tensor:
         """Which points (n,) reached stationarity."""
         return self.stationarity <= STATIONARY
+
+    @property
+    def undetermined(self) -> Tensor:
+        """Which points (n,) ended where there is no gradient to tell a maximum by."""
+        return torch.isposinf(self.stationarity)
 
     @classmethod
     def cat(cls, parts: Sequence[InnerMaximum]) -> InnerMaximum:
@@ -62,6 +71,7 @@ def maximise(
     start: Tensor | None = None,
     dtype: torch.dtype = torch.float64,
     tol: float = 1e-8,
+    link: Link = IDENTITY,
 ) -> InnerMaximum:
     """Ascend to a stationary point of the inner problem, deterministically.
 
@@ -71,31 +81,44 @@ def maximise(
     that are not done after some passes are accelerated, and never past a fall of the objective.
 
     Args:
-        input_gradient: losses and their gradients at perturbed points.
+        input_gradient: levels and their gradients at perturbed points; the losses themselves
+            with the default link.
         x: flattened points (n, d).
         threat: the constraint set.
         max_iter: passes over the batch at the most.
         start: perturbations (n, d) to start from.
         dtype: what losses and gradients were computed in: no difference below its rounding counts.
         tol: a point is done when the map moves it by less than this share of the radius.
+        link: from the levels to the losses.
     """
     rounding = 50 * torch.finfo(dtype).eps
-    ascent = _Ascent(input_gradient, x, threat, start, dtype)
+    ascent = _Ascent(input_gradient, x, threat, start, dtype, link)
     limit = torch.full_like(ascent.moved, max(tol, rounding))
     history: Anderson | None = None
     for k in range(max_iter):
-        todo = torch.nonzero(ascent.moved > limit).flatten()
+        todo = torch.nonzero((ascent.moved > limit) & ~ascent.lost).flatten()
         if len(todo) == 0:
             break
         if k == _PLAIN:
             history = Anderson(x)
             limit[todo] = max(_FINER * tol, rounding)
         ascent.advance(todo, history)
-    return InnerMaximum(ascent.delta, ascent.grad, ascent.losses, ascent.moved)
+    return ascent.found()
+
+
+@torch.no_grad()
+def inspect(
+    input_gradient: InputGradient, x: Tensor, threat: Threat, delta: Tensor, link: Link = IDENTITY
+) -> InnerMaximum:
+    """Perturbations (n, d) of the caller's own, with the evidence of how stationary they are."""
+    level, slope = input_gradient(x + delta, torch.arange(len(x), device=x.device))
+    shown = slope * link.weight(level, slope)
+    stationarity = threat.stationarity(x, delta, shown)
+    return InnerMaximum(delta, link.gradient(level, slope), link.loss(level), stationarity)
 
 
 class _Ascent:
-    """Where the perturbations of a batch are: δ (n, d), losses, gradients, and the map's image."""
+    """Where the perturbations of a batch are: δ (n, d), levels, slopes, and the map's image."""
 
     def __init__(
         self,
@@ -104,44 +127,65 @@ class _Ascent:
         threat: Threat,
         start: Tensor | None,
         dtype: torch.dtype,
+        link: Link,
     ) -> None:
-        self.input_gradient, self.x, self.threat = input_gradient, x, threat
+        self.input_gradient, self.x, self.threat, self.link = input_gradient, x, threat, link
         self.slack = 10 * torch.finfo(dtype).eps
         self.delta = torch.zeros_like(x) if start is None else threat.project(x, start)
         everyone = torch.arange(len(x), device=x.device)
-        self.losses, self.grad = input_gradient(x + self.delta, everyone)
+        self.level, self.slope = input_gradient(x + self.delta, everyone)
         self.size = torch.full_like(x[:, :1], torch.inf)
-        self.mapped = threat.ascend(x, self.delta, self.grad, self.size)
+        self.weight = self.link.weight(self.level, self.slope)
+        self.mapped = threat.ascend(x, self.delta, self.slope * self.weight, self.size)
         self.moved = threat.distance(x, self.mapped - self.delta)
         if start is not None:  # a start within the tolerance would be kept with its whole error
             self.moved = torch.full_like(self.moved, torch.inf)
+
+    @property
+    def lost(self) -> Tensor:
+        """Points (n,) that have no gradient to go by where they are."""
+        return (self.slope == 0).all(dim=1)
+
+    def found(self) -> InnerMaximum:
+        """Where the points are now, with the gradients and losses of the loss itself."""
+        grad = self.link.gradient(self.level, self.slope)
+        stationarity = torch.where(self.lost, torch.inf, self.moved)
+        return InnerMaximum(self.delta, grad, self.link.loss(self.level), stationarity)
 
     def advance(self, todo: Tensor, history: Anderson | None) -> None:
         """Move the points ``todo`` to a candidate each, where it does not lower the objective."""
         threat = self.threat
         some: Tensor | slice = slice(None) if len(todo) == len(self.x) else todo
-        point, now, slope, size = self.x[some], self.delta[some], self.grad[some], self.size[some]
+        point, now, size = self.x[some], self.delta[some], self.size[some]
+        level, slope, weight = self.level[some], self.slope[some], self.weight[some]
+        shown = slope * weight
         candidate = self.mapped[some]
         if not bool(torch.isinf(size).all()):
-            candidate = threat.ascend(point, now, slope, size)
+            candidate = threat.ascend(point, now, shown, size)
         bold = torch.zeros_like(size, dtype=torch.bool)
         if history is not None:
             residual = self.mapped[some] - now
             bold = history.filled[some].unsqueeze(1)
             proposal = threat.project(point, history.propose(some, self.mapped[some], residual))
             candidate = torch.where(bold, proposal, candidate)
-        value, new_slope = self.input_gradient(point + candidate, todo)
-        before = self.losses[some] + threat.merit(now, slope)
-        after = value + threat.merit(candidate, slope)
-        better = (after >= before - self.slack * (1 + before.abs())).unsqueeze(1)
+        new_level, new_slope = self.input_gradient(point + candidate, todo)
+        before, after = (threat.merit(delta, shown) for delta in (now, candidate))
+        gain = weight.squeeze(1) * self.link.gain(level, new_level) + after - before
+        inputs = (shown.abs() * (point.abs() + candidate.abs())).sum(dim=1)
+        size_of_level = weight.squeeze(1) * (self.link.unit + level.abs())
+        # rounding is that of the level, of the inputs that it is computed from, and of the merit
+        better = gain >= -self.slack * (size_of_level + inputs + before.abs())
+        better = better.unsqueeze(1)
         if history is not None:  # before δ changes: ``now`` may be a view of it
             move = torch.where(better, candidate - now, torch.zeros_like(now))
         self.delta[some] = torch.where(better, candidate, now)
-        self.grad[some] = torch.where(better, new_slope, slope)
-        self.losses[some] = torch.where(better.squeeze(1), value, self.losses[some])
+        slope = torch.where(better, new_slope, slope)
+        level = torch.where(better.squeeze(1), new_level, level)
+        weight = self.link.weight(level, slope)
+        self.level[some], self.slope[some], self.weight[some] = level, slope, weight
         self.size[some] = torch.where(bold, size, _next_size(size, better))
         whole = torch.full_like(size, torch.inf)
-        self.mapped[some] = threat.ascend(point, self.delta[some], self.grad[some], whole)
+        self.mapped[some] = threat.ascend(point, self.delta[some], slope * weight, whole)
         left = self.mapped[some] - self.delta[some]
         distance = threat.distance(point, left)
         if history is not None:  # at an interior maximum the map has no fixed point to go by

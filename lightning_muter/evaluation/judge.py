@@ -10,13 +10,14 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
+from lightning_muter.adversary.ascent import projected_gradient_ascent, without_blind_spots
+from lightning_muter.adversary.attack_library import Attack
 from lightning_muter.evaluation.metrics import (
     LikelihoodRatioAUC,
     LossThresholdAUC,
     OutputDivergence,
     confidence,
 )
-from lightning_muter.lightning.adversarial_training import Attack, projected_gradient_ascent
 from lightning_muter.memory.memory import UnlearningMemory
 from lightning_muter.models import ModelView, measuring
 from lightning_muter.objectives.losses import PointLoss
@@ -43,16 +44,21 @@ def strongest_loss(
 ) -> tuple[Tensor, Tensor]:
     """Worst losses (n,) over restarts of projected gradient ascent, and who stays correct (n,).
 
-    The first start is the point itself, the others are random; correct points survived all. For
-    regression "correct" is all ones.
+    The first start is the point itself, the others are random; correct points survived all, and a
+    further look at those where an ascent had no gradient. For regression "correct" is all ones.
     """
     x, targets = points
+    size = 2.5 * threat.eps / steps
     worst = torch.full((len(x),), -torch.inf, dtype=torch.float64, device=x.device)
     correct = torch.ones(len(x), dtype=torch.bool, device=x.device)
     for restart in range(restarts):
         adversarial = projected_gradient_ascent(
-            module, loss, threat, x, targets, steps, 2.5 * threat.eps / steps, restart > 0
+            module, loss, threat, x, targets, steps, size, restart > 0
         )
+        if restart == restarts - 1:
+            adversarial, _ = without_blind_spots(
+                module, loss, threat, x, targets, adversarial, steps, size
+            )
         with torch.no_grad():
             outputs = module(adversarial)
         worst = torch.maximum(worst, loss(outputs, targets).double())
@@ -208,7 +214,7 @@ def _robust(
     module: nn.Module, loss: PointLoss, threat: Threat, points: Points, steps: int, restarts: int
 ) -> float:
     worst, correct = strongest_loss(module, loss, threat, points, steps, restarts)
-    return float((worst if loss.name == "squared" else correct.double()).mean())
+    return float((correct.double() if loss.classifies else worst).mean())
 
 
 def autoattack_accuracy(module: nn.Module, threat: Threat, points: Points) -> float:

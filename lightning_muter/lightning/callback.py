@@ -16,8 +16,9 @@ from pytorch_lightning.utilities import rank_zero_info, rank_zero_only
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from lightning_muter.adversary.attack_library import Attack
 from lightning_muter.errors import ConfigurationError
-from lightning_muter.lightning.adversarial_training import AdversarialTraining, Attack
+from lightning_muter.lightning.adversarial_training import AdversarialTraining
 from lightning_muter.lightning.data import TrainingPoints
 from lightning_muter.memory.memory import UnlearningMemory, digest, size_estimate
 from lightning_muter.models import ModelView

@@ -66,7 +66,7 @@ class AutodiffLinearisation(Linearisation):
 
     def hessian(self) -> PointCurvature:
         products = self.view.products(self.x, self.targets, self.weights)
-        return AutodiffHessian(products.ww, self.view.p, self.weights)
+        return AutodiffHessian(products.parameters, self.view.p, self.weights)
 
     def total(self, geometry: Geometry, response: Response) -> PointCurvature:
         view, x, targets = self.view, self.x, self.targets
@@ -75,4 +75,4 @@ class AutodiffLinearisation(Linearisation):
         mixed = mixed.detach().reshape(len(x), view.p, -1).double()  # ∂ωδ l
         r, usable = response.dense(geometry, view.second_input_derivatives(x, targets))
         products = view.products(x, targets, self.weights)
-        return AutodiffTotal(products.ww, mixed, r, usable, self.weights)
+        return AutodiffTotal(products.parameters, mixed, r, usable, self.weights)

@@ -39,16 +39,13 @@ def measuring(module: nn.Module) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Products:
-    """Matrix-free products of a batch of n points at (ω, x + δ).
+    """Matrix-free products of a batch of n points at (ω, x + δ), by double backward.
 
-    ``ww``: v (p) -> Σ ∂ωω l v (p); ``wd``: α (n, d) -> Σ ∂ωδ l α (p); ``dw``: v (p) -> ∂δω l v
-    (n, d); ``dd``: α (n, d) -> ∂δδ l α (n, d).
+    ``parameters``: v (p) -> Σ w_i ∂ωω l_i v (p); ``inputs``: α (n, d) -> w_i ∂δδ l_i α_i (n, d).
     """
 
-    ww: Callable[[Tensor], Tensor]
-    wd: Callable[[Tensor], Tensor]
-    dw: Callable[[Tensor], Tensor]
-    dd: Callable[[Tensor], Tensor]
+    parameters: Callable[[Tensor], Tensor]
+    inputs: Callable[[Tensor], Tensor]
 
 
 class Linearisation(ABC):
@@ -142,11 +139,13 @@ class ModelView(ABC):
 
     def input_gradient(self, x: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Losses (n,) and g = ∂_x l (n, d), both float64."""
-        with torch.enable_grad():
-            inputs = x.detach().requires_grad_(True)
-            losses = self.loss(self.module(inputs), targets)
-            (g,) = torch.autograd.grad(losses.sum(), inputs)
-        return losses.detach().double(), g.reshape(len(x), -1).double()
+        level, slope = self.ascent(x, targets)
+        return self.loss.link.loss(level), self.loss.link.gradient(level, slope)
+
+    def ascent(self, x: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """What an adversary ascends in the loss's place: levels (n,), gradients (n, d), float64."""
+        slope = self.loss.slope(self.module, x, targets)
+        return slope.level.double(), slope.scaled.double() * slope.scale.double()
 
     def second_input_derivatives(self, x: Tensor, targets: Tensor) -> Tensor:
         """∂δδ l (n, d, d), one coordinate of every point at a time, float64."""
@@ -165,38 +164,24 @@ class ModelView(ABC):
         h = torch.stack([row.detach() for row in rows], dim=1).double()
         return (h + h.mT) / 2
 
-    def products(self, x: Tensor, targets: Tensor, weights: Tensor | None = None) -> Products:
-        """The four second-order products by double backward through one stored graph."""
+    def products(self, x: Tensor, targets: Tensor, weights: Tensor) -> Products:
+        """Second-order products through one stored graph of the points' weighted losses."""
         inputs = x.detach().requires_grad_(True)
-        losses = self.loss(self.module(inputs), targets)
-        total = losses.sum() if weights is None else losses @ weights.to(losses)
-        grads = torch.autograd.grad(total, [*self.parameters, inputs], create_graph=True)
-        g_omega = torch.cat([g.reshape(-1) for g in grads[:-1]])
-        g_delta = grads[-1]
+        total = self.loss(self.module(inputs), targets) @ weights.to(inputs)
+        *g_omega, g_delta = torch.autograd.grad(
+            total, [*self.parameters, inputs], create_graph=True
+        )
+        g_flat = torch.cat([g.reshape(-1) for g in g_omega])
 
-        def apply(outputs: Tensor, vector: Tensor, wanted: Sequence[Tensor]) -> list[Tensor]:
-            if not outputs.requires_grad:
-                return [torch.zeros_like(w) for w in wanted]
-            found = torch.autograd.grad(
-                outputs, wanted, vector.to(outputs), retain_graph=True, allow_unused=True
-            )
-            return [
-                torch.zeros_like(w) if f is None else f for w, f in zip(wanted, found, strict=True)
-            ]
-
-        def in_omega(outputs: Tensor, vector: Tensor) -> Tensor:
-            found = apply(outputs, vector, self.parameters)
+        def along_parameters(v: Tensor) -> Tensor:
+            found = _again(g_flat, v, self.parameters)
             return torch.cat([f.reshape(-1) for f in found]).double()
 
-        def in_delta(outputs: Tensor, vector: Tensor) -> Tensor:
-            return apply(outputs, vector, [inputs])[0].reshape(len(x), -1).double()
+        def along_inputs(alpha: Tensor) -> Tensor:
+            (found,) = _again(g_delta, alpha.reshape(g_delta.shape), [inputs])
+            return found.reshape(len(x), -1).double()
 
-        return Products(
-            ww=lambda v: in_omega(g_omega, v),
-            wd=lambda a: in_omega(g_delta, a.reshape(g_delta.shape)),
-            dw=lambda v: in_delta(g_omega, v),
-            dd=lambda a: in_delta(g_delta, a.reshape(g_delta.shape)),
-        )
+        return Products(along_parameters, along_inputs)
 
     @abstractmethod
     def linearise(self, x: Tensor, targets: Tensor, weights: Tensor) -> Linearisation:
@@ -205,3 +190,13 @@ class ModelView(ABC):
     @abstractmethod
     def chunk(self, x: Tensor, response: Response, budget: int) -> int:
         """How many points like x (n, ...) have their curvature computed in ``budget`` bytes."""
+
+
+def _again(outputs: Tensor, vector: Tensor, wanted: Sequence[Tensor]) -> list[Tensor]:
+    """The gradient of outputsᵀ vector in what is wanted; zeros where nothing depends on it."""
+    if not outputs.requires_grad:
+        return [torch.zeros_like(w) for w in wanted]
+    found = torch.autograd.grad(
+        outputs, wanted, vector.to(outputs), retain_graph=True, allow_unused=True
+    )
+    return [torch.zeros_like(w) if f is None else f for w, f in zip(wanted, found, strict=True)]

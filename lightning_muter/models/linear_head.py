@@ -109,10 +109,11 @@ class LinearHead(ModelView):
         return low.congruence(jacobian), usable
 
     def _input_curvature(self, x: Tensor, targets: Tensor) -> Callable[[Tensor], Tensor]:
-        dd = self.products(x, targets).dd
+        ones = torch.ones(len(x), dtype=torch.float64, device=x.device)
+        product = self.products(x, targets, ones).inputs
 
         def curvature(vectors: Tensor) -> Tensor:
-            rows = [dd(vectors[:, k]) for k in range(vectors.shape[1])]
+            rows = [product(vectors[:, k]) for k in range(vectors.shape[1])]
             return torch.stack(rows, dim=1)
 
         return curvature

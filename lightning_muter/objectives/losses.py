@@ -11,8 +11,10 @@ from torch import Tensor
 from torch.func import grad, hessian, vmap
 
 from lightning_muter.errors import ConfigurationError
+from lightning_muter.linalg.rows import own_scale
+from lightning_muter.objectives.link import IDENTITY, SOFTPLUS, Link
 
-__all__ = ["LOSSES", "LossFunction", "PointLoss", "resolve_loss"]
+__all__ = ["LOG_ODDS", "LOSSES", "LossFunction", "PointLoss", "Slope", "resolve_loss"]
 
 LossFunction = Callable[[Tensor, Tensor], Tensor]
 
@@ -21,9 +23,14 @@ def _cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(outputs, targets.long(), reduction="none")
 
 
+def _signs(outputs: Tensor, targets: Tensor) -> Tensor:
+    """Labels 0 and 1 as -1 and 1 (n,)."""
+    return 2.0 * targets.reshape(len(outputs)).to(outputs) - 1.0
+
+
 def _logistic(outputs: Tensor, targets: Tensor) -> Tensor:
     logits = outputs.reshape(len(outputs))
-    return F.softplus(-(2.0 * targets.reshape(len(logits)).to(logits) - 1.0) * logits)
+    return F.softplus(-_signs(logits, targets) * logits)
 
 
 def _squared(outputs: Tensor, targets: Tensor) -> Tensor:
@@ -31,15 +38,54 @@ def _squared(outputs: Tensor, targets: Tensor) -> Tensor:
     return 0.5 * (values - targets.reshape(len(values)).to(values)).square()
 
 
+def _single_precision(outputs: Tensor) -> Tensor:
+    return outputs.to(torch.promote_types(outputs.dtype, torch.float32))
+
+
+def _class_odds(outputs: Tensor, targets: Tensor) -> Tensor:
+    """log Σ_{j≠y} exp(z_j) - z_y: the log-odds of all other labels against the true one."""
+    if outputs.shape[1] < 2:
+        raise ConfigurationError(
+            f"outputs of shape {tuple(outputs.shape)} are of one class, which every point is of: a "
+            "cross-entropy needs two outputs at the least; use loss='logistic' for one logit"
+        )
+    z = _single_precision(outputs)
+    ignored = targets == -100  # as torch's cross-entropy has it
+    label = targets.long().masked_fill(ignored, 0).unsqueeze(1)
+    others = z.masked_fill(
+        torch.zeros_like(z, dtype=torch.bool).scatter(1, label, True), -torch.inf
+    )
+    odds = others.logsumexp(dim=1) - z.gather(1, label).squeeze(1)
+    return odds.masked_fill(ignored, -torch.inf)
+
+
+def _sign_odds(outputs: Tensor, targets: Tensor) -> Tensor:
+    """The log-odds of the other label of two, from one logit."""
+    logits = _single_precision(outputs.reshape(len(outputs)))
+    return -_signs(logits, targets) * logits
+
+
+def _log_odds(outputs: Tensor, targets: Tensor) -> Tensor:
+    """Log-odds (n,) of a wrong label, for outputs of any classifier."""
+    one_logit = outputs.ndim == 1 or outputs.shape[1] == 1
+    return _sign_odds(outputs, targets) if one_logit else _class_odds(outputs, targets)
+
+
 def _cross_entropy_derivatives(z: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     q = z.softmax(dim=1)
-    r = q - F.one_hot(y.long(), z.shape[1]).to(z)
-    return r, torch.diag_embed(q) - q.unsqueeze(2) * q.unsqueeze(1)
+    true = F.one_hot(y.long(), z.shape[1]).bool()
+    # 1 - q_j is the sum of the others: a difference would lose it where q_j rounds to 1
+    r = torch.where(true, -q.masked_fill(true, 0.0).sum(dim=1, keepdim=True), q)
+    outer = q.unsqueeze(2) * q.unsqueeze(1)
+    outer.diagonal(dim1=1, dim2=2).zero_()
+    return r, torch.diag_embed(outer.sum(dim=2)) - outer
 
 
 def _logistic_derivatives(z: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    q = torch.sigmoid(z.reshape(-1, 1))
-    return q - y.reshape(-1, 1).to(q), (q * (1 - q)).unsqueeze(2)
+    logits = z.reshape(-1, 1)
+    sign = _signs(logits.squeeze(1), y).unsqueeze(1)
+    r = -sign * torch.sigmoid(-sign * logits)
+    return r, (torch.sigmoid(logits) * torch.sigmoid(-logits)).unsqueeze(2)
 
 
 def _squared_derivatives(z: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -48,17 +94,40 @@ def _squared_derivatives(z: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @dataclass(frozen=True)
+class Slope:
+    """What an adversary ascends at a batch: levels (n,) and their gradient in the inputs.
+
+    The gradient is ``scaled`` (n, d) times ``scale`` (n, 1), kept apart because the product may
+    underflow in the dtype that the network computes in.
+    """
+
+    level: Tensor
+    scaled: Tensor
+    scale: Tensor
+
+    @property
+    def missing(self) -> Tensor:
+        """Points (n,) whose gradient is exactly zero: nothing says where to go."""
+        return (self.scaled == 0).all(dim=1)
+
+
+@dataclass(frozen=True)
 class PointLoss:
     """A per-point loss l(z, y) with first and second derivatives in z.
 
     ``function`` maps outputs (n, C) and targets to losses (n,). ``closed_form`` maps the same to
-    r (n, C) and S (n, C, C); without it both come from ``torch.func`` point by point.
+    r (n, C) and S (n, C, C); without it both come from ``torch.func`` point by point. ``level``
+    maps them to what an adversary ascends in the loss's place, and ``link`` that to the loss;
+    without it the loss itself is ascended. ``classifies``: outputs are logits of classes.
     """
 
     name: str
     function: LossFunction
     closed_form: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
     one_output: bool = False
+    level: LossFunction | None = None
+    link: Link = IDENTITY
+    classifies: bool = True
 
     def __call__(self, outputs: Tensor, targets: Tensor) -> Tensor:
         if self.one_output and outputs.numel() != len(outputs):
@@ -84,9 +153,26 @@ class PointLoss:
 
         return vmap(grad(one))(outputs, targets), vmap(hessian(one))(outputs, targets)
 
+    def slope(self, module: Callable[[Tensor], Tensor], x: Tensor, targets: Tensor) -> Slope:
+        """What an adversary ascends at inputs x (n, ...), in the module's own dtype.
+
+        Each point's derivative in the outputs is divided by its largest entry before it goes back
+        through the module, so that a small loss does not vanish on the way.
+        """
+        with torch.enable_grad():
+            inputs = x.detach().requires_grad_(True)
+            outputs = module(inputs)
+            at = outputs.detach().requires_grad_(True)
+            losses = self(at, targets)
+            level = losses if self.level is None else self.level(at, targets)
+            (r,) = torch.autograd.grad(level.sum(), at)
+            unit, scale = own_scale(r.reshape(len(x), -1))
+            (g,) = torch.autograd.grad(outputs, inputs, unit.reshape(outputs.shape))
+        return Slope(level.detach(), g.reshape(len(x), -1), scale)
+
     def is_correct(self, outputs: Tensor, targets: Tensor) -> Tensor | None:
         """Which points are classified right (n,), or None where the outputs are no classes."""
-        if self.name == "squared":
+        if not self.classifies:
             return None
         if outputs.ndim == 1 or outputs.shape[1] == 1:
             return (outputs.reshape(-1) > 0) == (targets.reshape(-1) > 0.5)
@@ -94,10 +180,28 @@ class PointLoss:
 
 
 LOSSES: dict[str, PointLoss] = {
-    "cross_entropy": PointLoss("cross_entropy", _cross_entropy, _cross_entropy_derivatives),
-    "logistic": PointLoss("logistic", _logistic, _logistic_derivatives, one_output=True),
-    "squared": PointLoss("squared", _squared, _squared_derivatives, one_output=True),
+    "cross_entropy": PointLoss(
+        "cross_entropy",
+        _cross_entropy,
+        _cross_entropy_derivatives,
+        level=_class_odds,
+        link=SOFTPLUS,
+    ),
+    "logistic": PointLoss(
+        "logistic",
+        _logistic,
+        _logistic_derivatives,
+        one_output=True,
+        level=_sign_odds,
+        link=SOFTPLUS,
+    ),
+    "squared": PointLoss(
+        "squared", _squared, _squared_derivatives, one_output=True, classifies=False
+    ),
 }
+
+#: what an attack on a classifier's accuracy ascends, whatever it was trained with
+LOG_ODDS = PointLoss("log_odds", _log_odds)
 
 
 def resolve_loss(loss: str | LossFunction | PointLoss) -> PointLoss:

@@ -13,21 +13,15 @@ import torch
 from torch import Tensor
 
 from lightning_muter.errors import ConfigurationError
+from lightning_muter.linalg.rows import row_norm
+from lightning_muter.threats.data_range import describe_outside, outside
 
-__all__ = ["TINY", "Geometry", "Threat", "dot", "row_norm", "unconstrained_geometry"]
+__all__ = ["LEAST_MULTIPLIER", "Geometry", "Threat", "unconstrained_geometry"]
 
-TINY = 1e-30
-
-
-def dot(a: Tensor, b: Tensor) -> Tensor:
-    """Inner products (n, 1) of rows."""
-    return (a * b).sum(dim=1, keepdim=True)
-
-
-def row_norm(a: Tensor) -> Tensor:
-    """Euclidean lengths (n, 1) of rows."""
-    norm: Tensor = torch.linalg.vector_norm(a, dim=1, keepdim=True)
-    return norm
+#: A multiplier below this is none: a response divides by it, in float32 where the network
+#: computes in that. What such a point adds to the curvature is of the multiplier's own order,
+#: some thirty digits below a point that is not saturated; its perturbation is held still.
+LEAST_MULTIPLIER = 1e-30
 
 
 @dataclass(frozen=True)
@@ -101,6 +95,20 @@ class Threat(ABC):
         low, high = self.data_range
         return (low - x).clamp(max=0.0), (high - x).clamp(min=0.0)
 
+    def check_inputs(self, x: Tensor) -> None:
+        """Refuse inputs (n, ...) outside ``data_range``: their perturbation could not move there.
+
+        Outside by rounding is inside. Without a ``data_range`` everything is.
+
+        Raises:
+            ConfigurationError: with the numbers seen, and data ranges that would fit.
+        """
+        if self.data_range is None:
+            return
+        beyond = outside(x, self.data_range)
+        if bool(beyond.any()):
+            raise ConfigurationError(describe_outside(x, self.data_range, beyond))
+
     def relaxed(self, factor: float) -> Threat:
         """The threat with its smoothing widened by ``factor`` (itself where there is none)."""
         return self
@@ -115,11 +123,18 @@ class Threat(ABC):
 
     @abstractmethod
     def step(self, x: Tensor, delta: Tensor, grad: Tensor, size: float) -> Tensor:
-        """One step of projected gradient ascent of length ``size`` (n, d)."""
+        """One step of projected gradient ascent of length ``size`` (n, d).
+
+        The direction alone of each point's gradient counts; without one δ stays.
+        """
 
     @abstractmethod
     def ascend(self, x: Tensor, delta: Tensor, grad: Tensor, size: Tensor) -> Tensor:
-        """A refinement step; ``size`` (n, 1) of infinity is the fixed-point map itself."""
+        """A refinement step; ``size`` (n, 1) of infinity is the fixed-point map itself.
+
+        The direction alone of each point's gradient counts, unless the threat has a scale of its
+        own; where neither says where to go δ stays.
+        """
 
     @abstractmethod
     def merit(self, delta: Tensor, grad: Tensor) -> Tensor:
@@ -138,9 +153,13 @@ class Threat(ABC):
         return row_norm(move).squeeze(1) / self._radius(x)
 
     def stationarity(self, x: Tensor, delta: Tensor, grad: Tensor) -> Tensor:
-        """Distance (n,) that the fixed-point map still moves delta, relative to its radius."""
+        """Distance (n,) that the fixed-point map still moves delta, relative to its radius.
+
+        Infinite where the gradient is exactly zero: there nothing says whether δ is a maximum.
+        """
         size = torch.full_like(grad[:, :1], torch.inf)
-        return self.distance(x, self.ascend(x, delta, grad, size) - delta)
+        moved = self.distance(x, self.ascend(x, delta, grad, size) - delta)
+        return torch.where((grad != 0).any(dim=1), moved, torch.inf)
 
     def _radius(self, x: Tensor) -> float:
         return self.eps

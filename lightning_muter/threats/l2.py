@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_muter.threats.base import TINY, Geometry, Threat, dot, row_norm
+from lightning_muter.linalg.rows import direction, dot, row_norm
+from lightning_muter.threats.base import LEAST_MULTIPLIER, Geometry, Threat
 
 __all__ = ["L2Ball"]
 
@@ -28,7 +29,7 @@ class L2Ball(Threat):
 
     def project(self, x: Tensor, delta: Tensor) -> Tensor:
         if self.data_range is None:
-            return delta * (self.eps / row_norm(delta).clamp(min=TINY)).clamp(max=1.0)
+            return delta * (self.eps / row_norm(delta)).clamp(max=1.0)
         low, high = self.bounds(x)
         clipped = delta.clamp(low, high)
         outside = row_norm(clipped) > self.eps
@@ -46,26 +47,27 @@ class L2Ball(Threat):
             fixed = torch.where(held, torch.where(v > 0, high, low), torch.zeros_like(v))
             rest = (self.eps**2 - dot(fixed, fixed)).clamp(min=0.0).sqrt()
             free = torch.where(held, torch.zeros_like(v), v)
-            scaled = free * (rest / row_norm(free).clamp(min=TINY))
+            scaled = direction(free) * rest
             beyond = ((scaled > high) | (scaled < low)) & ~held
             if not bool(beyond.any()):
                 return fixed + scaled
             held = held | beyond
 
     def random_start(self, x: Tensor) -> Tensor:
-        direction = torch.randn_like(x)
+        towards = direction(torch.randn_like(x))
         radius = self.eps * torch.rand_like(x[:, :1]) ** (1.0 / x.shape[1])
-        return self.project(x, direction / row_norm(direction).clamp(min=TINY) * radius)
+        return self.project(x, towards * radius)
 
     def step(self, x: Tensor, delta: Tensor, grad: Tensor, size: float) -> Tensor:
-        return self.project(x, delta + size * grad / row_norm(grad).clamp(min=TINY))
+        return self.project(x, delta + size * direction(grad))
 
     def ascend(self, x: Tensor, delta: Tensor, grad: Tensor, size: Tensor) -> Tensor:
-        unit = grad * (self.eps / row_norm(grad).clamp(min=TINY))
-        whole = torch.isinf(size)
+        whole = torch.isinf(size) & (grad != 0).any(dim=1, keepdim=True)
+        unit = self.eps * direction(grad)
         if self.data_range is None and bool(whole.all()):
             return unit
-        v = torch.where(whole, unit, delta + torch.where(whole, 1.0, size) * unit)
+        step = torch.where(torch.isinf(size), torch.ones_like(size), size) * unit
+        v = torch.where(whole, unit, delta + step)
         if self.data_range is None:
             return self.project(x, v)
         # the fixed-point map goes to the farthest point along the gradient, on the sphere if the
@@ -89,8 +91,8 @@ class L2Ball(Threat):
         on_sphere = self.active(x, delta).unsqueeze(1)
         delta_free, grad_free = delta * free, grad * free
         norm = row_norm(delta_free)
-        mu = row_norm(grad_free) / norm.clamp(min=TINY) * on_sphere
-        normal = delta_free / norm.clamp(min=TINY) * on_sphere
+        mu = torch.where(norm > 0, row_norm(grad_free) / norm, torch.zeros_like(norm)) * on_sphere
+        normal = direction(delta_free) * on_sphere
         # a point on the sphere without a gradient has no defined multiplier: it stays
-        free = free * ((on_sphere == 0) | (mu > TINY)).to(free)
+        free = free * ((on_sphere == 0) | (mu > LEAST_MULTIPLIER)).to(free)
         return Geometry(mu.expand_as(delta).contiguous(), free, normal)

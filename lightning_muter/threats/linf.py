@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from lightning_muter.errors import ConfigurationError
-from lightning_muter.threats.base import TINY, Geometry, Threat
+from lightning_muter.linalg.rows import row_norm
+from lightning_muter.threats.base import LEAST_MULTIPLIER, Geometry, Threat
 
 __all__ = ["LinfBall"]
 
@@ -47,11 +48,10 @@ class LinfBall(Threat):
         return replace(self, smoothing=self.smoothing * factor, bandwidth=bandwidth)
 
     def tau(self, grad: Tensor) -> Tensor:
-        """The bandwidth of each point (n, 1)."""
+        """The bandwidth of each point (n, 1); a relative one is zero where the gradient is."""
         if self.bandwidth is not None:
             return torch.full_like(grad[:, :1], self.bandwidth)
-        rms = grad.square().mean(dim=1, keepdim=True).sqrt()
-        return (self.smoothing * rms).clamp(min=TINY)
+        return row_norm(grad) * (self.smoothing / math.sqrt(grad.shape[1]))
 
     def project(self, x: Tensor, delta: Tensor) -> Tensor:
         low, high = self.bounds(x)
@@ -64,9 +64,14 @@ class LinfBall(Threat):
         return self.project(x, delta + size * grad.sign())
 
     def ascend(self, x: Tensor, delta: Tensor, grad: Tensor, size: Tensor) -> Tensor:
-        target = self.eps * grad / torch.hypot(grad, self.tau(grad))
+        tau = self.tau(grad)
         low, high = self.bounds(x)
+        target = torch.where(tau > 0, self._target(grad, tau), delta)
         return delta + size.clamp(max=1.0) * (target.clamp(low, high) - delta)
+
+    def _target(self, grad: Tensor, tau: Tensor) -> Tensor:
+        """The smoothed sign response ε g / sqrt(g² + τ²) (n, d), before the data range."""
+        return self.eps * (grad / torch.hypot(grad, tau))
 
     def merit(self, delta: Tensor, grad: Tensor) -> Tensor:
         height = (self.eps**2 - delta.square()).clamp(min=0.0).sqrt()
@@ -80,10 +85,13 @@ class LinfBall(Threat):
     def geometry(self, x: Tensor, delta: Tensor, grad: Tensor) -> Geometry:
         tau = self.tau(grad)
         low, high = self.bounds(x)
-        target = self.eps * grad / torch.hypot(grad, tau)
+        target = self._target(grad, tau)
         held = (target >= high) | (target <= low)
-        shift = torch.hypot(grad, tau) ** 3 / (self.eps * tau**2)
-        return Geometry(shift, (~held).to(delta), torch.zeros_like(delta))
+        length = torch.hypot(grad, tau)
+        shift = torch.where(tau > 0, length * (length / tau).square() / self.eps, 0.0)
+        # Λ is τ / ε at the least: where that is nothing the point stays, as on an L2 sphere
+        free = ~held & (tau > LEAST_MULTIPLIER * self.eps)
+        return Geometry(shift, free.to(delta), torch.zeros_like(delta))
 
     def _radius(self, x: Tensor) -> float:
         return self.eps * math.sqrt(x.shape[1])

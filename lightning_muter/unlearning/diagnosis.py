@@ -140,7 +140,7 @@ def request_warnings(
         found.append(f"the request's system ended {solution.status}: {solution.status.remedy}")
     if distance > UNFINISHED_LIMIT * update:
         found.append(
-            f"training stopped about {distance:.3g} from its optimum and the update is {update:.3g} "
+            f"training stopped about {distance:.3g} from its optimum, the update is {update:.3g} "
             "long: what is left of training is as large as what the request changes; give (more) "
             "newton_steps and a larger weight decay, or horizon='training'"
         )

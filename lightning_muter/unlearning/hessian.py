@@ -57,7 +57,8 @@ def total_hessian(
         A symmetric matrix (p, p), float64, on the batch's device.
 
     Raises:
-        ConfigurationError: the head is no linear layer, or the loss does not fit the outputs.
+        ConfigurationError: the head is no linear layer, the loss does not fit the outputs, or
+            inputs lie outside the threat's data range.
 
     Example:
         >>> import torch
@@ -67,6 +68,7 @@ def total_hessian(
         >>> total_hessian(model, batch, L2Ball(eps=0.1), head="0", loss="logistic").shape
         torch.Size([3, 3])
     """
+    threat.check_inputs(batch[0])
     view = view_of(module, loss, head, parameters, space)
     resolved = resolve_response(response, inverse, neumann_order, sketch)
     problem = PointProblem("muter", threat, resolved, weight_decay)

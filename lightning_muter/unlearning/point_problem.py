@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from lightning_muter.adversary.maximiser import InnerMaximum, maximise
+from lightning_muter.adversary.maximiser import InnerMaximum, InputGradient, inspect, maximise
 from lightning_muter.adversary.mixture import Mixture, mix
 from lightning_muter.curvature.dense import DenseCurvature
 from lightning_muter.curvature.point import PointCurvature
@@ -49,28 +49,20 @@ class PointProblem:
 
     def perturb(self, view: ModelView, batch: Batch, start: Tensor | None = None) -> InnerMaximum:
         """δ* of the points at the module's parameters, found from ``start`` (n, d)."""
-        found = []
+        found, link = [], view.loss.link
         for first in range(0, len(batch), _ASCENT):
             some = slice(first, first + _ASCENT)
-            part = batch.part(some)
-            flat = _flat(part.x)
-
-            def input_gradient(
-                points: Tensor, which: Tensor, part: Batch = part
-            ) -> tuple[Tensor, Tensor]:
-                shaped = points.reshape(len(points), *part.x.shape[1:]).to(part.x)
-                return view.input_gradient(shaped, part.targets[which])
-
-            at = None if start is None else start[some]
-            found.append(maximise(input_gradient, flat, self.threat, self.max_iter, at, view.dtype))
+            part, at = batch.part(some), None if start is None else start[some]
+            ascent, flat = _ascent(view, part), _flat(part.x)
+            found.append(
+                maximise(ascent, flat, self.threat, self.max_iter, at, view.dtype, link=link)
+            )
         return InnerMaximum.cat(found)
 
     def given(self, view: ModelView, batch: Batch, delta: Tensor) -> InnerMaximum:
         """Perturbations (n, ...) of the caller's own, with the evidence of how stationary."""
-        x, flat, delta = batch.x, _flat(batch.x), _flat(delta)
-        perturbed = (flat + delta).reshape(x.shape).to(x)
-        losses, grad = view.input_gradient(perturbed, batch.targets)
-        return InnerMaximum(delta, grad, losses, self.threat.stationarity(flat, delta, grad))
+        ascent, link = _ascent(view, batch), view.loss.link
+        return inspect(ascent, _flat(batch.x), self.threat, _flat(delta), link)
 
     def chunks(
         self, view: ModelView, batch: Batch, inner: InnerMaximum | None = None
@@ -176,6 +168,16 @@ class PointProblem:
         points = gradient.new_tensor(float(n))
         loss, weight = (weights * losses).sum(), weights.sum()
         return Sums(gradient, loss, weight, points, stationary, active, usable.double().sum())
+
+
+def _ascent(view: ModelView, batch: Batch) -> InputGradient:
+    """What the adversary ascends at flat float64 versions of the points."""
+
+    def ascent(points: Tensor, which: Tensor) -> tuple[Tensor, Tensor]:
+        shaped = points.reshape(len(points), *batch.x.shape[1:]).to(batch.x)
+        return view.ascent(shaped, batch.targets[which])
+
+    return ascent
 
 
 def _flat(x: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_muter import AdversarialTraining, ConfigurationError, L2Ball, LinfBall
-from lightning_muter.lightning.adversarial_training import projected_gradient_ascent
+from lightning_muter.adversary.ascent import projected_gradient_ascent
 from lightning_muter.objectives.losses import resolve_loss
 
 
