@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import types
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -19,7 +19,11 @@ from tqdm.auto import tqdm
 from lightning_muter.errors import ConfigurationError
 from lightning_muter.lightning.adversarial_training import AdversarialTraining, Attack
 from lightning_muter.lightning.data import TrainingPoints
-from lightning_muter.memory.memory import UnlearningMemory, digest, size_estimate
+from lightning_muter.lightning.keeper import MemoryKeeper
+from lightning_muter.lightning.process_group import process_group
+from lightning_muter.lightning.unlearn import unlearn
+from lightning_muter.memory.memory import UnlearningMemory, size_estimate
+from lightning_muter.memory.points import digest
 from lightning_muter.models import Derivatives
 from lightning_muter.objectives.losses import LossFunction
 from lightning_muter.spec import Settings
@@ -29,7 +33,7 @@ from lightning_muter.unlearning.methods import METHODS
 from lightning_muter.unlearning.objective import RobustObjective, newton
 from lightning_muter.unlearning.stage_one import build_memories
 
-__all__ = ["MODEL_FILE", "MUterCallback", "reducer"]
+__all__ = ["MODEL_FILE", "MUterCallback"]
 
 #: the checkpoint of the model at ω*, beside the memory
 MODEL_FILE = "model.ckpt"
@@ -39,7 +43,7 @@ _MEMORY_LIMIT = 60_000
 _UNFINISHED = 0.1
 
 
-class MUterCallback(AdversarialTraining):
+class MUterCallback(MemoryKeeper, AdversarialTraining):
     """Finetunes a head adversarially and builds the unlearning memory when training ends.
 
     Freezes everything but ``head`` (or ``parameters``) while it trains, with the frozen part in
@@ -147,8 +151,6 @@ class MUterCallback(AdversarialTraining):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if not hasattr(trainer, "unlearn"):
-            from lightning_muter.lightning.trainer import unlearn
-
             trainer.unlearn = types.MethodType(unlearn, trainer)  # type: ignore[attr-defined]
         if stage != "fit":
             return
@@ -253,7 +255,7 @@ class MUterCallback(AdversarialTraining):
         batches = self._batches(trainer, points, range(len(points)))
         digests = self._digests(trainer, points, key)
         (memory,) = build_memories(
-            pl_module, [settings], batches, digests, key, reducer(trainer), self.initial
+            pl_module, [settings], batches, digests, key, process_group(trainer).sum, self.initial
         )
         self._refuse_broken(memory)
         self._report_memory(memory)
@@ -274,7 +276,7 @@ class MUterCallback(AdversarialTraining):
         def batches() -> Iterator[tuple[Tensor, Tensor]]:
             return self._batches(trainer, points, range(len(points)))
 
-        return RobustObjective(derivatives, settings.recipe(), batches, reducer(trainer))
+        return RobustObjective(derivatives, settings.recipe(), batches, process_group(trainer).sum)
 
     def _batches(
         self, trainer: pl.Trainer, points: TrainingPoints, indices: Sequence[int]
@@ -326,7 +328,7 @@ class MUterCallback(AdversarialTraining):
         for i in range(trainer.global_rank, len(points), trainer.world_size):
             x, target = points.batch([i])
             rows[i] = torch.tensor(list(digest(key, x[0], target[0])), dtype=torch.float32)
-        total: Tensor = reducer(trainer)(rows.to(trainer.strategy.root_device))
+        total: Tensor = process_group(trainer).sum(rows.to(trainer.strategy.root_device))
         return total.cpu().to(torch.uint8)
 
     def _report_memory(self, memory: UnlearningMemory) -> None:
@@ -360,18 +362,6 @@ class MUterCallback(AdversarialTraining):
         """Write the memory to ``memory_dir``, where there is one."""
         if self.memory is not None and self.memory_dir is not None:
             self.memory.save(self.memory_dir)
-
-
-def reducer(trainer: pl.Trainer) -> Callable[[Tensor], Tensor]:
-    """A function that sums a tensor over the processes of a trainer."""
-    if trainer.world_size == 1:
-        return lambda tensor: tensor
-
-    def total(tensor: Tensor) -> Tensor:
-        summed: Tensor = trainer.strategy.reduce(tensor, reduce_op="sum")
-        return summed
-
-    return total
 
 
 def _points(trainer: pl.Trainer) -> TrainingPoints:

@@ -13,7 +13,8 @@ from lightning_muter.adversary.maximiser import InnerMaximum
 from lightning_muter.errors import ConfigurationError
 from lightning_muter.linalg.cg import conjugate_gradients
 from lightning_muter.linalg.cholesky import direct
-from lightning_muter.memory.memory import UnlearningMemory, fingerprint
+from lightning_muter.memory.fingerprint import fingerprint
+from lightning_muter.memory.memory import UnlearningMemory
 from lightning_muter.models.base import AddBlock, measuring
 from lightning_muter.spec import Settings
 from lightning_muter.threats import Threat
