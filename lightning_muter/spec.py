@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from torch import nn
 
-from lightning_muter.errors import ConfigurationError
+from lightning_muter.errors import ConfigurationError, MemoryFormatError
+from lightning_muter.identity import fingerprint_of, identify, import_path
 from lightning_muter.models import ModelView, view_of
-from lightning_muter.objectives.losses import LOSSES, LossFunction, resolve_loss
+from lightning_muter.objectives.losses import LOSSES, LossFunction, PointLoss, resolve_loss
 from lightning_muter.responses import resolve_response
 from lightning_muter.threats import L2Ball, LinfBall, Threat
 from lightning_muter.unlearning.methods import resolve_method
@@ -19,6 +22,10 @@ __all__ = ["Settings"]
 
 _THREATS: dict[str, type[Threat]] = {"L2Ball": L2Ball, "LinfBall": LinfBall}
 _SOLVERS = ("auto", "direct", "schur")
+
+
+class _ByPath(ConfigurationError):
+    """A memory's loss or threat is the user's own."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,9 +76,10 @@ class Settings:
             )
         if self.solver not in _SOLVERS:
             raise ConfigurationError(f"solver={self.solver!r} is unknown; expected {_SOLVERS}")
-        if self.damping < 0 or self.weight_decay < 0:
+        if not (0 <= self.damping < math.inf and 0 <= self.weight_decay < math.inf):
             raise ConfigurationError(
-                f"damping={self.damping} and weight_decay={self.weight_decay} must be >= 0"
+                f"damping={self.damping} and weight_decay={self.weight_decay} must be finite and "
+                ">= 0"
             )
 
     def trained(self, weight_decay: float, horizon: float | None) -> Settings:
@@ -88,34 +96,83 @@ class Settings:
         return PointProblem(self.method, self.threat, response, self.weight_decay)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data for the manifest; a custom loss is kept by its name alone."""
-        data: dict[str, Any] = {
-            name: getattr(self, name) for name in self.__dataclass_fields__ if name != "threat"
-        }
-        data["loss"] = resolve_loss(self.loss).name
-        data["parameters"] = None if self.parameters is None else list(self.parameters)
-        data["threat"] = {"class": type(self.threat).__name__, **asdict(self.threat)}
-        if self.threat.data_range is not None:
-            data["threat"]["data_range"] = list(self.threat.data_range)
+        """Plain data for the manifest.
+
+        The package's own losses and threats by name; the user's own by import path and a
+        fingerprint of their code.
+        """
+        data = {one.name: _plain(getattr(self, one.name)) for one in fields(self)}
+        data["loss"] = _loss_identity(self.loss)
+        data["threat"] = _threat_identity(self.threat)
         return data
 
     @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> Settings:
-        """Settings from a manifest.
+    def from_dict(cls, data: Mapping[str, Any]) -> Settings:
+        """Settings from a manifest; no class or function is looked up by what the file says.
 
         Raises:
-            ConfigurationError: the threat or loss is the user's own and cannot be rebuilt from
-                its name; put the MUterCallback that made the memory into the trainer.
+            ConfigurationError: the threat or loss is the user's own, which no name rebuilds; put
+                the MUterCallback that made the memory into the trainer.
+            MemoryFormatError: the data are no settings.
         """
-        data = dict(data)
-        threat = dict(data["threat"])
-        name = threat.pop("class")
-        if name not in _THREATS or data["loss"] not in LOSSES:
-            raise ConfigurationError(
-                f"threat {name!r} or loss {data['loss']!r} cannot be rebuilt from its name: give "
-                "the trainer the MUterCallback that built this memory"
-            )
-        data["threat"] = _THREATS[name](**threat)
-        if data["parameters"] is not None:
-            data["parameters"] = tuple(data["parameters"])
-        return cls(**data)
+        try:
+            threat, loss = dict(data["threat"]), dict(data["loss"])
+            if users := [one["path"] for one in (threat, loss) if "path" in one]:
+                raise _ByPath(
+                    f"{' and '.join(map(str, users))}: no class or function of this package, and "
+                    "a file's word is not enough to run one: give the trainer the MUterCallback "
+                    "that built this memory"
+                )
+            values = {**data, "threat": _THREATS[threat.pop("own")](**threat), "loss": loss["own"]}
+            if values["parameters"] is not None:
+                values["parameters"] = tuple(values["parameters"])
+            found = cls(**values)
+            if found.to_dict() != dict(data):
+                raise ValueError(f"{dict(data)} reads back as {found.to_dict()}")
+        except _ByPath:
+            raise
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise MemoryFormatError(
+                f"the memory's settings cannot be read ({type(error).__name__}: {error}): restore "
+                "a backup, or rebuild the memory"
+            ) from error
+        return found
+
+    def differences(self, saved: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+        """Where these settings are not those of a manifest: field -> (the memory's, these).
+
+        ``solver`` says how a system is solved, not which one, and may differ.
+        """
+        given = self.to_dict()
+        names = (given.keys() | saved.keys()) - {"solver"}
+        pairs = {name: (saved.get(name), given.get(name)) for name in sorted(names)}
+        return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
+
+
+def _loss_identity(loss: str | LossFunction | PointLoss) -> dict[str, Any]:
+    if isinstance(loss, str):
+        return {"own": loss}
+    own = [name for name, one in LOSSES.items() if one is loss]
+    return {"own": own[0]} if own else {**identify(loss)}
+
+
+def _threat_identity(threat: Threat) -> dict[str, Any]:
+    kind = type(threat)
+    values = {**vars(threat)}
+    plain = {name: _plain(values[name]) for name in sorted(values)}
+    if _THREATS.get(kind.__name__) is kind:
+        return {"own": kind.__name__, **plain}
+    return {**identify(kind), "fields": plain}
+
+
+def _plain(value: Any) -> Any:
+    """A setting as JSON keeps it; what JSON cannot keep, by what it is."""
+    if value is None or isinstance(value, (bool, str)):
+        return value
+    if isinstance(value, (list, tuple)):
+        return [_plain(one) for one in value]
+    if isinstance(value, int):
+        return int(value)
+    if isinstance(value, float) and not math.isnan(value):
+        return float(value)
+    return {"is": import_path(type(value)), "fingerprint": fingerprint_of(value)}

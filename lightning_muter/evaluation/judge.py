@@ -22,7 +22,7 @@ from lightning_muter.memory.memory import UnlearningMemory
 from lightning_muter.models import ModelView, measuring
 from lightning_muter.objectives.losses import PointLoss
 from lightning_muter.threats import Threat
-from lightning_muter.unlearning.corrector import strong_convexity_bound
+from lightning_muter.unlearning.bound import strong_convexity_bound
 from lightning_muter.unlearning.objective import RobustObjective
 
 __all__ = [

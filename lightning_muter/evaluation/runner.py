@@ -31,7 +31,8 @@ from lightning_muter.evaluation.run_folder import claim
 from lightning_muter.lightning.callback import MUterCallback
 from lightning_muter.lightning.data import RemovalDataModule, training_points
 from lightning_muter.lightning.trainer import Trainer
-from lightning_muter.memory.memory import UnlearningMemory, digest
+from lightning_muter.memory.memory import UnlearningMemory
+from lightning_muter.memory.points import digest
 from lightning_muter.models import measuring
 from lightning_muter.spec import Settings
 from lightning_muter.unlearning.objective import RobustObjective

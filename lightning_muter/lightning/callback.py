@@ -20,10 +20,13 @@ from lightning_muter.adversary.attack_library import Attack
 from lightning_muter.errors import ConfigurationError
 from lightning_muter.lightning.adversarial_training import AdversarialTraining
 from lightning_muter.lightning.data import TrainingPoints
-from lightning_muter.memory.memory import UnlearningMemory, digest, size_estimate
+from lightning_muter.lightning.keeper import MemoryKeeper
+from lightning_muter.lightning.process_group import process_group
+from lightning_muter.lightning.unlearn import unlearn
+from lightning_muter.memory.memory import UnlearningMemory, size_estimate
+from lightning_muter.memory.points import digest
 from lightning_muter.models import ModelView
 from lightning_muter.objectives.losses import LossFunction
-from lightning_muter.parallel import Group
 from lightning_muter.spec import Settings
 from lightning_muter.threats import Threat
 from lightning_muter.unlearning.flow import flow_rate
@@ -32,7 +35,7 @@ from lightning_muter.unlearning.objective import RobustObjective, newton
 from lightning_muter.unlearning.points import Batch
 from lightning_muter.unlearning.stage_one import build_memories
 
-__all__ = ["MODEL_FILE", "MUterCallback", "process_group"]
+__all__ = ["MODEL_FILE", "MUterCallback"]
 
 #: the checkpoint of the model at ω*, beside the memory
 MODEL_FILE = "model.ckpt"
@@ -40,7 +43,7 @@ MODEL_FILE = "model.ckpt"
 _MEMORY_LIMIT = 60_000
 
 
-class MUterCallback(AdversarialTraining):
+class MUterCallback(MemoryKeeper, AdversarialTraining):
     """Finetunes a head adversarially and builds the unlearning memory when training ends.
 
     Freezes everything but ``head`` (or ``parameters``) while it trains, with the frozen part in
@@ -148,8 +151,6 @@ class MUterCallback(AdversarialTraining):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if not hasattr(trainer, "unlearn"):
-            from lightning_muter.lightning.trainer import unlearn
-
             trainer.unlearn = types.MethodType(unlearn, trainer)  # type: ignore[attr-defined]
         if stage != "fit":
             return
@@ -352,18 +353,6 @@ class MUterCallback(AdversarialTraining):
         """Write the memory to ``memory_dir``, where there is one."""
         if self.memory is not None and self.memory_dir is not None:
             self.memory.save(self.memory_dir)
-
-
-def process_group(trainer: pl.Trainer) -> Group:
-    """The processes of a trainer."""
-    if trainer.world_size == 1:
-        return Group()
-
-    def total(tensor: Tensor) -> Tensor:
-        summed: Tensor = trainer.strategy.reduce(tensor, reduce_op="sum")
-        return summed
-
-    return Group(trainer.global_rank, trainer.world_size, total)
 
 
 def _points(trainer: pl.Trainer) -> TrainingPoints:

@@ -53,19 +53,47 @@ class CLITrainer(Trainer):
         source = folder / MODEL_FILE if ckpt_path is None else Path(ckpt_path)
         if not source.is_file():
             raise ConfigurationError(f"there is no checkpoint {source}: say --ckpt_path")
+        target = folder / "unlearned.ckpt" if output is None else Path(output)
+        _check_target(target)
         checkpoint = torch.load(source, map_location="cpu", weights_only=True)
-        model.load_state_dict(checkpoint["state_dict"])
+        model.load_state_dict(checkpoint["state_dict"], assign=True)  # in training's precision
         removals = RemovalDataModule(datamodule, indices, batch_size)
         result = super().unlearn(removals, model=model, memory=memory, noise_std=noise_std)
-        for name, value in result.to_dict().items():
-            print(f"{name}: {value}")
-        checkpoint["state_dict"] = model.state_dict()
-        target = folder / "unlearned.ckpt" if output is None else Path(output)
-        partial = target.with_suffix(target.suffix + ".new")
+        if self.is_global_zero:
+            _report(result)
+            checkpoint["state_dict"] = model.state_dict()
+            _write(checkpoint, target)
+        return result
+
+
+def _check_target(target: Path) -> None:
+    """Refuse a place that cannot be written, before the points are forgotten."""
+    folder = target.parent
+    if target.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise ConfigurationError(
+            f"the unlearned model cannot be saved as {target}: say --output with a file in a "
+            "folder that exists and can be written"
+        )
+
+
+def _report(result: UnlearningResult) -> None:
+    numbers = result.to_dict()
+    numbers.pop("warnings")
+    for name, value in numbers.items():
+        print(f"{name}: {value}")
+    for message in result.warnings:
+        print(f"warning: {message}")
+
+
+def _write(checkpoint: dict[str, Any], target: Path) -> None:
+    partial = target.with_suffix(target.suffix + ".new")
+    try:
         torch.save(checkpoint, partial)
         os.replace(partial, target)
-        print(f"saved: {target}")
-        return result
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    print(f"saved: {target}")
 
 
 class MUterCLI(LightningCLI):

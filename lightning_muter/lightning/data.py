@@ -19,6 +19,7 @@ from torch.utils.data import (
 )
 
 from lightning_muter.errors import ConfigurationError, RemovalError
+from lightning_muter.memory.points import integer, training_indices
 from lightning_muter.unlearning.points import Batch, unweighted
 
 __all__ = ["RemovalDataModule", "TrainingPoints", "training_points"]
@@ -138,7 +139,8 @@ class RemovalDataModule(pl.LightningDataModule):
         batch_size: points a request; 1 forgets one after the other, None all at once.
 
     Raises:
-        RemovalError: no index, or one outside the data set (when the data is set up).
+        RemovalError: no index, one that is no integer, or one outside the data set (when the data
+            is set up).
 
     Example:
         >>> import torch
@@ -156,12 +158,13 @@ class RemovalDataModule(pl.LightningDataModule):
     ) -> None:
         super().__init__()
         self.source = datamodule_or_dataset
-        self.indices = [int(i) for i in indices]
+        self.indices = training_indices(indices)
         if not self.indices:
             raise RemovalError("indices=[] is an empty request: name at least one training index")
-        if batch_size is not None and batch_size < 1:
-            raise RemovalError(f"batch_size={batch_size} must be at least 1, or None for all")
-        self.batch_size = batch_size or len(self.indices)
+        size = len(self.indices) if batch_size is None else integer(batch_size)
+        if size is None or size < 1:
+            raise RemovalError(f"batch_size={batch_size!r} must be at least 1, or None for all")
+        self.batch_size = size
 
     def training_points(self) -> TrainingPoints:
         """The whole training set behind the request."""

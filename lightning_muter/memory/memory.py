@@ -2,66 +2,38 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
-import platform
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_muter.curvature.dense import DenseCurvature
-from lightning_muter.errors import (
-    ConfigurationError,
-    MemoryFormatError,
-    RemovalError,
-    StateError,
-)
+from lightning_muter.errors import ConfigurationError, MemoryFormatError, StateError
+from lightning_muter.memory import points
+from lightning_muter.memory.fingerprint import fingerprint
+from lightning_muter.memory.store import Content, TensorSpec, read, write
 from lightning_muter.models import ModelView
 from lightning_muter.spec import Settings
 
-__all__ = ["FORMAT_VERSION", "Start", "UnlearningMemory", "digest", "fingerprint", "size_estimate"]
+__all__ = ["Start", "UnlearningMemory", "size_estimate"]
 
-FORMAT_VERSION = 3
-#: tensors that every memory has
-_TENSORS = (
-    "omega_star",
-    "omega",
-    "gradient",
-    "residual_gradient",
-    "digests",
-    "removed",
-    "weights",
-)
-
-
-def digest(key: bytes, x: Tensor, target: Tensor) -> bytes:
-    """A keyed 16-byte digest of one training point, by its bits."""
-    state = hashlib.blake2b(key=key, digest_size=16)
-    for tensor in (x, target):
-        value = tensor.detach().cpu().contiguous()
-        state.update(f"{value.dtype}{tuple(value.shape)}".encode())
-        state.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
-    return state.digest()
-
-
-def fingerprint(module: nn.Module, trained: list[str]) -> str:
-    """A digest of the module's names, shapes and frozen values; the trained ones' values left out.
-
-    State of metrics and of other callbacks is no part of a ``state_dict`` and so none of this.
-    """
-    state = hashlib.blake2b(digest_size=16)
-    for name, value in sorted(module.state_dict().items()):
-        name = name.replace("_orig_mod.", "")
-        state.update(f"{name}{value.dtype}{tuple(value.shape)}".encode())
-        if name not in trained:
-            data = value.detach().cpu().contiguous().reshape(-1)
-            state.update(data.view(torch.uint8).numpy().tobytes())
-    return state.hexdigest()
+_VECTOR = TensorSpec(torch.float64, ("p",))
+_TENSORS = {
+    "omega_star": _VECTOR,
+    "omega": _VECTOR,
+    "matrix": TensorSpec(torch.float64, ("p", "p"), optional=True),
+    "gradient": _VECTOR,
+    "residual_gradient": _VECTOR,
+    "digests": TensorSpec(torch.uint8, ("n", str(points.DIGEST_BYTES))),
+    "removed": TensorSpec(torch.bool, ("n",)),
+    "weights": TensorSpec(torch.float64, ("n",)),
+    "initial": replace(_VECTOR, optional=True),
+    "retraced": replace(_VECTOR, optional=True),
+}
+_OPTIONAL = [name for name, spec in _TENSORS.items() if spec.optional]
 
 
 def size_estimate(p: int) -> str:
@@ -85,21 +57,17 @@ class Start:
     initial: Tensor
     retraced: Tensor
 
-    def to(self, device: torch.device | str) -> Start:
-        """The same on another device."""
-        return Start(self.initial.to(device), self.retraced.to(device))
 
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class UnlearningMemory:
     """ω* (p,), M_r (p, p), G_r (p,), the current ω^u, the ledger and the points' digests.
 
     Immutable: `forget` returns the memory after a request, so that a failure changes nothing.
     ``curvature`` is None for the methods that keep none, ``start`` where there is no horizon.
-    ``weights`` (n,) is how much each point counted in training, 0 for one that it never saw;
-    ``warnings`` say in words what is in doubt.
+    ``weights`` (n,) is how much each point counted in training, 0 for one that it never saw.
 
-    All tensors are float64 but ``digests`` (n, 16) uint8 and ``removed`` (n,) bool.
+    All tensors are float64 but ``digests`` (n, 16) uint8 and ``removed`` (n,) bool. ``warnings``
+    says what was found wrong when the memory was built; every result repeats it.
 
     Source: the paper's Algorithm 1 and Corollary 1 (ω* stays the expansion point).
     """
@@ -120,6 +88,13 @@ class UnlearningMemory:
     ledger: tuple[dict[str, Any], ...] = ()
     warnings: tuple[str, ...] = ()
 
+    def __repr__(self) -> str:
+        return (
+            f"UnlearningMemory(method={self.settings.method!r}, n={self.n}, p={self.p}, "
+            f"requests={len(self.ledger)}, forgotten={int(self.removed.sum())}, "
+            f"warnings={len(self.warnings)})"
+        )
+
     @property
     def n(self) -> int:
         """How many points the model was trained on."""
@@ -133,17 +108,31 @@ class UnlearningMemory:
     @property
     def remaining(self) -> list[int]:
         """The indices that were trained on and have not been forgotten."""
-        return torch.nonzero(~self.removed & (self.weights > 0)).flatten().tolist()
+        indices: list[int] = torch.nonzero(~self.removed & (self.weights > 0)).flatten().tolist()
+        return indices
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor that the memory has, by its name in a file."""
+        found = {name: getattr(self, name) for name in _TENSORS if name not in _OPTIONAL}
+        if self.curvature is not None:
+            found["matrix"] = self.curvature.matrix
+        if self.start is not None:
+            found |= {"initial": self.start.initial, "retraced": self.start.retraced}
+        return found
+
+    def with_tensors(self, tensors: Mapping[str, Tensor]) -> UnlearningMemory:
+        """The memory with other tensors in the place of its own."""
+        return replace(self, **_fields(tensors))
 
     def to(self, device: torch.device | str) -> UnlearningMemory:
         """The memory on another device."""
-        moved = {name: getattr(self, name).to(device) for name in _TENSORS}
-        return replace(
-            self,
-            **moved,
-            curvature=None if self.curvature is None else self.curvature.to(device),
-            start=None if self.start is None else self.start.to(device),
-        )
+        return self.with_tensors({name: one.to(device) for name, one in self.tensors().items()})
+
+    def placed_like(self, other: UnlearningMemory) -> UnlearningMemory:
+        """The memory with each tensor on the device where ``other`` keeps it."""
+        places = other.tensors()
+        moved = {name: one.to(places[name].device) for name, one in self.tensors().items()}
+        return self.with_tensors(moved)
 
     def forget(
         self,
@@ -192,31 +181,8 @@ class UnlearningMemory:
         Raises:
             RemovalError: with the offending values; nothing was changed.
         """
-        if not indices:
-            raise RemovalError("the request is empty: name at least one training index to forget")
-        outside = [i for i in indices if not 0 <= i < self.n]
-        if outside:
-            raise RemovalError(
-                f"indices {outside} are out of range: the memory was built on {self.n} points, "
-                f"0 to {self.n - 1}"
-            )
-        twice = sorted({i for i in indices if indices.count(i) > 1})
-        if twice:
-            raise RemovalError(f"indices {twice} occur twice in the request: name each once")
-        unseen = [i for i in indices if not float(self.weights[i]) > 0]
-        if unseen:
-            raise RemovalError(
-                f"indices {unseen} were never trained on: the training sampler left them out, so "
-                "there is nothing of them to forget; leave them out of the request"
-            )
-        gone = [i for i in indices if bool(self.removed[i])]
-        if gone:
-            raise RemovalError(f"indices {gone} were forgotten already: leave them out")
-        if len(indices) >= len(self.remaining):
-            raise RemovalError(
-                f"the request would forget all {len(indices)} remaining points: there is no model "
-                "of no data; delete the model instead"
-            )
+        points.check_range(indices, self.n)
+        points.check_free(indices, self.removed, self.weights)
 
     def check_content(self, indices: list[int], x: Tensor, targets: Tensor) -> None:
         """Refuse a point that is not the one the memory was built on, and one with NaN.
@@ -224,18 +190,11 @@ class UnlearningMemory:
         Raises:
             RemovalError: with the offending indices.
         """
-        if x.is_floating_point() and not bool(torch.isfinite(x).all()):
-            raise RemovalError("the removal batch has NaN or infinite inputs: mend the data set")
-        changed = [
-            i
-            for i, point, target in zip(indices, x, targets, strict=True)
-            if digest(self.key, point, target) != bytes(self.digests[i].tolist())
-        ]
-        if changed:
-            raise RemovalError(
-                f"points {changed} are not what the memory was built on: the data set changed, or "
-                "the points pass through a random transform; give the points as they were trained"
-            )
+        points.check_content(self.key, self.digests, indices, x, targets)
+
+    def changed(self, indices: list[int], x: Tensor, targets: Tensor) -> list[int]:
+        """Those of ``indices`` whose content is not what the memory was built on."""
+        return points.changed(self.key, self.digests, indices, x, targets)
 
     def find(self, x: Tensor, targets: Tensor) -> list[int]:
         """The indices of points given by content.
@@ -243,22 +202,7 @@ class UnlearningMemory:
         Raises:
             RemovalError: a point was never trained on, or is gone already.
         """
-        by_digest: dict[bytes, list[int]] = {}
-        for i, row in enumerate(self.digests.tolist()):
-            by_digest.setdefault(bytes(row), []).append(i)
-        found: list[int] = []
-        for position, (point, target) in enumerate(zip(x, targets, strict=True)):
-            known = by_digest.get(digest(self.key, point, target), [])
-            if not known:
-                raise RemovalError(
-                    f"point {position} of the batch was never trained on: no training point has "
-                    "its content (same values, dtype and shape)"
-                )
-            free = [i for i in known if not bool(self.removed[i]) and i not in found]
-            if not free:
-                raise RemovalError(f"point {position} of the batch was forgotten already: {known}")
-            found.append(free[0])
-        return found
+        return points.find(self.key, self.digests, self.removed, self.weights, x, targets)
 
     def check_model(self, view: ModelView) -> None:
         """Refuse a module that is not the memory's: architecture, frozen weights, head.
@@ -273,8 +217,9 @@ class UnlearningMemory:
             )
         if fingerprint(view.module, view.names) != self.fingerprint:
             raise StateError(
-                "the model's architecture or frozen weights are not the memory's: load the "
-                "checkpoint that was saved when the memory was built"
+                "the model's architecture, precision or frozen weights are not the memory's (it "
+                f"computes in {view.dtype}): load the checkpoint that was saved when the "
+                "memory was built, in the precision of training"
             )
         now = view.get().to(self.omega.device)
         expected = [w.to(view.dtype).double() for w in (self.omega, self.omega_star)]
@@ -292,121 +237,83 @@ class UnlearningMemory:
 
         A reader sees the state before or the state after, never one in between.
         """
-        folder = Path(directory)
-        folder.mkdir(parents=True, exist_ok=True)
-        name = f"state-{len(self.ledger):06d}-{os.urandom(4).hex()}.safetensors"
-        tensors = {key: getattr(self, key).detach().cpu() for key in _TENSORS}
-        if self.curvature is not None:
-            tensors["matrix"] = self.curvature.matrix.detach().cpu()
-        if self.start is not None:
-            tensors["initial"] = self.start.initial.cpu()
-            tensors["retraced"] = self.start.retraced.cpu()
-        tensors["omega"] = tensors["omega"].clone()  # it may share ω*'s memory
-        tensors["removed"] = tensors["removed"].to(torch.uint8)
-        save_file(tensors, folder / name)
-        ledger = "".join(json.dumps(entry) + "\n" for entry in self.ledger)
-        manifest = {
-            "format_version": FORMAT_VERSION,
-            "p": self.p,
-            "n": self.n,
-            "state": name,
-            "state_blake2b": _file_digest(folder / name),
-            "ledger_lines": len(self.ledger),
-            "key": self.key.hex(),
-            "model_fingerprint": self.fingerprint,
-            "data_fingerprint": self._data_fingerprint(),
-            "settings": self.settings.to_dict(),
-            "summary": self.summary,
-            "warnings": list(self.warnings),
-            "versions": {"python": platform.python_version(), "torch": torch.__version__},
-        }
-        _replace(folder / "ledger.jsonl", ledger)
-        _replace(folder / "manifest.json", json.dumps(manifest, indent=2) + "\n")
-        for old in folder.glob("state-*.safetensors"):
-            if old.name != name:
-                old.unlink()
-
-    def _data_fingerprint(self) -> str:
-        return hashlib.blake2b(self.digests.cpu().numpy().tobytes(), digest_size=16).hexdigest()
+        tensors: dict[str, Tensor] = {}
+        places: set[int] = set()
+        for name, tensor in self.tensors().items():
+            value = tensor.detach().cpu().contiguous()
+            shared = value.data_ptr() in places  # ω may be ω*: a file keeps two of them
+            tensors[name] = value.clone() if shared else value
+            places.add(value.data_ptr())
+        content = Content(
+            tensors=tensors,
+            ledger=self.ledger,
+            settings=self.settings.to_dict(),
+            key=self.key,
+            fingerprint=self.fingerprint,
+            summary=self.summary,
+            warnings=self.warnings,
+            sizes={"p": self.p, "n": self.n},
+        )
+        write(directory, content)
 
     @classmethod
     def load(
         cls, directory: str | os.PathLike[str], settings: Settings | None = None
     ) -> UnlearningMemory:
-        """Read a memory; nothing is unpickled.
+        """Read a memory and check every field; nothing is unpickled, imported or run.
 
         Args:
             directory: the folder that `save` wrote.
-            settings: needed where the threat or the loss is the user's own class or function.
+            settings: needed where the threat or the loss is the user's own class or function;
+                every field must be the memory's, a λ of 0 and a horizon of None excepted, which
+                stand for training's own.
 
         Raises:
             MemoryFormatError: missing, truncated, altered or of another format version.
+            ConfigurationError: ``settings`` are not those of the memory.
         """
-        folder = Path(directory)
-        try:
-            manifest = json.loads((folder / "manifest.json").read_text())
-        except (OSError, ValueError) as error:
-            raise MemoryFormatError(
-                f"{folder} holds no readable manifest.json ({error}): give the folder that a "
-                "MUterCallback(memory_dir=...) wrote"
-            ) from error
-        version = manifest.get("format_version")
-        if version != FORMAT_VERSION:
-            raise MemoryFormatError(
-                f"format version {version} cannot be read, {FORMAT_VERSION} is expected: use the "
-                "lightning-muter release that wrote it, or rebuild the memory"
-            )
-        try:
-            path = folder / manifest["state"]
-            if _file_digest(path) != manifest["state_blake2b"]:
-                raise MemoryFormatError(f"{path} was truncated or altered: restore a backup")
-            tensors = load_file(path)
-            lines = (folder / "ledger.jsonl").read_text().splitlines()
-            ledger = [json.loads(line) for line in lines[: manifest["ledger_lines"]]]
-            saved = manifest["settings"]
-            if len(ledger) != manifest["ledger_lines"]:
-                raise MemoryFormatError(f"{folder}/ledger.jsonl was truncated: restore a backup")
-        except (OSError, KeyError, ValueError) as error:
-            raise MemoryFormatError(f"{folder} is damaged ({error}): restore a backup") from error
-        tensors["removed"] = tensors["removed"].bool()
-        if settings is None:
-            settings = Settings.from_dict(saved)
-        else:
-            settings = settings.trained(saved["weight_decay"], saved["horizon"])
-            _check_settings(settings, saved)
+        content = read(directory, _TENSORS)
         return cls(
-            settings=settings,
-            key=bytes.fromhex(manifest["key"]),
-            fingerprint=manifest["model_fingerprint"],
-            summary=manifest["summary"],
-            ledger=tuple(ledger),
-            warnings=tuple(manifest["warnings"]),
-            curvature=DenseCurvature(tensors["matrix"]) if "matrix" in tensors else None,
-            start=Start(tensors["initial"], tensors["retraced"]) if "initial" in tensors else None,
-            **{key: tensors[key] for key in _TENSORS},
+            settings=_settings(content.settings, settings),
+            key=content.key,
+            fingerprint=content.fingerprint,
+            summary=content.summary,
+            ledger=content.ledger,
+            warnings=content.warnings,
+            **_fields(content.tensors),
         )
 
 
-def _check_settings(settings: Settings, saved: dict[str, Any]) -> None:
-    given = json.loads(json.dumps(settings.to_dict()))
-    different = {k: (saved[k], given[k]) for k in saved if saved[k] != given.get(k)}
-    different.pop("solver", None)
+def _fields(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Tensors by their names in a file as fields of a memory."""
+    found: dict[str, Any] = {name: tensors[name] for name in _TENSORS if name not in _OPTIONAL}
+    matrix, initial = tensors.get("matrix"), tensors.get("initial")
+    found["curvature"] = None if matrix is None else DenseCurvature(matrix)
+    found["start"] = None if initial is None else Start(initial, tensors["retraced"])
+    return found
+
+
+def _settings(saved: dict[str, Any], given: Settings | None) -> Settings:
+    if given is None:
+        return Settings.from_dict(saved)
+    decay: Any = given.weight_decay or saved.get("weight_decay")
+    horizon = saved.get("horizon") if given.horizon is None else given.horizon
+    try:
+        trained = given.trained(decay, horizon)
+    except (TypeError, ValueError) as error:
+        raise MemoryFormatError(
+            f"the memory says weight_decay={decay!r} and horizon={horizon!r} ({error}): restore a "
+            "backup"
+        ) from error
+    different = trained.differences(saved)
     if different:
-        raise ConfigurationError(
-            f"the callback is not the one that built the memory: {different} (memory, callback); "
-            "use the memory's settings, or rebuild it"
+        said = "; ".join(
+            f"{name}: {before!r} (memory), {now!r} (callback)"
+            for name, (before, now) in different.items()
         )
-
-
-def _file_digest(path: Path) -> str:
-    state = hashlib.blake2b(digest_size=16)
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 22):
-            state.update(chunk)
-    return state.hexdigest()
-
-
-def _replace(path: Path, text: str) -> None:
-    temporary = path.with_suffix(path.suffix + ".new")
-    temporary.write_text(text)
-    os.replace(temporary, path)
+        raise ConfigurationError(
+            f"the callback is not the one that built the memory: {said}. Use the memory's "
+            "settings, with functions and classes whose code is as it was, in the same Python "
+            "version; or rebuild the memory"
+        )
+    return trained

@@ -44,7 +44,7 @@ class BlockSystem:
     def solve(self, rhs: Tensor, tol: float) -> Solution:
         """Δω (p,) by conjugate gradients, or minimum residuals where the system is indefinite."""
         p = len(rhs)
-        first, inner = self.group.offsets(rhs.new_tensor(sum(b.inner_size for b in self.parts)))
+        first, inner = self.group.offsets(sum(part.inner_size for part in self.parts))
         full = torch.cat([rhs, rhs.new_zeros(inner)])
 
         def operator(vector: Tensor) -> Tensor:

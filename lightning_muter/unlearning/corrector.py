@@ -1,12 +1,14 @@
-"""What the remaining data can still do after a request: corrector steps, and a bound."""
+"""Corrector steps: what the remaining data can still do after a request."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
-from lightning_muter.errors import StateError
+import torch
+
+from lightning_muter.errors import SolverError, StateError
 from lightning_muter.memory.memory import UnlearningMemory
-from lightning_muter.unlearning.methods import METHODS
 from lightning_muter.unlearning.objective import (
     HALVINGS,
     PAYS,
@@ -15,36 +17,52 @@ from lightning_muter.unlearning.objective import (
     line_search,
 )
 
-__all__ = ["Bound", "correct", "strong_convexity_bound"]
+__all__ = ["Correction", "correct"]
+
+#: a gradient this many roundings of F small cannot be lowered
+_ROUNDING = 1e4
 
 
 @dataclass(frozen=True)
-class Bound:
-    """An upper bound of ‖ω^u - ω_retrain‖ for the optimal Retrain, and what it rests on.
+class Correction:
+    """The memory at the corrected ω, with the objective before and after."""
 
-    ``value`` is None where none holds.
-    """
+    memory: UnlearningMemory
+    before: Evaluation
+    after: Evaluation
+    rounding: float
 
-    value: float | None
-    certificate: str
+    @property
+    def helped(self) -> bool:
+        """Whether the gradient fell, or had nothing left to fall by."""
+        at_rounding = self.before.residual <= self.rounding * max(1.0, abs(self.before.value))
+        return at_rounding or self.after.residual < self.before.residual
 
 
-def correct(
-    memory: UnlearningMemory, objective: RobustObjective, steps: int
-) -> tuple[UnlearningMemory, Evaluation]:
+def correct(memory: UnlearningMemory, objective: RobustObjective, steps: int) -> Correction:
     """ω ← ω - M_r^{-1} ∇F_{-S}(ω), ``steps`` times, δ* solved again at each; and where they end.
 
     M_r is the curvature at ω*: a step that leaves too much of the gradient has it renewed at the
     current ω, which is what points that matter need. A step that does not lower F_{-S} is halved,
     and where none does the correction ends. ``objective`` is over the remaining points; its
-    module is what moves. Source: ours (docs/theory.md).
+    module is what moves: the caller puts it back. Source: ours (docs/theory.md).
+
+    Raises:
+        SolverError: the gradient of the remaining points is not finite.
     """
     if memory.curvature is None:
         raise StateError(f"method={memory.settings.method!r} keeps no curvature to correct with")
     view, damping = objective.view, memory.settings.damping
     solver = memory.curvature.damped(damping).solver()
-    start, slow = objective.gradient(), False
+    before = start = objective.gradient()
+    slow = False
     for _ in range(steps):
+        if not math.isfinite(start.residual):
+            raise SolverError(
+                "the gradient of the remaining points is not finite: the request before the "
+                "corrector went too far, or a point has extreme values; nothing was changed; try "
+                "fewer points a request, damping, or no corrector"
+            )
         if slow:
             start, curvature = objective.curvature()
             curvature.add_identity(damping)
@@ -56,28 +74,5 @@ def correct(
             break
         slow = trial is None or trial.residual > PAYS * start.residual
         start = trial or start
-    return memory.at(view.get()), start
-
-
-def strong_convexity_bound(memory: UnlearningMemory, evaluation: Evaluation) -> Bound:
-    """‖∇F_{-S}(ω^u)‖ / (λ(n - m)), for a linear head and the exact inner maximum.
-
-    Source: ours (docs/theory.md); ``evaluation`` is of the remaining points at ω^u.
-    """
-    settings = memory.settings
-    strong = settings.weight_decay * float(memory.weights[memory.remaining].sum())
-    if settings.head is None:
-        return Bound(None, "no certificate: F is convex for a linear head only")
-    if strong == 0:
-        return Bound(None, "no certificate: without weight decay F is not strongly convex")
-    if settings.threat.temperature is not None:
-        return Bound(None, "no certificate: a mixed adversary's soft maximum need not be convex")
-    if settings.horizon is not None:
-        return Bound(None, "no certificate: a Retrain that stops early is not the optimum")
-    if METHODS[settings.method].points != "adversarial" or settings.space != "input":
-        return Bound(None, "no certificate: the method does not look at the robust objective")
-    return Bound(
-        evaluation.residual / strong,
-        "strong convexity, Retrain at its optimum, exact inner maximum assumed: "
-        f"{evaluation.stationary:.1%} of the remaining maximisers were stationary",
-    )
+    rounding = _ROUNDING * torch.finfo(view.dtype).eps
+    return Correction(memory.at(view.get()), before, start, rounding)

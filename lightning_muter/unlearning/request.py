@@ -45,13 +45,12 @@ def forget(
     indices: list[int],
     x: Tensor,
     targets: Tensor,
-    noise_std: float = 0.0,
     group: Group | None = None,
 ) -> Outcome:
     """Stages II and III on the points x (m, ...), at ω*; neither memory nor module is changed.
 
     Solves (M_r - Σ_S D_i) Δω = G_r + Σ_S (∇l_i + λω*) and returns the memory of the remaining
-    points with ω^u = ω* + Δω (+ N(0, σ²I)). The methods without a downdate solve with M_r. With a
+    points with ω^u = ω* + Δω. The methods without a downdate solve with M_r. With a
     horizon Δω is what a gradient flow of that length would have done otherwise without them.
 
     Args:
@@ -60,7 +59,6 @@ def forget(
         indices: which training points x and targets are.
         x: inputs (m, ...) on the module's device.
         targets: targets (m,).
-        noise_std: σ of Gaussian noise on ω^u.
         group: the processes that share the request; this one alone by default.
     """
     start = time.perf_counter()
@@ -88,8 +86,6 @@ def forget(
             damped = curvature.damped(memory.settings.damping)
             solution = _step(memory).solve(damped, rhs)
     omega = memory.omega_star + solution.value
-    if noise_std > 0:
-        omega = omega + noise_std * torch.randn_like(omega)
     entry = {
         "m": len(indices),
         "residual": solution.residual,

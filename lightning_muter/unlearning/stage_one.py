@@ -14,7 +14,8 @@ from lightning_muter.curvature.dense import DenseCurvature
 from lightning_muter.errors import ConfigurationError
 from lightning_muter.linalg.cg import conjugate_gradients
 from lightning_muter.linalg.solution import Solution
-from lightning_muter.memory.memory import Start, UnlearningMemory, fingerprint
+from lightning_muter.memory.fingerprint import fingerprint
+from lightning_muter.memory.memory import Start, UnlearningMemory
 from lightning_muter.models import ModelView, measuring
 from lightning_muter.parallel import Group
 from lightning_muter.spec import Settings

@@ -29,7 +29,7 @@ from lightning_muter import (
     adversarial_influence,
     total_hessian,
 )
-from lightning_muter.memory.memory import FORMAT_VERSION
+from lightning_muter.memory.store import FORMAT_VERSION
 
 
 def test_training_ends_stationary_with_a_summary() -> None:

@@ -1,0 +1,41 @@
+"""`MemoryKeeper`: where a trainer's callback keeps the memory of its last training."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import pytorch_lightning as pl
+from torch import Tensor
+
+from lightning_muter.memory.memory import UnlearningMemory
+from lightning_muter.spec import Settings
+
+__all__ = ["MemoryKeeper", "keeper_of"]
+
+
+class MemoryKeeper(pl.Callback):
+    """What a request needs of the callback that built the memory.
+
+    Attributes:
+        settings: how the memory was asked for.
+        weight_decay: the λ that was named, or None for training's own.
+        horizon: the horizon that was named.
+        memory: the current memory, None before the end of a fit.
+        memory_dir: the folder that is kept current with it.
+        initial: the ω (p,) that training started from.
+        batch_size: points a pass reads at once.
+    """
+
+    settings: Settings
+    weight_decay: float | None
+    horizon: float | Literal["training"] | None
+    memory: UnlearningMemory | None
+    memory_dir: str | None
+    initial: Tensor | None
+    batch_size: int
+
+
+def keeper_of(trainer: pl.Trainer) -> MemoryKeeper | None:
+    """The first of a trainer's callbacks that keeps a memory."""
+    callbacks: list[pl.Callback] = list(getattr(trainer, "callbacks", []))
+    return next((one for one in callbacks if isinstance(one, MemoryKeeper)), None)

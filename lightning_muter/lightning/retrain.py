@@ -1,0 +1,110 @@
+"""The comparison's rows "none" and "retrain" as requests: nothing, or training again."""
+
+from __future__ import annotations
+
+import copy
+import time
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch.utils.data import DataLoader, Subset
+
+from lightning_muter.errors import ConfigurationError, StateError
+from lightning_muter.lightning.commit import Destination
+from lightning_muter.lightning.data import RemovalDataModule, TrainingPoints
+from lightning_muter.lightning.keeper import MemoryKeeper
+from lightning_muter.linalg.solution import Status
+from lightning_muter.memory.memory import UnlearningMemory
+from lightning_muter.models import ModelView
+from lightning_muter.unlearning.result import UnlearningResult
+
+__all__ = ["serve_without_memory"]
+
+
+def serve_without_memory(
+    trainer: pl.Trainer,
+    keeper: MemoryKeeper | None,
+    removals: Any,
+    points: TrainingPoints | None,
+    view: ModelView,
+    memory: UnlearningMemory,
+    destination: Destination,
+) -> UnlearningResult:
+    """Serve a request with a method that keeps no curvature; a failure changes nothing.
+
+    Raises:
+        ConfigurationError: it needs a RemovalDataModule and the trainer's own callback.
+    """
+    method = memory.settings.method
+    if not isinstance(removals, RemovalDataModule) or keeper is None or points is None:
+        raise ConfigurationError(
+            f"method={method!r} needs a RemovalDataModule and the trainer's own MUterCallback"
+        )
+    start = time.perf_counter()
+    module = view.module
+    before, state = view.get(), copy.deepcopy(module.state_dict())
+    indices = list(removals.indices)
+    try:
+        if method == "retrain":
+            gone = set(indices)
+            rest = Subset(points.dataset, [i for i in memory.remaining if i not in gone])
+            _retrain(trainer, keeper, rest, points, view)
+        omega = view.get()
+        entry = {"m": len(indices), "status": method}
+        after = memory.forget(indices, None, torch.zeros_like(memory.omega), omega, entry)
+        write = destination.commit(after, view)
+    except BaseException:
+        module.load_state_dict(state)
+        raise
+    return UnlearningResult(
+        method=method,
+        indices=tuple(indices),
+        requests=1,
+        update_norm=float(torch.linalg.vector_norm(omega - before)),
+        residual=0.0,
+        iterations=0,
+        status=Status.DOUBTFUL if memory.warnings else Status.CONVERGED,
+        stationary=1.0,
+        active=0.0,
+        seconds={"write": write, "total": time.perf_counter() - start},
+        warnings=memory.warnings,
+    )
+
+
+def _retrain(
+    trainer: pl.Trainer,
+    keeper: MemoryKeeper,
+    rest: Subset[Any],
+    points: TrainingPoints,
+    view: ModelView,
+) -> None:
+    """Train again from the same initial ω on the remaining points, with the same callback."""
+    module = view.module
+    if not isinstance(module, pl.LightningModule):
+        raise ConfigurationError(f"a {type(module).__name__} cannot be trained again")
+    if keeper.initial is None:
+        raise StateError("the callback has not seen a fit: there is no initial ω to retrain from")
+    again = copy.copy(keeper)
+    again.memory, again.memory_dir = None, None
+    view.set(keeper.initial)
+    fresh = pl.Trainer(
+        max_epochs=trainer.max_epochs,
+        accelerator="cpu",
+        precision=trainer.precision,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=trainer.progress_bar_callback is not None,
+        enable_model_summary=False,
+        callbacks=[again],
+    )
+    batch_size = getattr(trainer.train_dataloader, "batch_size", None) or keeper.batch_size
+    loader = DataLoader(rest, batch_size=batch_size, shuffle=True, collate_fn=points.collate)
+    attached = module._trainer  # the public property raises where there is none
+    modes = [(one, one.training) for one in module.modules()]
+    try:
+        fresh.fit(module, loader)
+    finally:
+        module.trainer = attached
+        for one, mode in modes:
+            one.training = mode

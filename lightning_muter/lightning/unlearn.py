@@ -1,0 +1,283 @@
+"""`unlearn`: the verb, for any trainer."""
+
+from __future__ import annotations
+
+import os
+import time
+import warnings
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch.utils.data import DataLoader
+
+from lightning_muter.errors import ConfigurationError, StateError
+from lightning_muter.lightning.borrowed import (
+    borrowed,
+    kept_random_state,
+    random_state_unless_done,
+)
+from lightning_muter.lightning.commit import Destination
+from lightning_muter.lightning.data import RemovalDataModule, TrainingPoints
+from lightning_muter.lightning.keeper import MemoryKeeper, keeper_of
+from lightning_muter.lightning.module import UnlearningModule
+from lightning_muter.lightning.process_group import process_group
+from lightning_muter.lightning.remaining import RemainingPoints
+from lightning_muter.lightning.removals import check_removals, check_served, removal_batches
+from lightning_muter.lightning.retrain import serve_without_memory
+from lightning_muter.memory.memory import UnlearningMemory
+from lightning_muter.memory.points import integer
+from lightning_muter.parallel import Group
+from lightning_muter.unlearning.bound import Bound, strong_convexity_bound
+from lightning_muter.unlearning.corrector import correct
+from lightning_muter.unlearning.methods import METHODS
+from lightning_muter.unlearning.objective import Evaluation
+from lightning_muter.unlearning.result import UnlearningResult
+from lightning_muter.unlearning.serving import Server, check_noise, request_warnings, worst_status
+
+__all__ = ["unlearn"]
+
+
+def unlearn(
+    trainer: pl.Trainer,
+    datamodule: pl.LightningDataModule | DataLoader[Any],
+    model: pl.LightningModule | None = None,
+    memory: UnlearningMemory | str | os.PathLike[str] | None = None,
+    noise_std: float = 0.0,
+    corrector_steps: int = 0,
+    bound: bool = False,
+) -> UnlearningResult:
+    """`Trainer.unlearn` for any trainer; a trainer with a `MUterCallback` has it as a method.
+
+    Everything is checked before anything moves, the whole call is served in hand, and what it
+    found is committed at its end, in one write: a call that fails changes nothing.
+    """
+    extras = _Extras.of(noise_std, corrector_steps, bound)
+    keeper = keeper_of(trainer)
+    module = _module(trainer, model)
+    state, folder = _memory(memory, keeper)
+    group = process_group(trainer)
+    destination = Destination(folder, keeper if memory is None else None, group)
+    start = time.perf_counter()
+    with kept_random_state(group.device), group.together():
+        view = state.settings.view(module)
+        state.check_model(view)
+        points = _check(state, datamodule, extras, group)
+    if not METHODS[state.settings.method].has_memory:
+        return serve_without_memory(trainer, keeper, datamodule, points, view, state, destination)
+    with random_state_unless_done(), borrowed(view, group.device):
+        server = Server(state.to(group.device), view, group)
+        with kept_random_state(group.device):
+            with removal_batches(datamodule, trainer) as batches:
+                for batch in batches:
+                    server.serve(batch)
+            with group.together():
+                check_served(datamodule, server.served)
+            found = _correct(server, points, extras)
+        found = _publish(server, found, points, extras)
+        for message in found.warnings:
+            warnings.warn(message, stacklevel=3)
+        update = torch.linalg.vector_norm(found.memory.omega - view.get())
+    write = destination.commit(found.memory.placed_like(state), view)
+    seconds = {
+        "maximise_and_solve": sum(o.seconds for o in server.outcomes),
+        "write": write,
+        "total": time.perf_counter() - start,
+    }
+    result = _result(server, found, float(update), seconds)
+    _log(trainer, result, len(found.memory.ledger))
+    return result
+
+
+def _check(
+    memory: UnlearningMemory, removals: Any, extras: _Extras, group: Group
+) -> TrainingPoints | None:
+    """Refuse the whole call before its first request; the training points, where they are known."""
+    extras.check(memory, removals)
+    if not isinstance(removals, RemovalDataModule):
+        return None
+    points = check_removals(memory, removals)
+    if extras.reads_the_rest:
+        RemainingPoints(memory.without(removals.indices), points, group).check()
+    return points
+
+
+# --- arguments ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Extras:
+    """What the call does beyond its requests."""
+
+    noise_std: float
+    corrector_steps: int
+    bound: bool
+
+    @classmethod
+    def of(cls, noise_std: Any, corrector_steps: Any, bound: Any) -> _Extras:
+        steps = integer(corrector_steps)
+        if steps is None or steps < 0:
+            raise ConfigurationError(
+                f"corrector_steps={corrector_steps!r} must be a whole number >= 0"
+            )
+        if not isinstance(bound, bool):
+            raise ConfigurationError(f"bound={bound!r} must be True or False")
+        return cls(check_noise(noise_std), steps, bound)
+
+    @property
+    def reads_the_rest(self) -> bool:
+        return self.corrector_steps > 0 or self.bound
+
+    def check(self, memory: UnlearningMemory, removals: Any) -> None:
+        """Refuse what the memory's method or the kind of request cannot give."""
+        settings = memory.settings
+        if self.reads_the_rest and not isinstance(removals, RemovalDataModule):
+            raise ConfigurationError("corrector_steps and bound need a RemovalDataModule")
+        if self.corrector_steps and settings.horizon is not None:
+            raise ConfigurationError(
+                f"corrector_steps={self.corrector_steps} with horizon={settings.horizon}: they "
+                "lead to the optimum, where a Retrain that stops early does not go; give one of "
+                "the two"
+            )
+        asked = self.noise_std > 0 or self.corrector_steps > 0
+        if asked and not METHODS[settings.method].has_memory:
+            raise ConfigurationError(
+                f"method={settings.method!r} takes no noise_std={self.noise_std} and no "
+                f"corrector_steps={self.corrector_steps}: leave them out"
+            )
+
+
+def _module(trainer: pl.Trainer, model: pl.LightningModule | None) -> pl.LightningModule:
+    module = model if model is not None else trainer.lightning_module
+    if module is None:
+        raise StateError("there is no model to unlearn in: fit first, or give model=...")
+    module = getattr(module, "_orig_mod", module)  # a compiled module shares its parameters
+    return module.model if isinstance(module, UnlearningModule) else module
+
+
+def _memory(
+    memory: UnlearningMemory | str | os.PathLike[str] | None, keeper: MemoryKeeper | None
+) -> tuple[UnlearningMemory, str | None]:
+    if isinstance(memory, UnlearningMemory):
+        return memory, None
+    if memory is not None:
+        settings = keeper.settings if keeper is not None else None
+        found = UnlearningMemory.load(memory, settings)
+        if keeper is not None:
+            _check_keeper(keeper, found)
+        return found, os.fspath(memory)
+    if keeper is None or keeper.memory is None:
+        raise StateError(
+            "there is no memory yet: fit with a MUterCallback first, or give memory='its folder'"
+        )
+    return keeper.memory, keeper.memory_dir
+
+
+def _check_keeper(keeper: MemoryKeeper, memory: UnlearningMemory) -> None:
+    """Refuse a callback that names another λ or horizon, which its settings cannot tell."""
+    settings = memory.settings
+    if keeper.weight_decay not in (None, settings.weight_decay):
+        raise ConfigurationError(
+            f"the callback has weight_decay={keeper.weight_decay}, the memory was built with "
+            f"{settings.weight_decay}: give the same, or None for the memory's"
+        )
+    if (keeper.horizon is None) != (settings.horizon is None):
+        raise ConfigurationError(
+            f"the callback has horizon={keeper.horizon!r}, the memory was built with "
+            f"{settings.horizon}: give the same, or 'training' for the memory's"
+        )
+
+
+# --- after the requests -------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Found:
+    """The memory to commit, and what the passes over the remaining points say."""
+
+    memory: UnlearningMemory
+    evaluation: Evaluation | None  # at the memory's ω^u
+    warnings: tuple[str, ...]
+    bound: Bound = Bound(None, "no certificate")
+
+
+def _correct(server: Server, points: TrainingPoints | None, extras: _Extras) -> _Found:
+    """The memory after the requests and the corrector steps, the module where it was."""
+    memory, view = server.memory, server.view
+    said = [*memory.warnings, *request_warnings(server.outcomes)]
+    if not extras.corrector_steps or points is None:
+        return _Found(memory, None, tuple(said))
+    objective = RemainingPoints(memory, points, server.group).objective(view)
+    with view.at(memory.omega):
+        correction = correct(memory, objective, extras.corrector_steps)
+    if not correction.helped:
+        said.append(
+            "no corrector step lowered the gradient of the remaining points, "
+            f"{correction.before.residual:.3g}: ω^u is where the request left it"
+        )
+    return _Found(correction.memory, correction.after, tuple(said))
+
+
+def _publish(
+    server: Server, found: _Found, points: TrainingPoints | None, extras: _Extras
+) -> _Found:
+    """The noise, from the global generator as a seed promises, and the bound of what goes out."""
+    memory, evaluation, group = found.memory, found.evaluation, server.group
+    if extras.noise_std > 0:
+        noise = group.broadcast(torch.randn(memory.p, dtype=torch.float64))
+        memory = memory.at(memory.omega + extras.noise_std * noise.to(memory.omega))
+        evaluation = None
+    if not extras.bound or points is None:
+        return replace(found, memory=memory)
+    if evaluation is None:
+        remaining = RemainingPoints(memory, points, group)
+        with kept_random_state(group.device), server.view.at(memory.omega):
+            evaluation = remaining.objective(server.view).gradient()
+    return replace(found, memory=memory, bound=strong_convexity_bound(memory, evaluation))
+
+
+def _result(
+    server: Server, found: _Found, update: float, seconds: dict[str, float]
+) -> UnlearningResult:
+    outcomes = server.outcomes
+    sums = sum((o.sums for o in outcomes[1:]), outcomes[0].sums)
+    return UnlearningResult(
+        method=found.memory.settings.method,
+        indices=tuple(server.served),
+        requests=len(outcomes),
+        update_norm=update,
+        residual=max(o.solution.residual for o in outcomes),
+        iterations=sum(o.solution.iterations for o in outcomes),
+        status=worst_status(outcomes, found.warnings),
+        stationary=sums.share(sums.stationary),
+        active=sums.share(sums.active),
+        seconds=seconds,
+        bound=found.bound.value,
+        certificate=found.bound.certificate,
+        warnings=found.warnings,
+    )
+
+
+def _log(trainer: pl.Trainer, result: UnlearningResult, step: int) -> None:
+    """Tell the loggers; the request is done by then, so that their failure is none of its own."""
+    metrics = {
+        "unlearn/points": float(len(result.indices)),
+        "unlearn/update_norm": result.update_norm,
+        "unlearn/residual": result.residual,
+        "unlearn/stationary": result.stationary,
+        "unlearn/active": result.active,
+        "unlearn/seconds": result.seconds["total"],
+    }
+    if result.bound is not None:
+        metrics["unlearn/bound"] = result.bound
+    for logger in trainer.loggers:
+        try:
+            logger.log_metrics(metrics, step=step)
+            logger.save()
+        except Exception as error:  # any logger's own
+            warnings.warn(
+                f"the request was served and is committed, but {type(logger).__name__} could not "
+                f"log it: {error}",
+                stacklevel=3,
+            )

@@ -1,0 +1,129 @@
+"""`Server`: removal batches to requests, one after the other, on a memory in hand."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_muter.errors import ConfigurationError, RemovalError
+from lightning_muter.linalg.solution import Status
+from lightning_muter.memory.memory import UnlearningMemory
+from lightning_muter.memory.points import check_free, check_range, training_indices
+from lightning_muter.models import ModelView
+from lightning_muter.parallel import Group
+from lightning_muter.unlearning.request import Outcome, forget
+
+__all__ = ["Server", "check_noise", "request_warnings", "worst_status"]
+
+
+class Server:
+    """Serves removal batches (input, target[, index]); a batch is a request.
+
+    Only ``memory`` and ``outcomes`` of this object move: the module, the memory that it started
+    from and the disk are as they were, until the caller commits ``memory``.
+
+    Args:
+        memory: the memory to start from, on the module's device.
+        view: of the module in the user's hands.
+        group: the processes that serve the same batches.
+    """
+
+    def __init__(
+        self, memory: UnlearningMemory, view: ModelView, group: Group | None = None
+    ) -> None:
+        self.memory = memory
+        self.view = view
+        self.group = group or Group()
+        self.outcomes: list[Outcome] = []
+
+    @property
+    def served(self) -> list[int]:
+        """The training indices so far, in the order of the requests."""
+        entries = self.memory.ledger[len(self.memory.ledger) - len(self.outcomes) :]
+        return [index for entry in entries for index in entry["indices"]]
+
+    def serve(self, batch: Any) -> Outcome:
+        """Stages II and III for the points of one batch.
+
+        Raises:
+            RemovalError: points that cannot be forgotten.
+        """
+        with torch.inference_mode(False):
+            with self.group.together():
+                x, targets, indices = self._checked(batch)
+            if not self.group.agrees(indices):
+                raise RemovalError(
+                    "the processes were given different points: each must see the same removal "
+                    "batches, in the same order; use a RemovalDataModule, or a loader without a "
+                    "sampler that shuffles or splits"
+                )
+            parameter = self.view.parameters[0]
+            outcome = forget(
+                self.memory,
+                self.view,
+                indices,
+                x.to(parameter.device, parameter.dtype, copy=True),
+                targets.to(parameter.device, copy=True),
+                group=self.group,
+            )
+        self.memory = outcome.memory
+        self.outcomes.append(outcome)
+        return outcome
+
+    def _checked(self, batch: Any) -> tuple[Tensor, Tensor, list[int]]:
+        x, targets = _tensors(batch)
+        memory = self.memory
+        indices = training_indices(batch[2]) if len(batch) > 2 else memory.find(x, targets)
+        check_range(indices, memory.n)
+        memory.check_content(indices, x, targets)
+        check_free(indices, memory.removed, memory.weights)
+        return x, targets, indices
+
+
+def _tensors(batch: Any) -> tuple[Tensor, Tensor]:
+    if not isinstance(batch, (list, tuple)) or len(batch) < 2:
+        raise RemovalError(
+            f"a removal batch is a {type(batch).__name__}; expected (input, target[, index]): give "
+            "a RemovalDataModule(data, indices=[...]), or a loader of the points themselves"
+        )
+    x, targets = batch[0], batch[1]
+    if not isinstance(x, Tensor) or not x.is_floating_point() or not isinstance(targets, Tensor):
+        kinds = [str(getattr(one, "dtype", type(one).__name__)) for one in (x, targets)]
+        raise RemovalError(
+            f"a removal batch holds {kinds[0]} and {kinds[1]}; expected are inputs of floating "
+            "point and targets, both tensors, as training received them"
+        )
+    if x.ndim == 0 or targets.ndim == 0 or len(x) == 0:
+        raise RemovalError(
+            f"a removal batch has inputs of shape {tuple(x.shape)} and targets of shape "
+            f"{tuple(targets.shape)}; expected are one or more points, (m, ...) and (m, ...)"
+        )
+    return x, targets
+
+
+def check_noise(noise_std: Any) -> float:
+    """A standard deviation as a float.
+
+    Raises:
+        ConfigurationError: it is no finite number >= 0.
+    """
+    real = isinstance(noise_std, numbers.Real) and not isinstance(noise_std, bool)
+    if not real or not 0 <= noise_std < math.inf:
+        raise ConfigurationError(f"noise_std={noise_std!r} must be a finite number >= 0")
+    return float(noise_std)
+
+
+def request_warnings(outcomes: Sequence[Outcome]) -> tuple[str, ...]:
+    """What the requests of a call say against their own numbers, each sentence once."""
+    return tuple(dict.fromkeys(sentence for o in outcomes for sentence in o.warnings))
+
+
+def worst_status(outcomes: Sequence[Outcome], warnings: Sequence[str]) -> Status:
+    """The worst status of the requests; nothing good where warnings speak against it."""
+    doubt = [Status.DOUBTFUL] if warnings else []
+    return Status.worst([*(o.solution.status for o in outcomes), *doubt])
