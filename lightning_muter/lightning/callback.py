@@ -19,11 +19,16 @@ from tqdm.auto import tqdm
 from lightning_muter.errors import ConfigurationError
 from lightning_muter.lightning.adversarial_training import AdversarialTraining, Attack
 from lightning_muter.lightning.data import TrainingPoints
+from lightning_muter.lightning.kept_state import KeptState
+from lightning_muter.lightning.preflight import Preflight, rehearse, time_pass
+from lightning_muter.lightning.rescue import Rescue, check_not_stopped
 from lightning_muter.memory.memory import UnlearningMemory, digest, size_estimate
 from lightning_muter.models import Derivatives
+from lightning_muter.models.names import listed
 from lightning_muter.objectives.losses import LossFunction
 from lightning_muter.spec import Settings
 from lightning_muter.threats import Threat
+from lightning_muter.unlearning.cost import check_fits
 from lightning_muter.unlearning.flow import flow_rate
 from lightning_muter.unlearning.methods import METHODS
 from lightning_muter.unlearning.objective import RobustObjective, newton
@@ -108,7 +113,7 @@ class MUterCallback(AdversarialTraining):
             method=method,
             threat=threat,
             head=head,
-            parameters=None if parameters is None else tuple(parameters),
+            parameters=listed(parameters),
             loss=loss,
             response=response,
             inverse=inverse,
@@ -138,8 +143,9 @@ class MUterCallback(AdversarialTraining):
         self.memory: UnlearningMemory | None = None
         self.newton_history: list[float] = []
         self.initial: Tensor | None = None
-        self._flags: list[tuple[nn.Parameter, bool]] = []
-        self._was_training: list[nn.Module] = []
+        self.folder: str | None = memory_dir  # where the current memory is kept
+        self._kept: KeptState | None = None
+        self._preflight = Preflight(0.0, 0.0, 0.0)
         self._checked = False
         self._flow_time = 0.0
 
@@ -152,6 +158,7 @@ class MUterCallback(AdversarialTraining):
             trainer.unlearn = types.MethodType(unlearn, trainer)  # type: ignore[attr-defined]
         if stage != "fit":
             return
+        _refuse_spawned(trainer)
         derivatives = self.settings.derivatives(pl_module)
         if METHODS[self.settings.method].has_memory and derivatives.p > _MEMORY_LIMIT:
             raise ConfigurationError(
@@ -159,15 +166,18 @@ class MUterCallback(AdversarialTraining):
                 f"p = {_MEMORY_LIMIT:,}); choose a smaller head or fewer parameters"
             )
         self.initial = derivatives.get()
-        trained = set(derivatives.names)
-        self._flags = [(p, p.requires_grad) for p in pl_module.parameters()]
-        for name, parameter in pl_module.named_parameters():
-            parameter.requires_grad_(name in trained)
+        self.folder = None if getattr(trainer, "fast_dev_run", False) else self.memory_dir
+        self._restore()
+        self._kept = KeptState(pl_module)
+        self._kept.train_only(pl_module, set(derivatives.names))
         self._checked = False
         self._flow_time = 0.0
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        _points(trainer).check()
+        points = _points(trainer)
+        points.check()
+        self._decay(trainer, pl_module)
+        self._rehearse(trainer, pl_module, points)
         rates = [flow_rate(optimizer) for optimizer in trainer.optimizers]
         if self.horizon == "training" and None in rates:
             names = [type(optimizer).__name__ for optimizer in trainer.optimizers]
@@ -225,27 +235,70 @@ class MUterCallback(AdversarialTraining):
         trained = set(self.settings.derivatives(pl_module).names)
         for name, module in pl_module.named_modules():
             own = {f"{name}.{k}" if name else k for k, _ in module.named_parameters()}
-            if name and not own & trained and module.training:
-                self._was_training.append(module)
-                module.training = False
+            if name and not own & trained and self._kept is not None:
+                self._kept.evaluate(module)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        for parameter, flag in self._flags:
-            parameter.requires_grad_(flag)
-        self._flags = []
-        for module in self._was_training:
-            module.training = True
-        self._was_training = []
+        self._restore()
+
+    def on_exception(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
+    ) -> None:
+        self._restore()  # Lightning does not call teardown after an exception
+        if self._kept is not None:
+            self._kept.restore_modes()
+        _refuse_spawned(trainer, exception)
+
+    def _restore(self) -> None:
+        """Flags and modes as they were before fit; any number of times."""
+        if self._kept is not None:
+            self._kept.restore()
 
     # --- Stage I ----------------------------------------------------------------------------
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         points = _points(trainer)
-        settings = self.settings.trained(self._decay(trainer), self._horizon(len(points)))
-        if self.newton_steps:  # ω* is every method's: the robust objective's own optimum
-            robust = replace(settings, method="muter", response="constrained", space="input")
-            target = self.objective(trainer, robust.derivatives(pl_module), robust, points)
-            self.newton_history = newton(target, self.newton_steps, settings.damping)
+        path = None if self.folder is None else Path(self.folder) / MODEL_FILE
+        rescue = Rescue(trainer, path)
+        rescue.keep()
+        with rescue.guarding("newton_steps"):
+            decay, horizon = self._decay(trainer, pl_module), self._horizon(len(points))
+            settings = self.settings.trained(decay, horizon)
+            if self.newton_steps:  # ω* is every method's: the robust objective's own optimum
+                self._newton(trainer, pl_module, _robust(settings), points)
+        if self.newton_steps:
+            rescue.keep()
+        with rescue.guarding("Stage I"):
+            self.memory = self._stage_one(trainer, pl_module, settings, points)
+        self.save()
+        if path is not None:
+            trainer.save_checkpoint(path, weights_only=True)
+        rescue.done()
+
+    def _newton(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        robust: Settings,
+        points: TrainingPoints,
+    ) -> None:
+        """Newton steps; if one fails, the parameters are again what training made them."""
+        derivatives = robust.derivatives(pl_module)
+        trained = derivatives.get()
+        target = self.objective(trainer, derivatives, robust, points)
+        try:
+            self.newton_history = newton(target, self.newton_steps, robust.damping)
+        except BaseException:
+            derivatives.set(trained)  # exact: float64 holds every value of a smaller dtype
+            raise
+
+    def _stage_one(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        settings: Settings,
+        points: TrainingPoints,
+    ) -> UnlearningMemory:
         if METHODS[settings.method].has_memory:
             size = size_estimate(settings.derivatives(pl_module).p)
             rank_zero_info(f"Stage I ({settings.method}): {size}")
@@ -257,10 +310,38 @@ class MUterCallback(AdversarialTraining):
         )
         self._refuse_broken(memory)
         self._report_memory(memory)
-        self.memory = memory
-        self.save()
-        if self.memory_dir is not None:  # other checkpoints may precede the Newton steps
-            trainer.save_checkpoint(Path(self.memory_dir) / MODEL_FILE, weights_only=True)
+        return memory
+
+    def _rehearse(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, points: TrainingPoints
+    ) -> None:
+        """Two points through all that comes after training; what it takes, for a person."""
+        settings, device = self.settings, trainer.strategy.root_device
+        has_memory = METHODS[settings.method].has_memory
+        stages = [_robust(settings)] if self.newton_steps else []
+        stages += [settings] if has_memory or not stages else []
+        p = settings.derivatives(pl_module).p
+        if stages != [settings] or has_memory:
+            check_fits(p, device, trainer.num_devices if device.type == "cpu" else 1)
+
+        def read(count: int) -> tuple[Tensor, Tensor]:
+            n = len(points)
+            some = sorted({i * (n - 1) // max(count - 1, 1) for i in range(count)})
+            return self._as_trained(trainer, next(points.batches(some, count, device)))
+
+        self._preflight = rehearse(pl_module, stages, read, points.known_targets())
+        if has_memory:
+            self._preflight = time_pass(pl_module, settings, read, self._preflight)
+            mine = -(-len(points) // trainer.world_size)
+            size = self._preflight.piece(self.batch_size)
+            cost = self._preflight.cost(mine, p, size, self.newton_steps, device)
+            rank_zero_info(f"{cost}")
+
+    @staticmethod
+    def _as_trained(trainer: pl.Trainer, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """A batch in the dtype that the trainer's precision gives to training's own batches."""
+        converted: tuple[Tensor, Tensor] = trainer.precision_plugin.convert_input(batch)
+        return converted
 
     def objective(
         self,
@@ -283,24 +364,45 @@ class MUterCallback(AdversarialTraining):
         mine = list(indices[trainer.global_rank :: trainer.world_size])
         device = trainer.strategy.root_device
         quiet = trainer.progress_bar_callback is None or not trainer.is_global_zero
-        total = -(-len(mine) // self.batch_size)
-        stream = points.batches(mine, self.batch_size, device)
-        yield from tqdm(stream, "training points", total, leave=False, disable=quiet)
+        size = self._preflight.piece(self.batch_size)
+        with tqdm(
+            desc="training points", total=len(mine), unit="point", leave=False, disable=quiet
+        ) as bar:
+            for batch in points.batches(mine, size, device):
+                check_not_stopped(trainer, bar.n, len(mine))
+                yield self._as_trained(trainer, batch)
+                bar.update(len(batch[0]))
 
-    def _decay(self, trainer: pl.Trainer) -> float:
-        if self.weight_decay is not None:
-            return self.weight_decay
-        decays = {
-            float(group.get("weight_decay", 0.0))
+    def _decay(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> float:
+        """λ of the trained parameters."""
+        derivatives = self.settings.derivatives(pl_module)
+        trained = {
+            id(parameter): name
+            for name, parameter in zip(derivatives.names, derivatives.parameters, strict=True)
+        }
+        groups = [
+            (optimizer, group, trained.keys() & {id(p) for p in group["params"]})
             for optimizer in trainer.optimizers
             for group in optimizer.param_groups
-        }
+        ]
+        missing = trained.keys() - {i for _, _, held in groups for i in held}
+        if missing and not self.newton_steps:
+            raise ConfigurationError(
+                f"no optimizer holds the parameters {[trained[i] for i in trained if i in missing]}"
+                ", which head= or parameters= says are trained: give them to it in "
+                "configure_optimizers"
+            )
+        if self.weight_decay is not None:
+            return self.weight_decay
+        decays = {float(g.get("weight_decay", 0.0)) for _, g, held in groups if held}
         if len(decays) > 1:
             raise ConfigurationError(
-                f"the optimizer has weight decays {sorted(decays)}: say which λ the head was "
-                "trained with by weight_decay="
+                f"the optimizer trains {derivatives.names} with weight decays {sorted(decays)}, "
+                "but the objective has one λ: give them one group, or say by weight_decay= which "
+                "λ counts"
             )
-        if any(isinstance(o, torch.optim.AdamW) for o in trainer.optimizers) and decays != {0.0}:
+        decoupled = any(isinstance(o, torch.optim.AdamW) for o, _, held in groups if held)
+        if decoupled and decays != {0.0} and not self.newton_steps:
             warnings.warn(
                 "AdamW's decoupled weight decay is no L2 term of the objective: ω* is not the "
                 "optimum the memory assumes; use newton_steps, or SGD or Adam",
@@ -324,6 +426,7 @@ class MUterCallback(AdversarialTraining):
     def _digests(self, trainer: pl.Trainer, points: TrainingPoints, key: bytes) -> Tensor:
         rows = torch.zeros(len(points), 16, dtype=torch.float32)
         for i in range(trainer.global_rank, len(points), trainer.world_size):
+            check_not_stopped(trainer, i, len(points))
             x, target = points.batch([i])
             rows[i] = torch.tensor(list(digest(key, x[0], target[0])), dtype=torch.float32)
         total: Tensor = reducer(trainer)(rows.to(trainer.strategy.root_device))
@@ -357,9 +460,9 @@ class MUterCallback(AdversarialTraining):
 
     @rank_zero_only
     def save(self) -> None:
-        """Write the memory to ``memory_dir``, where there is one."""
-        if self.memory is not None and self.memory_dir is not None:
-            self.memory.save(self.memory_dir)
+        """Write the memory to its folder, where there is one."""
+        if self.memory is not None and self.folder is not None:
+            self.memory.save(self.folder)
 
 
 def reducer(trainer: pl.Trainer) -> Callable[[Tensor], Tensor]:
@@ -381,3 +484,24 @@ def _points(trainer: pl.Trainer) -> TrainingPoints:
             f"the training data is a {type(loader).__name__}; one DataLoader is needed"
         )
     return TrainingPoints(loader.dataset, loader.collate_fn)
+
+
+def _robust(settings: Settings) -> Settings:
+    """The settings of the robust objective itself, whose optimum Newton's steps look for."""
+    return replace(settings, method="muter", response="constrained", space="input")
+
+
+def _refuse_spawned(trainer: pl.Trainer, cause: BaseException | None = None) -> None:
+    """Refuse strategies whose processes are started with copies of model and callback.
+
+    Raises:
+        ConfigurationError: from ``cause``, the error of such a process.
+    """
+    # only launchers that spawn or fork from within fit have a start method; no public name says so
+    method = getattr(trainer.strategy.launcher, "_start_method", None)
+    if method is not None:
+        raise ConfigurationError(
+            f"the strategy starts its processes by {method!r} from within fit: they would build "
+            "the memory on copies, and this process would be left without memory and without the "
+            "trained model; use strategy='ddp', which starts the script once for each device"
+        ) from cause

@@ -59,6 +59,18 @@ class TrainingPoints:
             return [tensor[list(indices)] for tensor in self.dataset.tensors]  # no Python loop
         return self.collate([self.dataset[i] for i in indices])
 
+    def known_targets(self) -> Tensor | None:
+        """All targets, where they lie in one tensor and no point need be read for them."""
+        dataset, positions = self.dataset, None
+        while type(dataset) is Subset:
+            own = torch.as_tensor(list(dataset.indices))
+            positions = own if positions is None else own[positions]
+            dataset = dataset.dataset
+        if type(dataset) is not TensorDataset or self.collate is not default_collate:
+            return None
+        targets = dataset.tensors[1] if len(dataset.tensors) > 1 else None
+        return targets if targets is None or positions is None else targets[positions]
+
     def batches(
         self, indices: Sequence[int], batch_size: int, device: torch.device
     ) -> Iterator[tuple[Tensor, Tensor]]:

@@ -159,7 +159,7 @@ def _memory(
         raise StateError(
             "there is no memory yet: fit with a MUterCallback first, or give memory='its folder'"
         )
-    return callback.memory, callback.memory_dir
+    return callback.memory, callback.folder
 
 
 def _result(

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from lightning_muter.errors import ConfigurationError
 from lightning_muter.models import Autodiff, Derivatives, LinearHead
 from lightning_muter.models.base import measuring
+from lightning_muter.models.names import listed
 from lightning_muter.objectives.losses import LossFunction, PointLoss, resolve_loss
 from lightning_muter.responses import resolve_response
 from lightning_muter.threats import Threat
@@ -37,7 +38,7 @@ def derivatives_for(
         return LinearHead(module, head, resolved, feature_space=space == "features")
     if space == "features":
         raise ConfigurationError("space='features' needs a linear head: give head=...")
-    return Autodiff(module, list(parameters or ()), resolved)
+    return Autodiff(module, list(listed(parameters) or ()), resolved)
 
 
 def total_hessian(
