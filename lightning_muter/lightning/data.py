@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, cast
+from typing import Any
 
 import pytorch_lightning as pl
 import torch
@@ -52,7 +52,12 @@ class TrainingPoints:
                 f"inputs are {getattr(x, 'dtype', type(x).__name__)}; the perturbation needs "
                 "floating-point tensors: convert in the data set"
             )
-        return x, cast(Tensor, targets)
+        if not isinstance(targets, Tensor):
+            raise ConfigurationError(
+                f"targets are a {type(targets).__name__}; a tensor of one target a point is "
+                "expected: convert them in the data set or in collate_fn"
+            )
+        return x, targets
 
     def _collated(self, indices: Sequence[int]) -> Any:
         if type(self.dataset) is TensorDataset and self.collate is default_collate:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from lightning_muter.errors import ConfigurationError, MuterError
 from lightning_muter.lightning.kept_state import untouched
@@ -25,7 +26,7 @@ __all__ = ["Preflight", "check_forward", "check_targets", "rehearse", "time_pass
 
 Batch = tuple[Tensor, Tensor]
 
-_FEW = 20  # passes of the maximiser: enough to see that it runs
+_FEW, _USUAL = 8, 30  # passes of the maximiser: enough to see that it runs, and what it takes
 _CHEAP = 0.1  # seconds of two points: with less more of them are timed, for better numbers
 _TIMED = 16
 _SAME = 1e-2  # outputs of a point differ by rounding alone, whatever is in its batch
@@ -68,7 +69,7 @@ class Preflight:
         one_pass = math.ceil(points / batch_size) * self.fixed + points * self.per_point
         newton = newton_steps * ((1 + 2 * self.ascent) * one_pass + solve)
         stage_one = one_pass + newton + _EIGENVALUES * solve
-        return Cost(points, p, stage_one, self.fixed + self.per_point + solve)
+        return Cost(points, p, newton_steps, stage_one, self.fixed + self.per_point + solve)
 
 
 def rehearse(
@@ -102,10 +103,16 @@ def rehearse(
         if known_targets is not None:
             check_targets(derivatives.loss, known_targets.to(targets), outputs)
         _check_gradient(derivatives, x, targets)
+        if any(METHODS[one.method].curvature in ("total", "hessian") for one in settings):
+            _check_double_backward(derivatives, x, targets)
         for one in settings:
             with _step(f"the curvature of method {one.method!r}", _CURVATURE):
                 seconds, share = _once(one, one.derivatives(module), x, targets, _FEW)
-    return Preflight(0.0, seconds / 2 if seconds > _CHEAP else 0.0, share)
+    if seconds <= _CHEAP:
+        return Preflight(0.0, 0.0, share)
+    ascent = seconds * share * _USUAL / _FEW
+    rest = seconds * (1 - share)
+    return Preflight(0.0, (ascent + rest) / 2, ascent / (ascent + rest))
 
 
 def time_pass(
@@ -162,8 +169,9 @@ def check_forward(module: nn.Module, x: Tensor) -> Tensor:
         ),
     ):
         outputs, again, single = module(x.clone()), module(x.clone()), module(x[:1].clone())
-    for found, n in ((outputs, len(x)), (single, 1)):
-        _check_outputs(found, n)
+    outputs, again, single = (
+        _rows(found, n) for found, n in ((outputs, len(x)), (again, len(x)), (single, 1))
+    )
     if single.shape[1:] != outputs.shape[1:]:
         raise ConfigurationError(
             f"forward returns shape {tuple(single.shape)} for one point and {tuple(outputs.shape)} "
@@ -185,7 +193,8 @@ def check_forward(module: nn.Module, x: Tensor) -> Tensor:
     return outputs
 
 
-def _check_outputs(outputs: Any, n: int) -> None:
+def _rows(outputs: Any, n: int) -> Tensor:
+    """The outputs of n points, as they were."""
     if not isinstance(outputs, Tensor):
         raise ConfigurationError(
             f"forward returns {_described(outputs)}, one tensor of outputs (n, C) is expected: "
@@ -202,6 +211,7 @@ def _check_outputs(outputs: Any, n: int) -> None:
             "forward returns NaN or infinite outputs on two training points before training: mend "
             "the inputs or the model's initial weights"
         )
+    return outputs
 
 
 def _described(value: Any) -> str:
@@ -216,8 +226,8 @@ def _described(value: Any) -> str:
     return f"a {name} with the tensors {tensors}" if tensors else f"a {name}"
 
 
-def check_targets(loss: PointLoss, targets: Any, outputs: Tensor) -> None:
-    """Refuse targets that are no finite tensor, or that the loss cannot take.
+def check_targets(loss: PointLoss, targets: Tensor, outputs: Tensor) -> None:
+    """Refuse targets that are not finite, or that the loss cannot take.
 
     Args:
         loss: the loss a point.
@@ -227,15 +237,11 @@ def check_targets(loss: PointLoss, targets: Any, outputs: Tensor) -> None:
     Raises:
         ConfigurationError: with the targets.
     """
-    if not isinstance(targets, Tensor):
-        raise ConfigurationError(
-            f"targets are a {type(targets).__name__}; a tensor of one target a point is expected: "
-            "convert them in the data set or in collate_fn"
-        )
     if not bool(torch.isfinite(targets).all()):
         raise ConfigurationError("training targets are NaN or infinite: mend the data set")
     integers = targets.ndim == 1 and not targets.is_floating_point()
-    values = targets.unique() if integers else targets[:2]
+    distinct: Any = torch.unique  # its stub has no types
+    values: Tensor = distinct(targets) if integers else targets[:2]
     bad = [value.tolist() for value in values if not _takes(loss, outputs[:1], value[None])]
     if bad:
         raise ConfigurationError(
@@ -280,6 +286,24 @@ def _check_gradient(derivatives: Derivatives, x: Tensor, targets: Tensor) -> Non
             "the loss of two training points, or its gradient in the input, is NaN or infinite "
             "before training: mend the inputs, the targets or the model's initial weights"
         )
+
+
+def _check_double_backward(derivatives: Derivatives, x: Tensor, targets: Tensor) -> None:
+    """∂δδ l and ∂ωδ l through every node of the graph.
+
+    ``autograd.grad`` visits only nodes that lead to what it is asked for, and takes a layer whose
+    backward is no graph (``once_differentiable``) for a constant; ``backward`` meets its error.
+    """
+    inputs = x.detach().clone().requires_grad_(True)
+    omega = {
+        name: parameter.detach().clone().requires_grad_(True)
+        for name, parameter in zip(derivatives.names, derivatives.parameters, strict=True)
+    }
+    with _step("the second derivative of the loss, by double backward,", _CURVATURE):
+        losses = derivatives.loss(functional_call(derivatives.module, omega, (inputs,)), targets)
+        (gradient,) = torch.autograd.grad(losses.sum(), inputs, create_graph=True)
+        if gradient.requires_grad:
+            gradient.sum().backward()  # into the copies' .grad: the module's own is not touched
 
 
 def _once(

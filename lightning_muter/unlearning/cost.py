@@ -35,18 +35,24 @@ def request_bytes(p: int) -> int:
 
 @dataclass(frozen=True)
 class Cost:
-    """What Stage I over ``points`` points (on this process) and one request take."""
+    """What Stage I over ``points`` points (of this process) and one request take.
+
+    ``newton_steps`` may end early: with them the time is an upper estimate.
+    """
 
     points: int
     p: int
+    newton_steps: int
     stage_one_seconds: float
     request_seconds: float
 
     def __str__(self) -> str:
+        newton = f" after up to {self.newton_steps} Newton steps" if self.newton_steps else ""
         return (
-            f"Stage I will take about {_duration(self.stage_one_seconds)} for {self.points:,} "
-            f"points and {_size(memory_bytes(self.p))} (p = {self.p:,}); a request will take about "
-            f"{_duration(self.request_seconds)} and {_size(request_bytes(self.p))} more"
+            f"Stage I{newton} will take about {_duration(self.stage_one_seconds)} for "
+            f"{self.points:,} points and {_size(memory_bytes(self.p))} (p = {self.p:,}); a request "
+            f"will take about {_duration(self.request_seconds)} and "
+            f"{_size(request_bytes(self.p))} more"
         )
 
 
@@ -89,8 +95,8 @@ def check_fits(p: int, device: torch.device, processes: int = 1) -> None:
     needed = processes * (memory_bytes(p) + request_bytes(p))
     if free is not None and needed > free:
         raise ConfigurationError(
-            f"p = {p:,} trained parameters take {_size(processes * memory_bytes(p))} for the memory "
-            f"and {_size(processes * request_bytes(p))} more while a request works, "
+            f"p = {p:,} trained parameters take {_size(processes * memory_bytes(p))} for the "
+            f"memory and {_size(processes * request_bytes(p))} more while a request works, "
             f"{_size(needed)} together; {_size(free)} are free on {device}: choose a smaller head "
             "or fewer parameters, or a machine with more memory"
         )
@@ -152,7 +158,6 @@ def _room(folder: Path, limit: str, usage: str, reclaimable: str) -> int | None:
         return None
     if not most.isdigit():  # "max"
         return None
-    cache = sum(
-        int(value) for key, _, value in (s.partition(" ") for s in lines) if key == reclaimable
-    )
+    statistics = {key: int(value) for key, _, value in (line.partition(" ") for line in lines)}
+    cache = statistics.get(reclaimable, 0)
     return max(0, int(most) - used + cache)
