@@ -303,7 +303,7 @@ def _check_double_backward(derivatives: Derivatives, x: Tensor, targets: Tensor)
         losses = derivatives.loss(functional_call(derivatives.module, omega, (inputs,)), targets)
         (gradient,) = torch.autograd.grad(losses.sum(), inputs, create_graph=True)
         if gradient.requires_grad:
-            gradient.sum().backward()  # into the copies' .grad: the module's own is not touched
+            torch.autograd.backward(gradient.sum())  # into the .grad of the copies above
 
 
 def _once(
