@@ -244,15 +244,17 @@ class MUterCallback(AdversarialTraining):
     def on_exception(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
     ) -> None:
-        self._restore()  # Lightning does not call teardown after an exception
-        if self._kept is not None:
+        if self._kept is not None:  # Lightning does not call teardown after an exception
             self._kept.restore_modes()
-        _refuse_spawned(trainer, exception)
+        self._restore()
+        if trainer.state.fn == "fit":
+            _refuse_spawned(trainer, exception)
 
     def _restore(self) -> None:
         """Flags and modes as they were before fit; any number of times."""
         if self._kept is not None:
             self._kept.restore()
+        self._kept = None
 
     # --- Stage I ----------------------------------------------------------------------------
 
@@ -271,9 +273,7 @@ class MUterCallback(AdversarialTraining):
         with rescue.guarding("Stage I"):
             self.memory = self._stage_one(trainer, pl_module, settings, points)
         self.save()
-        if path is not None:
-            trainer.save_checkpoint(path, weights_only=True)
-        rescue.done()
+        rescue.done(path)
 
     def _newton(
         self,

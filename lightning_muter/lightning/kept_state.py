@@ -53,7 +53,7 @@ class KeptState:
         """Put every module's mode back, as after an exception in the middle of a validation."""
         for module, training in self._modes:
             module.training = training
-        self._modes = []
+        self._evaluated = {}
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytorch_lightning as pl
+from pytorch_lightning.utilities import rank_zero_info
 
 from lightning_muter.errors import StateError
 
@@ -42,8 +43,10 @@ class Rescue:
         if self._ahead:
             self._save()
 
-    def done(self) -> None:
-        """Remove what was written only for the case of a failure."""
+    def done(self, path: Path | None) -> None:
+        """Leave the model at ``path`` alone; what was written for the case of a failure goes."""
+        if path is not None and self.path != path:
+            self._trainer.save_checkpoint(path, weights_only=True)
         if self._temporary and self._saved and self._trainer.is_global_zero:
             self.path.unlink(missing_ok=True)
 
@@ -59,6 +62,7 @@ class Rescue:
         except BaseException as error:
             where = self._place()
             if not isinstance(error, Exception):  # an interrupt goes on as it is
+                rank_zero_info(f"{what} was interrupted. {where}")
                 raise
             message = " ".join(str(error).split())
             raise StateError(

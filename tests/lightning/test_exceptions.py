@@ -169,6 +169,15 @@ def test_a_fit_that_ends_well_leaves_flags_and_modes() -> None:
     assert state_of(model) == before
 
 
+def test_a_later_exception_elsewhere_changes_no_mode() -> None:
+    trainer, _, model, data = fit()
+    model.eval()
+    model.test_step = boom  # type: ignore[method-assign]
+    with pytest.raises(Broken):
+        trainer.test(model, data, verbose=False)
+    assert not any(m.training for m in model.modules())
+
+
 class Unfreezes(pl.Callback):
     """Another callback's flag, set in the middle of a fit."""
 
@@ -356,7 +365,7 @@ def test_two_processes_keep_the_model_before_the_pass(
     rescue = Rescue(trainer, None)
     rescue.keep()
     assert rescue.path.exists()
-    rescue.done()
+    rescue.done(None)
     assert not rescue.path.exists()
 
 
