@@ -1,0 +1,335 @@
+"""Before training is paid for: two training points go through all that comes after it."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from lightning_muter.errors import ConfigurationError, MuterError
+from lightning_muter.lightning.kept_state import untouched
+from lightning_muter.models import Derivatives
+from lightning_muter.models.base import measuring
+from lightning_muter.objectives.losses import PointLoss
+from lightning_muter.spec import Settings
+from lightning_muter.unlearning.cost import Cost, solve_seconds
+from lightning_muter.unlearning.methods import METHODS
+
+__all__ = ["Preflight", "check_forward", "check_targets", "rehearse", "time_pass"]
+
+Batch = tuple[Tensor, Tensor]
+
+_FEW, _USUAL = 8, 30  # passes of the maximiser: enough to see that it runs, and what it takes
+_CHEAP = 0.1  # seconds of two points: with less more of them are timed, for better numbers
+_TIMED = 16
+_SAME = 1e-2  # outputs of a point differ by rounding alone, whatever is in its batch
+_PIECE_SECONDS = 2.0
+_EIGENVALUES = 10.0  # the extreme eigenvalues of a memory take about so many factorisations
+
+_CURVATURE = (
+    "the loss must be twice differentiable in the trained parameters and in the input: replace the "
+    "layer that is not (a fused kernel, a custom backward), or train a smaller part of the module"
+)
+_OUT_OF_MEMORY = (
+    "take a smaller head, sketch=1 for a wide network's head, a smaller batch_size, or a machine "
+    "with more memory"
+)
+
+
+@dataclass(frozen=True)
+class Preflight:
+    """What two points showed: seconds of a pass, and of its ascent alone, as a + c · points."""
+
+    fixed: float
+    per_point: float
+    ascent: float  # the maximiser's share of both
+
+    def piece(self, batch_size: int) -> int:
+        """Points to go through at once, so that a pass can say where it is and be stopped.
+
+        A power of two, so that a rerun has the same batches.
+        """
+        if self.per_point * batch_size <= _PIECE_SECONDS:
+            return batch_size
+        affordable = max(1.0, _PIECE_SECONDS / self.per_point)
+        return int(min(batch_size, 2 ** int(math.log2(affordable))))
+
+    def cost(
+        self, points: int, p: int, batch_size: int, newton_steps: int, device: torch.device
+    ) -> Cost:
+        """Seconds and bytes of Stage I after at most ``newton_steps``, and of a request."""
+        solve = solve_seconds(p, device)
+        one_pass = math.ceil(points / batch_size) * self.fixed + points * self.per_point
+        newton = newton_steps * ((1 + 2 * self.ascent) * one_pass + solve)
+        stage_one = one_pass + newton + _EIGENVALUES * solve
+        return Cost(points, p, newton_steps, stage_one, self.fixed + self.per_point + solve)
+
+
+def rehearse(
+    module: nn.Module,
+    settings: Sequence[Settings],
+    read: Callable[[int], Batch],
+    known_targets: Tensor | None = None,
+) -> Preflight:
+    """Take two training points through forward, ascent and curvature of every setting.
+
+    The module is bit by bit as it was afterwards, and so are all random numbers.
+
+    Args:
+        module: the module, on its device and in its dtype.
+        settings: what Newton's steps and Stage I will use; the last one's time is what counts.
+        read: a number of training points, in the dtype and on the device of training.
+        known_targets: those of all training points, where they need not be read one by one.
+
+    Returns:
+        The time of a pass, rough where two points take next to none: see `time_pass`.
+
+    Raises:
+        ConfigurationError: a step fails or gives values that are not finite; which one, and the
+            way out.
+    """
+    with untouched(module), measuring(module):
+        x, targets = read(2)
+        derivatives = settings[-1].derivatives(module)
+        outputs = check_forward(module, x)
+        check_targets(derivatives.loss, targets, outputs)
+        if known_targets is not None:
+            check_targets(derivatives.loss, known_targets.to(targets), outputs)
+        _check_gradient(derivatives, x, targets)
+        if any(METHODS[one.method].curvature in ("total", "hessian") for one in settings):
+            _check_double_backward(derivatives, x, targets)
+        for one in settings:
+            with _step(f"the curvature of method {one.method!r}", _CURVATURE):
+                seconds, share = _once(one, one.derivatives(module), x, targets, _FEW)
+    if seconds <= _CHEAP:
+        return Preflight(0.0, 0.0, share)
+    ascent = seconds * share * _USUAL / _FEW
+    rest = seconds * (1 - share)
+    return Preflight(0.0, (ascent + rest) / 2, ascent / (ascent + rest))
+
+
+def time_pass(
+    module: nn.Module, settings: Settings, read: Callable[[int], Batch], rough: Preflight
+) -> Preflight:
+    """The time of a pass from more than two points, where those are cheap.
+
+    Args:
+        module: as in `rehearse`.
+        settings: what Stage I will use.
+        read: as in `rehearse`.
+        rough: what it returned.
+    """
+    if rough.per_point > 0:
+        return rough
+    with untouched(module), measuring(module):
+        derivatives, x, targets = settings.derivatives(module), *read(_TIMED)
+        passes = settings.recipe().max_iter
+        two, _ = _once(settings, derivatives, x[:2], targets[:2], passes)
+        many, share = _once(settings, derivatives, x, targets, passes)
+    per_point = max(0.0, many - two) / max(len(x) - 2, 1)
+    return Preflight(max(0.0, two - 2 * per_point), per_point, share)
+
+
+@contextmanager
+def _step(name: str, way_out: str) -> Iterator[None]:
+    """Say which step of the rehearsal an error of torch's or of the module's own is from."""
+    try:
+        yield
+    except MuterError:
+        raise
+    except Exception as error:
+        message = " ".join(str(error).split())[:600]
+        full = isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError))
+        full = full or "can't allocate memory" in message
+        raise ConfigurationError(
+            f"before training, two training points go through what comes after it, and {name} "
+            f"failed with {type(error).__name__}: {message}; "
+            f"{_OUT_OF_MEMORY if full else way_out}"
+        ) from error
+
+
+def check_forward(module: nn.Module, x: Tensor) -> Tensor:
+    """The outputs (2, C) of a forward that gives one row of a tensor for each of two points.
+
+    Raises:
+        ConfigurationError: another type or shape, outputs that are not finite, change from call to
+            call, or depend on the other points of the batch.
+    """
+    with (
+        torch.no_grad(),
+        _step(
+            "forward(x)", "define forward(x) -> outputs (n, C) that takes a batch of inputs alone"
+        ),
+    ):
+        outputs, again, single = module(x.clone()), module(x.clone()), module(x[:1].clone())
+    outputs, again, single = (
+        _rows(found, n) for found, n in ((outputs, len(x)), (again, len(x)), (single, 1))
+    )
+    if single.shape[1:] != outputs.shape[1:]:
+        raise ConfigurationError(
+            f"forward returns shape {tuple(single.shape)} for one point and {tuple(outputs.shape)} "
+            "for two: it must return (n, C) for any n"
+        )
+    size = _SAME * max(float(outputs.abs().max()), 1e-300)
+    if float((again - outputs).abs().max()) > size:
+        raise ConfigurationError(
+            "forward gives other outputs when it is called again on the same inputs in eval mode: "
+            "no derivative of it is that of the trained model; use nn.Dropout, which eval mode "
+            "switches off, or F.dropout(..., training=self.training)"
+        )
+    if float((single - outputs[:1]).abs().max()) > size:
+        raise ConfigurationError(
+            "forward gives a point other outputs when another point is in the batch, in eval mode: "
+            "a point to forget would be in every other point's loss; take out what mixes the "
+            "points (batch statistics, a normalisation over the batch)"
+        )
+    return outputs
+
+
+def _rows(outputs: Any, n: int) -> Tensor:
+    """The outputs of n points, as they were."""
+    if not isinstance(outputs, Tensor):
+        raise ConfigurationError(
+            f"forward returns {_described(outputs)}, one tensor of outputs (n, C) is expected: "
+            "return the logits alone from forward"
+        )
+    if outputs.ndim == 0 or len(outputs) != n or not outputs.is_floating_point():
+        raise ConfigurationError(
+            f"forward returns shape {tuple(outputs.shape)} of {outputs.dtype} for {n} point"
+            f"{'s' * (n > 1)}, floating-point outputs ({n}, C) are expected; squeeze() drops the "
+            "dimension of a batch of one: use squeeze(1), or none"
+        )
+    if not bool(torch.isfinite(outputs).all()):
+        raise ConfigurationError(
+            "forward returns NaN or infinite outputs on two training points before training: mend "
+            "the inputs or the model's initial weights"
+        )
+    return outputs
+
+
+def _described(value: Any) -> str:
+    if value is None:
+        return "None"
+    name = type(value).__name__
+    if isinstance(value, dict):
+        return f"a {name} with the keys {[str(key) for key in value]}"
+    if isinstance(value, (tuple, list)):
+        return f"a {name} of {[type(item).__name__ for item in value]}"
+    tensors = [key for key, item in vars(value).items() if isinstance(item, Tensor)]
+    return f"a {name} with the tensors {tensors}" if tensors else f"a {name}"
+
+
+def check_targets(loss: PointLoss, targets: Tensor, outputs: Tensor) -> None:
+    """Refuse targets that are not finite, or that the loss cannot take.
+
+    Args:
+        loss: the loss a point.
+        targets: of some points (n, ...); each value of integer ones is looked at once.
+        outputs: of at least one point (n, C).
+
+    Raises:
+        ConfigurationError: with the targets.
+    """
+    if not bool(torch.isfinite(targets).all()):
+        raise ConfigurationError("training targets are NaN or infinite: mend the data set")
+    integers = targets.ndim == 1 and not targets.is_floating_point()
+    distinct: Any = torch.unique  # its stub has no types
+    values: Tensor = distinct(targets) if integers else targets[:2]
+    bad = [value.tolist() for value in values if not _takes(loss, outputs[:1], value[None])]
+    if bad:
+        raise ConfigurationError(
+            f"loss {loss.name!r} with outputs {tuple(outputs.shape[1:])} a point cannot take the "
+            f"targets {bad[:5]}: mend the labels, leave points without a label (-100 and the like) "
+            "out of the training data set, or give the head as many outputs as there are classes"
+        )
+
+
+def _takes(loss: PointLoss, outputs: Tensor, target: Tensor) -> bool:
+    """Whether the loss and its derivatives are finite numbers at one point's target."""
+    try:
+        if loss.closed_form is not None:  # on the CPU: a wrong class would end a GPU's process
+            outputs, target = outputs.double().cpu(), target.cpu()
+            found = [loss(outputs, target), *loss.derivatives(outputs.reshape(1, -1), target)]
+        else:
+            found = [loss(outputs, target)]
+    except (RuntimeError, IndexError, ValueError):
+        return False
+    return all(bool(torch.isfinite(values).all()) for values in found)
+
+
+def _check_gradient(derivatives: Derivatives, x: Tensor, targets: Tensor) -> None:
+    inputs = x.detach().clone().requires_grad_(True)
+    with _step(
+        "∂l/∂x, which the attack ascends",
+        "forward must be differentiable in its input: without torch.no_grad(), "
+        "torch.inference_mode() or changes in place",
+    ):
+        losses = derivatives.loss(derivatives.module(inputs), targets)
+        gradient = None
+        if losses.requires_grad:
+            (gradient,) = torch.autograd.grad(losses.sum(), inputs, allow_unused=True)
+    if gradient is None:
+        raise ConfigurationError(
+            "no gradient of the loss reaches the input, so that nothing can be attacked: forward "
+            "runs a part under torch.no_grad() or detaches it; take that out (MUterCallback "
+            "freezes the part by itself), or give the module a forward of its own"
+        )
+    if not bool(torch.isfinite(losses).all()) or not bool(torch.isfinite(gradient).all()):
+        raise ConfigurationError(
+            "the loss of two training points, or its gradient in the input, is NaN or infinite "
+            "before training: mend the inputs, the targets or the model's initial weights"
+        )
+
+
+def _check_double_backward(derivatives: Derivatives, x: Tensor, targets: Tensor) -> None:
+    """∂δδ l and ∂ωδ l through every node of the graph.
+
+    ``autograd.grad`` visits only nodes that lead to what it is asked for, and takes a layer whose
+    backward is no graph (``once_differentiable``) for a constant; ``backward`` meets its error.
+    """
+    inputs = x.detach().clone().requires_grad_(True)
+    omega = {
+        name: parameter.detach().clone().requires_grad_(True)
+        for name, parameter in zip(derivatives.names, derivatives.parameters, strict=True)
+    }
+    with _step("the second derivative of the loss, by double backward,", _CURVATURE):
+        losses = derivatives.loss(functional_call(derivatives.module, omega, (inputs,)), targets)
+        (gradient,) = torch.autograd.grad(losses.sum(), inputs, create_graph=True)
+        if gradient.requires_grad:
+            torch.autograd.backward(gradient.sum())  # into the .grad of the copies above
+
+
+def _once(
+    settings: Settings, derivatives: Derivatives, x: Tensor, targets: Tensor, passes: int
+) -> tuple[float, float]:
+    """Seconds of a pass over these points, and the maximiser's share; all values are finite."""
+    method, recipe = METHODS[settings.method], replace(settings.recipe(), max_iter=passes)
+    start = time.perf_counter()
+    inner = None if method.points == "clean" else recipe.perturb(derivatives, x, targets)
+    middle = time.perf_counter()
+    finite = [torch.ones((), dtype=torch.bool, device=x.device)]
+
+    def look(i: int, j: int, block: Tensor) -> None:
+        finite[0] &= torch.isfinite(block).all()
+
+    if method.has_memory:
+        total = recipe.accumulate(derivatives, x, targets, look, inner)
+    else:
+        total = recipe.gradient(derivatives, x, targets, inner)
+    finite[0] &= torch.isfinite(total.gradient).all() & torch.isfinite(total.loss)
+    if not bool(finite[0]):  # waits for an accelerator
+        raise ConfigurationError(
+            f"the gradient or the curvature of method {settings.method!r} at two training points "
+            "is NaN or infinite before training: a layer has no second derivative there (a square "
+            "root or a norm of zero), or the inputs are too large for the module's precision; "
+            "scale the inputs, or replace the layer"
+        )
+    seconds = time.perf_counter() - start
+    return seconds, (middle - start) / seconds

@@ -1,0 +1,356 @@
+"""What cannot work is said at fit's start: two training points through all that comes later."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import pytorch_lightning as pl
+import torch
+import torch.nn.functional as F
+from cases import QUIET, Data, Net, memory_of
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
+
+from lightning_muter import ConfigurationError, L2Ball, MUterCallback, Trainer, total_hessian
+from lightning_muter.models.base import measuring
+from lightning_muter.models.names import suggest
+from lightning_muter.unlearning import cost
+
+BATCHES: list[int] = []
+
+
+class Watched(Net):
+    """Counts the batches that it was trained on."""
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        BATCHES.append(batch_idx)
+        outputs = self.logits(batch[0])
+        return F.cross_entropy(outputs, batch[1])
+
+    def logits(self, x: Tensor) -> Tensor:
+        return self.classifier(self.backbone(x))
+
+
+def refused(
+    match: str, model: pl.LightningModule, data: Any = None, quiet: Any = None, **options: Any
+) -> None:
+    """Fit is refused with a ConfigurationError before the first batch, and leaves the flags."""
+    BATCHES.clear()
+    flags = [p.requires_grad for p in model.parameters()]
+    callback = MUterCallback(**{"threat": L2Ball(0.5), "head": "classifier", **options})
+    trainer = Trainer(max_epochs=1, callbacks=[callback], **{**QUIET, **(quiet or {})})
+    with pytest.raises(ConfigurationError, match=match):
+        trainer.fit(model, data or Data())
+    assert not BATCHES
+    assert flags == [p.requires_grad for p in model.parameters()]
+
+
+def with_forward(forward: Callable[[Any, Tensor], Any]) -> pl.LightningModule:
+    model = Watched()
+    model.forward = forward.__get__(model)  # type: ignore[method-assign]
+    return model
+
+
+@pytest.mark.parametrize(
+    ("forward", "match"),
+    [
+        (lambda self, x: {"logits": self.logits(x)}, "dict with the keys.*logits"),
+        (lambda self, x: (self.logits(x), None), "tuple of .*Tensor.*NoneType"),
+        (lambda self, x: [self.logits(x)], "list of .*Tensor"),
+        (lambda self, x: SimpleNamespace(logits=self.logits(x)), "SimpleNamespace .*logits"),
+        (lambda self, x: None, "None"),
+        (lambda self, x: self.logits(x).sum(), r"shape \(\)"),
+        (lambda self, x: self.logits(x).squeeze(), r"shape \(3,\).*point"),
+        (lambda self, x: self.logits(x).argmax(1), "int64"),
+        (lambda self, x: self.logits(x) / 0, "NaN or infinite outputs"),
+        (lambda self, x: self.logits(F.dropout(x, 0.5)), "other outputs when it is called again"),
+        (lambda self, x: self.logits(x) - self.logits(x).mean(0), "another point is in the batch"),
+        (lambda self, x: self.logits(x.detach()), "no gradient of the loss reaches the input"),
+        (lambda self, x: self.missing(x), "forward.* failed with AttributeError"),
+        (lambda self, x, mask: self.logits(x), "failed with TypeError.*mask"),
+        (lambda self, x: self.logits(x.reshape(len(x), 2, 2)), "failed with RuntimeError"),
+        (lambda self, x: self.logits(x.numpy() and x), "failed with"),
+    ],
+    ids=[
+        *("dict", "tuple", "list", "object", "none", "sum", "squeeze", "labels", "infinite"),
+        *("dropout", "mixing", "detached", "missing", "signature", "shape", "numpy"),
+    ],
+)
+def test_a_forward_that_cannot_serve(forward: Callable[[Any, Tensor], Any], match: str) -> None:
+    refused(match, with_forward(forward))
+
+
+def test_a_backbone_under_no_grad_and_one_in_inference_mode() -> None:
+    def no_grad(self: Any, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            h = self.backbone(x)
+        return self.classifier(h)
+
+    def inference(self: Any, x: Tensor) -> Tensor:
+        with torch.inference_mode():
+            h = self.backbone(x)
+        return self.classifier(h)
+
+    refused("no gradient of the loss reaches the input.*no_grad", with_forward(no_grad))
+    refused("inference|no gradient", with_forward(inference))
+
+
+def test_no_forward_at_all() -> None:
+    class Shared(pl.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.classifier = nn.Linear(8, 3)
+
+        def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+            BATCHES.append(batch_idx)
+            return F.cross_entropy(self.classifier(batch[0]), batch[1])
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    refused("define forward", Shared())
+
+
+class Cube(torch.autograd.Function):
+    """A layer with a first derivative only."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x**3
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return 3 * x**2 * grad
+
+
+@pytest.mark.parametrize("options", [{}, {"method": "none", "newton_steps": 3}])
+def test_a_layer_without_a_second_derivative(options: dict[str, Any]) -> None:
+    cube = with_forward(lambda self, x: self.classifier(Cube.apply(self.backbone(x))))
+    refused("second derivative .* failed.*twice differentiable", cube, **options)
+
+
+def test_a_second_derivative_that_is_not_finite() -> None:
+    def norm(self: Any, x: Tensor) -> Tensor:
+        h = self.backbone(x)
+        return self.classifier(h + (h - h.detach()).abs().clamp(min=0).sqrt())
+
+    refused("NaN or infinite", with_forward(norm))
+
+
+@pytest.mark.parametrize("label", [-100, 3, -1])
+@pytest.mark.parametrize("subset", [False, True])
+def test_labels_that_the_loss_cannot_take(label: int, subset: bool) -> None:
+    data = Data()
+    x, y = data.dataset.tensors
+    y[17] = label
+    loader = DataLoader(Subset(TensorDataset(x, y), range(40)) if subset else data.dataset, 16)
+    refused(f"cannot take the targets .*{label}", Watched(), loader)
+
+
+class Strings(Dataset[Any]):
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, index: int) -> tuple[Tensor, str]:
+        return torch.ones(8, dtype=torch.float64) * index, "cat"
+
+
+def test_targets_that_are_no_tensor_or_not_finite() -> None:
+    refused("targets are a (list|tuple)", Watched(), DataLoader(Strings(), 4))
+    x, y = Data().dataset.tensors
+    targets = y.double()
+    targets[5] = torch.nan
+    refused("targets are NaN", Watched(), DataLoader(TensorDataset(x, targets), 16))
+
+
+def test_a_memory_that_does_not_fit_is_refused_with_both_sizes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(cost, "free_bytes", lambda device: 10_000)
+    refused("p = 21 .* 0.0 MB are free on cpu", Watched())
+    monkeypatch.setattr(cost, "free_bytes", lambda device: None)
+    cost.check_fits(10**9, torch.device("cpu"))
+
+
+def test_free_memory_is_that_of_the_smallest_limit() -> None:
+    free = cost.free_bytes(torch.device("cpu"))
+    assert free is None or 10**6 < free < 10**14
+    with pytest.raises(ConfigurationError, match="p = 1,000,000,000 "):
+        cost.check_fits(10**9, torch.device("cpu"))
+
+
+def test_out_of_memory_in_the_rehearsal_says_so() -> None:
+    refused("MemoryError.*smaller", with_forward(lambda self, x: self.logits(_no_memory(x))))
+
+
+def _no_memory(x: Tensor) -> Tensor:
+    if torch.is_grad_enabled():
+        raise MemoryError("no room")
+    return x
+
+
+def groups(decays: dict[str, float]) -> pl.LightningModule:
+    model = Watched()
+    named = dict(model.named_parameters())
+    settings = [{"params": [named[k]], "weight_decay": v} for k, v in decays.items()]
+    sgd = torch.optim.SGD(settings, lr=0.1)
+    model.configure_optimizers = lambda: sgd  # type: ignore[method-assign]
+    return model
+
+
+def test_weight_decays_count_where_the_trained_parameters_are() -> None:
+    head = {"classifier.weight": 0.01, "classifier.bias": 0.01}
+    model = groups({**head, "backbone.0.weight": 0.5})
+    callback = MUterCallback(L2Ball(0.5), head="classifier")
+    Trainer(max_epochs=1, callbacks=[callback], **QUIET).fit(model, Data())
+    assert memory_of(callback).settings.weight_decay == 0.01
+    refused(r"weight decays \[0.0, 0.01\]", groups({**head, "classifier.bias": 0.0}))
+    refused("no optimizer holds .*classifier.bias", groups({"classifier.weight": 0.01}))
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"head": "clasifier"}, "did you mean 'classifier'"),
+        ({"head": "model.classifier"}, "did you mean 'classifier'"),
+        ({"head": "0"}, "did you mean 'backbone.0'"),
+        ({"head": "backbone"}, "did you mean 'backbone.0'"),
+        ({"head": None, "parameters": ["classifier"]}, "did you mean 'classifier.weight' or"),
+        ({"head": None, "parameters": ["wieght"]}, "expected one of|did you mean"),
+    ],
+)
+def test_names_that_are_not_there_come_with_the_nearest(options: Any, match: str) -> None:
+    refused(match, Watched(), **options)
+
+
+def test_one_string_is_no_list_of_parameters() -> None:
+    with pytest.raises(ConfigurationError, match=r"parameters=\['classifier.weight'\]"):
+        MUterCallback(L2Ball(0.5), parameters="classifier.weight")
+    x, y = Data().dataset.tensors
+    with pytest.raises(ConfigurationError, match="list of names"):
+        total_hessian(Net().double(), (x, y), L2Ball(0.5), parameters="classifier.weight")
+
+
+def test_suggestions_are_short() -> None:
+    known = [f"layer{i}.fc" for i in range(50)]
+    assert suggest(["net.fc"], ["net.fc2"]) == ": did you mean 'net.fc2'?"
+    assert suggest(["xyz"], known).endswith("and 42 more")
+
+
+@pytest.mark.parametrize("start_method", ["ddp_spawn", "ddp_fork"])
+def test_processes_spawned_within_fit_are_refused(start_method: str) -> None:
+    callback = MUterCallback(L2Ball(0.5), head="classifier")
+    options = {**QUIET, "strategy": start_method, "devices": 1}
+    trainer = pl.Trainer(max_epochs=1, callbacks=[callback], **options)
+
+    class Local(Net):
+        """Cannot be pickled: a spawned process would not even start."""
+
+    with pytest.raises(ConfigurationError, match="use strategy='ddp'"):
+        trainer.fit(Local(), Data())
+
+
+class Counting(Watched):
+    """A buffer that counts calls, in place and anew, and random numbers in forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(1))
+        self.register_buffer("other", torch.zeros(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        self.other = self.other + 1
+        torch.rand(1), random.random(), np.random.rand()  # noqa: NPY002
+        return self.logits(x)
+
+    def on_train_start(self) -> None:
+        found = torch.rand(1), random.random(), np.random.rand()  # noqa: NPY002
+        self.seen = [*map(float, found), self.training, self.backbone.training]
+        self.counted = float(self.calls), float(self.other)
+
+
+def test_the_rehearsal_leaves_no_trace() -> None:
+    seen = []
+    for callbacks in ([], [MUterCallback(L2Ball(0.5), head="classifier")]):
+        pl.seed_everything(3, verbose=False)
+        model = Counting()
+        Trainer(max_epochs=1, callbacks=callbacks, **QUIET).fit(model, Data())
+        seen.append((model.seen, model.counted))
+    assert seen[0] == seen[1] and seen[0][1] == (0.0, 0.0)
+
+
+def test_what_will_come_is_printed(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    name = "lightning_muter.lightning.callback.rank_zero_info"
+    monkeypatch.setattr(name, lambda message: said.append(message))
+    callback = MUterCallback(L2Ball(0.5), head="classifier")
+    Trainer(max_epochs=1, callbacks=[callback], **QUIET).fit(Net(), Data())
+    assert "Stage I will take about" in said[0] and "a request will take about" in said[0]
+
+
+def test_double_precision_with_single_precision_data() -> None:
+    data = Data()
+    x, y = data.dataset.tensors
+    data.dataset = TensorDataset(x.float(), y)
+    callback = MUterCallback(L2Ball(0.5), head="classifier", newton_steps=15)
+    Trainer(max_epochs=1, callbacks=[callback], **QUIET).fit(Net(), data)
+    assert memory_of(callback).summary["residual_gradient"] < 1e-7
+
+
+class Attentive(nn.Module):
+    """A transformer encoder layer below a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(4, 2, 8, batch_first=True, activation="gelu")
+        self.encoder = nn.TransformerEncoder(layer, 1)
+        self.head = nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.encoder(x).mean(1))
+
+
+@pytest.mark.filterwarnings("ignore:.*enable_nested_tensor.*")
+def test_attention_has_its_total_hessian() -> None:
+    """Against finite differences of the envelope gradient, with δ* found again at each ω."""
+    torch.manual_seed(0)
+    model = Attentive().double()
+    x, y = torch.randn(3, 3, 4, dtype=torch.float64), torch.tensor([0, 1, 1])
+    threat = L2Ball(0.3)
+    for p in model.encoder.parameters():
+        p.requires_grad_(False)
+    fast = torch.backends.mha.get_fastpath_enabled()
+    hessian = total_hessian(model, (x, y), threat, head="head")
+    assert torch.backends.mha.get_fastpath_enabled() is fast
+
+    def gradient(omega: Tensor) -> Tensor:
+        with torch.no_grad():
+            model.head.weight.copy_(omega[:8].reshape(2, 4))
+            model.head.bias.copy_(omega[8:])
+        delta = torch.zeros_like(x)
+        with measuring(model):
+            for _ in range(60):  # the ball's own fixed point: δ = ε g / ‖g‖
+                inputs = (x + delta).requires_grad_(True)
+                (g,) = torch.autograd.grad(
+                    F.cross_entropy(model(inputs), y, reduction="sum"), inputs
+                )
+                delta = 0.5 * delta + 0.15 * g / g.flatten(1).norm(dim=1)[:, None, None]
+            loss = F.cross_entropy(model(x + delta), y, reduction="sum")
+            found = torch.autograd.grad(loss, list(model.head.parameters()))
+        return torch.cat([part.reshape(-1) for part in found])
+
+    omega = torch.cat([model.head.weight.reshape(-1), model.head.bias]).detach().clone()
+    for k in (0, 9):
+        unit = torch.zeros_like(omega)
+        unit[k] = 1e-5
+        column = (gradient(omega + unit) - gradient(omega - unit)) / 2e-5
+        torch.testing.assert_close(hessian[:, k], column, rtol=1e-5, atol=1e-6)
