@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import types
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -16,10 +15,14 @@ from pytorch_lightning.utilities import rank_zero_info, rank_zero_only
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from lightning_muter.errors import ConfigurationError
+from lightning_muter.errors import ConfigurationError, MuterError, StateError
 from lightning_muter.lightning.adversarial_training import AdversarialTraining, Attack
 from lightning_muter.lightning.data import TrainingPoints
-from lightning_muter.memory.memory import UnlearningMemory, digest, size_estimate
+from lightning_muter.lightning.fidelity.averaging import check_order
+from lightning_muter.lightning.fidelity.decay import decay_of, declared_penalty
+from lightning_muter.lightning.fidelity.flow import holds
+from lightning_muter.lightning.fidelity.watch import TrainingWatch
+from lightning_muter.memory.memory import UnlearningMemory, size_estimate
 from lightning_muter.models import Derivatives
 from lightning_muter.objectives.losses import LossFunction
 from lightning_muter.spec import Settings
@@ -75,9 +78,13 @@ class MUterCallback(AdversarialTraining):
         attack_steps: steps of the threat's own ascent.
         attack_step_size: its step length.
         random_start: start the training attack at a random allowed perturbation.
+        strict: refuse training that is not what the memory assumes (its points, loss, outputs,
+            steps, frozen part); False warns instead and keeps what was found in ``findings`` and
+            the memory's ``warnings``.
 
     Raises:
-        ConfigurationError: an argument is outside what it says here.
+        ConfigurationError: an argument is outside what it says here; in fit, training is not what
+            the memory assumes.
     """
 
     def __init__(
@@ -103,6 +110,7 @@ class MUterCallback(AdversarialTraining):
         attack_steps: int = 10,
         attack_step_size: float | None = None,
         random_start: bool = True,
+        strict: bool = True,
     ) -> None:
         self.settings = Settings(
             method=method,
@@ -131,6 +139,7 @@ class MUterCallback(AdversarialTraining):
                 "none; give one of the two"
             )
         self.newton_steps = newton_steps
+        self.strict = strict
         self.horizon = horizon
         self.weight_decay = weight_decay
         self.memory_dir = memory_dir
@@ -140,8 +149,13 @@ class MUterCallback(AdversarialTraining):
         self.initial: Tensor | None = None
         self._flags: list[tuple[nn.Parameter, bool]] = []
         self._was_training: list[nn.Module] = []
-        self._checked = False
-        self._flow_time = 0.0
+        #: how much each training point weighs in training's objective (n,), once training ended
+        self.point_weights: Tensor | None = None
+        #: what was found of training that the memory does not assume (``strict=False``)
+        self.findings: list[str] = []
+        self._watch: TrainingWatch | None = None
+        self._resumed: dict[str, Any] = {}
+        self._decay = 0.0
 
     # --- finetuning -------------------------------------------------------------------------
 
@@ -163,41 +177,93 @@ class MUterCallback(AdversarialTraining):
         self._flags = [(p, p.requires_grad) for p in pl_module.parameters()]
         for name, parameter in pl_module.named_parameters():
             parameter.requires_grad_(name in trained)
-        self._checked = False
-        self._flow_time = 0.0
+        self._watch, self._resumed, self.findings, self.point_weights = None, {}, [], None
+        try:
+            check_order(trainer.callbacks, self)  # type: ignore[attr-defined]
+        except ConfigurationError as error:
+            self._refuse(error)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        _points(trainer).check()
-        rates = [flow_rate(optimizer) for optimizer in trainer.optimizers]
+        points = _points(trainer)
+        points.check()
+        derivatives = self.settings.derivatives(pl_module)
+        holders = [o for o in trainer.optimizers if holds(o, derivatives.parameters)]
+        rates = [flow_rate(optimizer, derivatives.parameters) for optimizer in holders]
         if self.horizon == "training" and None in rates:
-            names = [type(optimizer).__name__ for optimizer in trainer.optimizers]
+            names = [type(optimizer).__name__ for optimizer in holders]
             raise ConfigurationError(
                 f"horizon='training' with {names}: it needs torch.optim.SGD of one learning rate, "
                 "since others follow no gradient flow; give a number, newton_steps, or horizon=None"
             )
+        self._decay = decay_of(
+            trainer.optimizers, derivatives.parameters, self.weight_decay, self.newton_steps
+        )
+        head = self.settings.head
+        self._watch = TrainingWatch(
+            trainer,
+            pl_module,
+            derivatives,
+            None if head is None else pl_module.get_submodule(head),
+            self._point_loss,
+            points,
+            declared_penalty(trainer.optimizers, derivatives.parameters, self.weight_decay)
+            if not self.newton_steps
+            else 0.0,
+            self._resumed.get("flow_time", 0.0) if self.horizon == "training" else None,
+            reducer(trainer),
+            self._refuse,
+        )
+        if "points" in self._resumed:
+            self._watch.load_state_dict(self._resumed["points"])
 
-    def on_before_optimizer_step(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
-    ) -> None:
-        self._flow_time += flow_rate(optimizer) or 0.0
+    def _watching(self) -> TrainingWatch:
+        if self._watch is None:
+            raise StateError("training has not started: the callback watches nothing yet")
+        return self._watch
+
+    def _refuse(self, error: MuterError) -> None:
+        """Raise what makes the memory another problem's; with strict=False, warn and keep it."""
+        if self.strict:
+            raise error
+        finding = str(error)
+        if finding not in self.findings:
+            self.findings.append(finding)
+            warnings.warn(finding, stacklevel=3)
 
     def state_dict(self) -> dict[str, Any]:
-        """Where training started and its time so far, for a run that is resumed."""
-        return {"flow_time": self._flow_time, "initial": self.initial}
+        """Where training started and what was seen of it so far, for a run that is resumed."""
+        if self._watch is None:
+            return {**self._resumed, "initial": self.initial}
+        return {
+            "flow_time": self._watch.flow_time,
+            "initial": self.initial,
+            "points": self._watch.state_dict(),
+            "findings": list(self.findings),
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on counting where the checkpoint was."""
-        self._flow_time, self.initial = state_dict["flow_time"], state_dict["initial"]
+        self._resumed, self.initial = dict(state_dict), state_dict["initial"]
+        self.findings = list(state_dict.get("findings", ()))
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         self._freeze_modes(pl_module)
+        watch = self._watching()
+        watch.received(batch, batch_idx)
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
-        if not self._checked:
-            with torch.no_grad():
-                outputs = pl_module(batch[0])
-                self._expected = float(self._point_loss(outputs, batch[1]).mean())
+        watch.perturbed(batch[0], batch[1])
+
+    def on_before_backward(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor
+    ) -> None:
+        self._watching().before_backward()
+
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        self._watching().before_step(optimizer)
 
     def on_train_batch_end(
         self,
@@ -207,19 +273,10 @@ class MUterCallback(AdversarialTraining):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        if self._checked or trainer.accumulate_grad_batches != 1:
-            return
-        self._checked = True
-        loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
-        if isinstance(loss, Tensor) and loss.numel() == 1:
-            value = float(loss)
-            if abs(value - self._expected) > 0.05 * max(abs(value), abs(self._expected), 1e-3):
-                warnings.warn(
-                    f"training_step returned {value:.4g} on the first batch, loss="
-                    f"{self._point_loss.name!r} gives a mean of {self._expected:.4g}: the memory "
-                    "would be of another objective than training's; give the same loss to both",
-                    stacklevel=2,
-                )
+        self._watching().ended()
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._watching().epoch_ended()
 
     def _freeze_modes(self, pl_module: nn.Module) -> None:
         trained = set(self.settings.derivatives(pl_module).names)
@@ -236,12 +293,23 @@ class MUterCallback(AdversarialTraining):
         for module in self._was_training:
             module.training = True
         self._was_training = []
+        if self._watch is not None:
+            self._watch.close()
+
+    def on_exception(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
+    ) -> None:
+        if self._watch is not None:
+            self._watch.close()
 
     # --- Stage I ----------------------------------------------------------------------------
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        points = _points(trainer)
-        settings = self.settings.trained(self._decay(trainer), self._horizon(len(points)))
+        watch, points = self._watching(), _points(trainer)
+        watch.finish()
+        self.point_weights = watch.point_weights
+        total = float(self.point_weights.sum())
+        settings = self.settings.trained(self._decay, self._horizon(watch.flow_time, total))
         if self.newton_steps:  # ω* is every method's: the robust objective's own optimum
             robust = replace(settings, method="muter", response="constrained", space="input")
             target = self.objective(trainer, robust.derivatives(pl_module), robust, points)
@@ -249,18 +317,40 @@ class MUterCallback(AdversarialTraining):
         if METHODS[settings.method].has_memory:
             size = size_estimate(settings.derivatives(pl_module).p)
             rank_zero_info(f"Stage I ({settings.method}): {size}")
-        key = trainer.strategy.broadcast(os.urandom(16))
         batches = self._batches(trainer, points, range(len(points)))
-        digests = self._digests(trainer, points, key)
         (memory,) = build_memories(
-            pl_module, [settings], batches, digests, key, reducer(trainer), self.initial
+            pl_module,
+            [settings],
+            batches,
+            watch.digests,
+            watch.key,
+            reducer(trainer),
+            self.initial,
         )
         self._refuse_broken(memory)
         self._report_memory(memory)
-        self.memory = memory
+        self.memory = replace(memory, warnings=(*memory.warnings, *self.findings))
         self.save()
         if self.memory_dir is not None:  # other checkpoints may precede the Newton steps
             trainer.save_checkpoint(Path(self.memory_dir) / MODEL_FILE, weights_only=True)
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        memory, derivatives = self.memory, self.settings.derivatives(pl_module)
+        if memory is None:
+            return
+        now = derivatives.get()
+        kept = memory.omega.to(now.device).to(derivatives.dtype).double()
+        if torch.allclose(now, kept, rtol=1e-6, atol=1e-8):
+            return
+        self._refuse(
+            ConfigurationError(
+                "a callback listed after MUterCallback changed the trained parameters by "
+                f"{float(torch.linalg.vector_norm(now - kept)):.3g} when training ended, after "
+                "their memory was built: list it before MUterCallback"
+            )
+        )
+        self.memory = replace(memory, warnings=tuple(self.findings))
+        self.save()
 
     def objective(
         self,
@@ -284,34 +374,15 @@ class MUterCallback(AdversarialTraining):
         device = trainer.strategy.root_device
         quiet = trainer.progress_bar_callback is None or not trainer.is_global_zero
         total = -(-len(mine) // self.batch_size)
-        stream = points.batches(mine, self.batch_size, device)
+        dtype = None if self._watch is None else self._watch.dtype
+        stream = points.batches(mine, self.batch_size, device, dtype)
         yield from tqdm(stream, "training points", total, leave=False, disable=quiet)
 
-    def _decay(self, trainer: pl.Trainer) -> float:
-        if self.weight_decay is not None:
-            return self.weight_decay
-        decays = {
-            float(group.get("weight_decay", 0.0))
-            for optimizer in trainer.optimizers
-            for group in optimizer.param_groups
-        }
-        if len(decays) > 1:
-            raise ConfigurationError(
-                f"the optimizer has weight decays {sorted(decays)}: say which λ the head was "
-                "trained with by weight_decay="
-            )
-        if any(isinstance(o, torch.optim.AdamW) for o in trainer.optimizers) and decays != {0.0}:
-            warnings.warn(
-                "AdamW's decoupled weight decay is no L2 term of the objective: ω* is not the "
-                "optimum the memory assumes; use newton_steps, or SGD or Adam",
-                stacklevel=2,
-            )
-        return decays.pop() if decays else 0.0
-
-    def _horizon(self, n: int) -> float | None:
+    def _horizon(self, flow_time: float, total: float) -> float | None:
+        """Σ lr over the weight of all points, where training's own horizon is asked for."""
         if self.horizon != "training":
             return self.horizon
-        return self._flow_time / n
+        return flow_time / total
 
     @staticmethod
     def _refuse_broken(memory: UnlearningMemory) -> None:
@@ -320,14 +391,6 @@ class MUterCallback(AdversarialTraining):
                 "the robust gradient is not finite: a training point has NaN or infinite values, "
                 "or training diverged; no memory was built"
             )
-
-    def _digests(self, trainer: pl.Trainer, points: TrainingPoints, key: bytes) -> Tensor:
-        rows = torch.zeros(len(points), 16, dtype=torch.float32)
-        for i in range(trainer.global_rank, len(points), trainer.world_size):
-            x, target = points.batch([i])
-            rows[i] = torch.tensor(list(digest(key, x[0], target[0])), dtype=torch.float32)
-        total: Tensor = reducer(trainer)(rows.to(trainer.strategy.root_device))
-        return total.cpu().to(torch.uint8)
 
     def _report_memory(self, memory: UnlearningMemory) -> None:
         rank_zero_info(

@@ -60,12 +60,17 @@ class TrainingPoints:
         return self.collate([self.dataset[i] for i in indices])
 
     def batches(
-        self, indices: Sequence[int], batch_size: int, device: torch.device
+        self,
+        indices: Sequence[int],
+        batch_size: int,
+        device: torch.device,
+        dtype: torch.dtype | None = None,
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """The points of ``indices`` in order, on ``device``."""
+        """The points of ``indices`` in order, on ``device``; floating-point ones as ``dtype``."""
         for start in range(0, len(indices), batch_size):
             x, targets = self.batch(indices[start : start + batch_size])
-            yield x.to(device), targets.to(device)
+            like = dtype if targets.is_floating_point() else None
+            yield x.to(device, dtype), targets.to(device, like)
 
     def check(self) -> None:
         """Refuse random augmentation and values that no derivative survives.

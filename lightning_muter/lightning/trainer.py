@@ -199,7 +199,7 @@ def _finish(server: UnlearningModule, points: TrainingPoints, corrector_steps: i
     objective = RobustObjective(
         derivatives,
         state.settings.recipe(),
-        lambda: points.batches(mine, 512, device),
+        lambda: points.batches(mine, 512, device, derivatives.dtype),
         reducer(trainer),
     )
     if not corrector_steps:

@@ -40,10 +40,14 @@ _TENSORS = (
 
 
 def digest(key: bytes, x: Tensor, target: Tensor) -> bytes:
-    """A keyed 16-byte digest of one training point, by its bits."""
+    """A keyed 16-byte digest of one training point, by its values.
+
+    Floating-point values count as float64: a point is the same in single and double precision.
+    """
     state = hashlib.blake2b(key=key, digest_size=16)
     for tensor in (x, target):
         value = tensor.detach().cpu().contiguous()
+        value = value.double() if value.is_floating_point() else value
         state.update(f"{value.dtype}{tuple(value.shape)}".encode())
         state.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
     return state.digest()
@@ -85,6 +89,7 @@ class UnlearningMemory:
     Immutable: `forget` returns the memory after a request, so that a failure changes nothing.
     Where training stopped early, ``initial`` is the ω (p,) that it started from and ``retraced``
     (p,) how far the quadratic model of all points comes from there within the horizon.
+    ``warnings`` say where training was not what the memory assumes (``strict=False``).
 
     All tensors are float64 but ``digests`` (n, 16) uint8 and ``removed`` (n,) bool.
 
@@ -105,6 +110,7 @@ class UnlearningMemory:
     retraced: Tensor = field(default_factory=_nothing)
     summary: dict[str, Any] = field(default_factory=dict)
     ledger: tuple[dict[str, Any], ...] = ()
+    warnings: tuple[str, ...] = ()
 
     @property
     def n(self) -> int:
@@ -286,6 +292,7 @@ class UnlearningMemory:
             "data_fingerprint": self._data_fingerprint(),
             "settings": self.settings.to_dict(),
             "summary": self.summary,
+            "warnings": list(self.warnings),
             "versions": {"python": platform.python_version(), "torch": torch.__version__},
         }
         _replace(folder / "ledger.jsonl", ledger)
@@ -348,6 +355,7 @@ class UnlearningMemory:
             fingerprint=manifest["model_fingerprint"],
             summary=manifest["summary"],
             ledger=tuple(ledger),
+            warnings=tuple(manifest.get("warnings", ())),
             **{key: tensors[key] for key in _TENSORS},
         )
 
