@@ -31,7 +31,7 @@ class _Step:
 
 
 class StepWatch:
-    """Predicts each step of SGD and counts its time where ω moved as predicted.
+    """Predicts each step of SGD, counts its time, and refuses one that goes another way.
 
     A step that moves nothing (skipped by a gradient scaler) takes no time.
 
@@ -87,10 +87,10 @@ class StepWatch:
             return
         if not bool(moved.any()):
             return
+        self.time += step.time
         apart = float(torch.linalg.vector_norm(moved - step.move))
         if not apart <= self._slack * float(torch.linalg.vector_norm(step.move)) + rounding:
             raise _mismatch(moved, step.move)
-        self.time += step.time
 
 
 def _refusal(what: str, moved: Tensor) -> ConfigurationError:
@@ -117,8 +117,8 @@ def _mismatch(moved: Tensor, expected: Tensor) -> ConfigurationError:
         )
     return ConfigurationError(
         f"horizon='training', but a step moved the weights by {lengths[0]:.3g}, where SGD's rate "
-        f"and gradient say {lengths[1]:.3g} (ratio {ratio:.4g}, cosine {cosine:.4f}): {what}, or give "
-        "newton_steps=..., or a number for horizon="
+        f"and gradient say {lengths[1]:.3g} (ratio {ratio:.4g}, cosine {cosine:.4f}): {what}, or "
+        "give newton_steps=..., or a number for horizon="
     )
 
 

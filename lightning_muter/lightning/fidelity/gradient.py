@@ -17,9 +17,6 @@ from lightning_muter.objectives.losses import PointLoss
 
 __all__ = ["GradientWatch"]
 
-#: a gradient below this share of the longest one seen has vanished
-_VANISHED = 1e-4
-
 
 @dataclass(frozen=True)
 class _Batch:
@@ -45,6 +42,8 @@ class GradientWatch:
         head: the linear layer that is trained, or None where parameters are named.
         context: the precision that training's forward runs in.
         slack: the relative difference that rounding may make.
+        vanished: a gradient below this share of the longest one seen is rounding, as where a
+            mean over points that pull in all directions ends.
     """
 
     def __init__(
@@ -55,9 +54,10 @@ class GradientWatch:
         head: nn.Module | None,
         context: Callable[[], AbstractContextManager[None]],
         slack: float,
+        vanished: float,
     ) -> None:
         self._module, self._parameters, self._loss, self._head = module, parameters, loss, head
-        self._context, self._slack = context, slack
+        self._context, self._slack, self._vanished = context, slack, vanished
         self._batch: _Batch | None = None
         self._heard: dict[int, Tensor] = {}
         self._listening = False
@@ -133,7 +133,7 @@ class GradientWatch:
             tuple(p.detach().reshape(-1).double() for p in self._parameters),
             len(batch.x),
             self._slack,
-            _VANISHED * self._longest,
+            self._vanished * self._longest,
         )
         if comparison.agrees():
             return comparison
