@@ -81,7 +81,7 @@ class Comparison:
                 f"training_step's loss is {self.ratio:.4g} times the mean over the batch: return "
                 "the mean itself, and scale the learning rate instead"
             )
-        penalty = self._penalty()
+        penalty = self.penalty
         if penalty is not None:
             return (
                 f"training_step's loss has an L2 penalty of its own, {penalty:.4g}/2 times the "
@@ -94,7 +94,8 @@ class Comparison:
             "same loss to both, as a callable (outputs, targets) -> one value a point"
         )
 
-    def _penalty(self) -> float | None:
+    @property
+    def penalty(self) -> float | None:
         """c where the difference is c times ω in all parameters that it moves, or None."""
         rest = self.found - self.own
         moved, weights, offset = [], [], 0

@@ -140,5 +140,5 @@ def _sgd(optimizer: Optimizer, parameters: list[nn.Parameter]) -> Tensor:
             else:
                 buffer = step
             step = step + momentum * buffer if group["nesterov"] else buffer
-        moves.append(-group["lr"] * step.reshape(-1))
+        moves.append(-float(group["lr"]) * step.reshape(-1))
     return torch.cat(moves)

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lightning_muter.lightning.fidelity.backward import BackwardSum
 from lightning_muter.lightning.fidelity.difference import Comparison
 from lightning_muter.lightning.fidelity.outputs import head_outputs
 from lightning_muter.models.base import measuring
@@ -31,9 +31,7 @@ class GradientWatch:
     """Compares the gradients of chosen batches with the package's own, at the same weights.
 
     The package's own is what Stage I differentiates: the mean over the batch of the loss at the
-    module's outputs, in eval mode. Training's is heard by hooks on the parameters, which see each
-    backward pass of this process alone: before accumulation, averaging over processes, and
-    clipping.
+    module's outputs, in eval mode. Training's is `BackwardSum`'s, of this process alone.
 
     Args:
         module: the module.
@@ -59,28 +57,8 @@ class GradientWatch:
         self._module, self._parameters, self._loss, self._head = module, parameters, loss, head
         self._context, self._slack, self._vanished = context, slack, vanished
         self._batch: _Batch | None = None
-        self._heard: dict[int, Tensor] = {}
-        self._listening = False
         self._longest = 0.0
-        self._handles: list[Any] = [
-            p.register_hook(self._hook(k))  # type: ignore[no-untyped-call]
-            for k, p in enumerate(parameters)
-        ]
-
-    def _hook(self, k: int) -> Callable[[Tensor], None]:
-        def listen(gradient: Tensor) -> None:
-            if self._listening:
-                part = gradient.detach().double()
-                self._heard[k] = self._heard[k] + part if k in self._heard else part.clone()
-
-        return listen
-
-    def close(self) -> None:
-        """Take the hooks off the parameters."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
-        self.drop()
+        self.sum = BackwardSum(parameters)
 
     @property
     def armed(self) -> bool:
@@ -93,16 +71,10 @@ class GradientWatch:
         if x.device.type == "cuda":
             states.append(torch.cuda.get_rng_state(x.device))
         self._batch = _Batch(x.detach().clone(), targets.detach().clone(), tuple(states))
-        self.restart()
-
-    def restart(self) -> None:
-        """Forget what was heard so far: training's own backward begins now."""
-        self._heard = {}
-        self._listening = self.armed
 
     def drop(self) -> None:
         """Compare nothing until the next batch that is chosen."""
-        self._batch, self._heard, self._listening = None, {}, False
+        self._batch = None
 
     def compare(self, scale: float) -> Comparison | None:
         """``scale`` times the gradient that was heard, beside the package's own.
@@ -112,15 +84,14 @@ class GradientWatch:
         Raises:
             ConfigurationError: the outputs are not the head's own.
         """
-        batch, heard = self._batch, self._heard
+        batch = self._batch
         self.drop()
-        if batch is None or not heard:
+        if batch is None or not self.sum.heard:
             return None
-        parts = [heard.get(k, torch.zeros_like(p)) for k, p in enumerate(self._parameters)]
-        found = scale * _flat(parts)
+        found = scale * self.sum.batch
         if not bool(torch.isfinite(found).all()):
             return None
-        with measuring(self._module), self._context():
+        with self.sum.paused(), measuring(self._module), self._context():
             own = self._own(batch)
         self._longest = max(
             self._longest,
@@ -153,7 +124,7 @@ class GradientWatch:
         """Whether dropout or batch statistics explain what differs."""
         devices = [batch.x.device] if len(batch.states) > 1 else []
         buffers = [(b, b.clone()) for b in self._module.buffers()]
-        with torch.random.fork_rng(devices), torch.enable_grad(), self._context():
+        with self.sum.paused(), torch.random.fork_rng(devices), self._context():
             torch.set_rng_state(batch.states[0])
             if devices:
                 torch.cuda.set_rng_state(batch.states[1], batch.x.device)

@@ -65,7 +65,8 @@ def sampling_of(loader: DataLoader[Any], n: int) -> Sampling:
 class PointCount:
     """Counts training's points by content against those of the data set.
 
-    Points of equal content cannot be told apart and are counted together.
+    Every epoch is counted: a digest costs little beside the attack on its point. Points of equal
+    content cannot be told apart and are counted together.
 
     Args:
         digests: of the data set's points (n,), as the module receives them.
@@ -97,25 +98,20 @@ class PointCount:
         self._sizes = torch.tensor(sizes)
         self._counts = torch.zeros_like(self._sizes)
         self._seen = torch.zeros_like(self._sizes)
-        self._judged = False
+        self._often = torch.zeros_like(self._sizes)
+        self._pending: list[int] = []
+        self._epochs, self._spread = 0, 0.0
         self._unknown = False
 
-    @property
-    def complete(self) -> bool:
-        """Whether every point has been seen and nothing is left to count."""
-        return self._judged and torch.equal(self._seen, self._sizes)
-
     def see(self, digests: list[bytes]) -> None:
-        """Count a batch's points.
+        """Take a batch's points, to be counted once they are trained on.
 
         Raises:
             ConfigurationError: a point that the data set does not hold.
         """
         found = [self._group_of.get(one) for one in digests]
         unknown = found.count(None)
-        for group in found:
-            if group is not None:
-                self._counts[group] += 1
+        self._pending = [group for group in found if group is not None]
         if unknown and not self._unknown:
             self._unknown = True
             raise ConfigurationError(
@@ -125,23 +121,58 @@ class PointCount:
                 "it once in the data set, so that reading an index twice gives the same tensors"
             )
 
+    def trained(self) -> None:
+        """Count the points of the last batch: its loss had a backward pass."""
+        for group in self._pending:
+            self._counts[group] += 1
+        self._pending = []
+
     def end_epoch(self) -> None:
-        """Take an epoch's counts, over all processes, and judge those of the first.
+        """Take an epoch's counts, over all processes, and judge them.
 
         Raises:
             ConfigurationError: some points are trained on more often than others.
         """
+        self._pending = []
         device_counts = self._reduce(self._counts.float())
         counts = device_counts.cpu().round().long()
         self._counts = torch.zeros_like(self._sizes)
         self._seen = torch.maximum(self._seen, torch.minimum(counts, self._sizes))
-        judged, self._judged = self._judged, True
-        if not judged and not self._unknown and not self._even(counts):
+        self._add(torch.minimum(counts, self._sizes))
+        if not self._unknown and not self._even(counts):
             raise ConfigurationError(
                 f"training sees its points unequally often in an epoch: {self._shown(counts)}; the "
                 "memory's objective gives each point one weight: use torch.utils.data's "
                 "WeightedRandomSampler (its weights are known), or see every point equally often"
             )
+        if not self._unknown and not self._even_over_epochs():
+            raise ConfigurationError(
+                f"training sees its points unequally often over {self._epochs} epochs: in "
+                f"{int(self._often.min())} to {int(self._often.max())} of them, more apart than a "
+                "random choice in each would make it; the memory's objective gives each point one "
+                "weight: use torch.utils.data's WeightedRandomSampler (its weights are known), or "
+                "see every point equally often"
+            )
+
+    def _add(self, present: Tensor) -> None:
+        """An epoch's presence to those before."""
+        share = float(present.sum()) / len(self._groups)
+        self._epochs += 1
+        self._often += present
+        self._spread += share * (1 - share)
+
+    def _even_over_epochs(self) -> bool:
+        """Whether epochs that leave points out leave out others each time, as far as one can tell.
+
+        Points in random shares f of each epoch are in a number of epochs of variance Σ f(1 - f).
+        """
+        often = (self._often / self._sizes)[self._seen > 0].double()
+        if self._sampling.chance or len(often) < 3 or float(often.max() - often.min()) <= 1:
+            return True
+        if float(self._seen.sum()) < len(self._groups):  # the rest is never seen, or not yet
+            return True
+        allowed = self._spread * (1 + 8 * (2 / (len(often) - 1)) ** 0.5)
+        return bool(often.var() <= allowed)
 
     def _even(self, counts: Tensor) -> bool:
         if self._sampling.chance:
@@ -168,9 +199,15 @@ class PointCount:
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs to know of the epochs before."""
-        return {"seen": self._seen, "judged": self._judged}
+        return {
+            "seen": self._seen,
+            "often": self._often,
+            "epochs": self._epochs,
+            "spread": self._spread,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a checkpoint of the same data set; of another one, from nothing."""
         if state["seen"].shape == self._seen.shape:
-            self._seen, self._judged = state["seen"], state["judged"]
+            self._seen, self._often = state["seen"].clone(), state["often"].clone()
+            self._epochs, self._spread = state["epochs"], state["spread"]

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from lightning_muter.errors import ConfigurationError, MuterError
 from lightning_muter.lightning.data import TrainingPoints
+from lightning_muter.lightning.fidelity.difference import Comparison
 from lightning_muter.lightning.fidelity.flow import StepWatch, holds
 from lightning_muter.lightning.fidelity.frozen import FrozenPart
 from lightning_muter.lightning.fidelity.gradient import GradientWatch
@@ -137,13 +138,14 @@ class TrainingWatch:
         self._due |= position & (position - 1) == 0 or self._trainer.is_last_batch
         self._window += 1
         self._open = True
-        if isinstance(batch, list) and (self._due or not self._count.complete):
+        if isinstance(batch, list):
             with self._topic("content"):
                 self._count.see(digests_of(self.key, batch[0], batch[1]))
 
     def perturbed(self, x: Tensor, targets: Tensor) -> None:
         """The batch as the attack left it: what training_step is about to see."""
         self._gradient.drop()
+        self._gradient.sum.begin_batch()
         if self._due:
             self._gradient.arm(x, targets)
             self._armed_at = [p.detach().clone() for p in self._parameters]
@@ -151,7 +153,7 @@ class TrainingWatch:
     def before_backward(self) -> None:
         """Automatic optimization's one backward pass begins."""
         if self._module.automatic_optimization:
-            self._gradient.restart()
+            self._gradient.sum.restart_batch()
 
     def before_step(self, optimizer: Optimizer) -> None:
         """An optimizer is about to step with the gradients that are there, before clipping."""
@@ -161,6 +163,9 @@ class TrainingWatch:
                 self._compare()
             with self._topic("gradient"):
                 share = self._share()
+            with self._topic("changed"):
+                self._check_unchanged()
+            self._gradient.sum.stepped()
             self._window = 0
         if self._steps is not None:
             with self._topic("steps"):
@@ -183,12 +188,49 @@ class TrainingWatch:
 
     def ended(self) -> None:
         """A training batch has ended."""
+        if self._gradient.sum.heard:
+            self._count.trained()
         if self._gradient.armed:
             with self._topic("gradient"):
                 self._compare_unstepped()
         if self._steps is not None:
             with self._topic("steps"):
                 self._steps.settle()
+
+    def _check_unchanged(self) -> None:
+        """Refuse gradients that are not backward's own where that leads elsewhere.
+
+        Clipping and noise lead to the same optimum by another path; a penalty to another optimum.
+
+        Raises:
+            ConfigurationError: something between backward and the step changed them.
+        """
+        heard = self._gradient.sum
+        sums = [heard.since_step]
+        if not self._module.automatic_optimization:
+            sums.append(heard.batch)  # the module may have dropped what came before
+        scaler = getattr(self._trainer.precision_plugin, "scaler", None)
+        shares = self._trainer.world_size * (scaler.get_scale() if scaler else 1.0)
+        found = _flat([torch.zeros_like(p) if p.grad is None else p.grad for p in self._parameters])
+        omega = tuple(p.detach().reshape(-1).double() for p in self._parameters)
+        pairs = [
+            Comparison(found, self._reduce(s) / shares, omega, 1, self._slack, 0.0) for s in sums
+        ]
+        finite = all(bool(torch.isfinite(c.found + c.own).all()) for c in pairs)
+        if not finite or any(c.agrees() for c in pairs):
+            return
+        if self._steps is not None:
+            raise ConfigurationError(
+                "horizon='training', but the gradients were changed between backward and the step "
+                f"(ratio of lengths {pairs[0].ratio:.4g}, cosine {pairs[0].cosine:.4f}), as by "
+                "clipping in a hook of the module: leave it out, or give newton_steps=..., or a "
+                "number for horizon="
+            )
+        if pairs[0].penalty is not None:
+            raise ConfigurationError(
+                f"{pairs[0].penalty:.4g} times the weights is added to their gradients between "
+                "backward and the step: leave it to the optimizer's weight_decay"
+            )
 
     def _compare_unstepped(self) -> None:
         moved = any(
@@ -258,7 +300,7 @@ class TrainingWatch:
 
     def finish(self) -> None:
         """Training has ended, and Stage I is about to begin."""
-        self._gradient.close()
+        self._gradient.sum.close()
         if self._open:
             self.epoch_ended()
         if self._steps is not None:
@@ -288,7 +330,7 @@ class TrainingWatch:
 
     def close(self) -> None:
         """Leave the module as it was."""
-        self._gradient.close()
+        self._gradient.sum.close()
 
     @property
     def dtype(self) -> torch.dtype:
@@ -325,6 +367,10 @@ def _tolerances(precision: str) -> tuple[float, float]:
 
 def _rows(digests: list[bytes]) -> Tensor:
     return torch.tensor([list(one) for one in digests], dtype=torch.float32)
+
+
+def _flat(parts: list[Tensor]) -> Tensor:
+    return torch.cat([part.detach().reshape(-1).double() for part in parts])
 
 
 def _narrower(given: Tensor, held: Tensor) -> bool:

@@ -252,7 +252,7 @@ def test_a_fitted_batch_s_vanishing_gradient_is_no_difference() -> None:
     y = torch.arange(12) % 3
     x = 8.0 * F.one_hot(y, 8) + 0.01 * torch.randn(12, 8, generator=generator)
     loader = DataLoader(TensorDataset(x, y), batch_size=4)
-    callback = train(Fitted(), loader, trainer={"max_epochs": 60, "precision": "32-true"})
+    callback = train(Fitted(), loader, trainer={"max_epochs": 30, "precision": "32-true"})
     assert callback.memory is not None and not callback.findings
 
 

@@ -79,7 +79,8 @@ def test_a_batch_that_changes_after_the_attack_is_another_loss() -> None:
 
 def test_every_point_equally_often_weighs_one() -> None:
     for options in ({}, {"shuffle": True}, {"sampler": RandomSampler(range(N), True)}):
-        callback = train(loader=loader(**options), trainer={"max_epochs": 12})
+        points = loader(**{"batch_size": N, **options})
+        callback = train(loader=points, trainer={"max_epochs": 12})
         assert torch.equal(callback.point_weights, torch.ones(N).double())
     twice = [*range(N), *range(N)]
     assert bool((train(loader=loader(sampler=twice)).point_weights == 1).all())
@@ -207,3 +208,31 @@ def test_a_resumed_run_knows_what_was_seen_before(tmp_path: Any) -> None:
         ckpt_path=str(tmp_path / "first.ckpt"),
     )
     assert torch.nonzero(callback.point_weights).flatten().tolist() == list(range(30))
+
+
+class Curriculum(Sampler[int]):
+    """All points in the first epoch, the first ones alone in all later ones."""
+
+    def __init__(self, first: int) -> None:
+        self.first, self.epoch = first, 0
+
+    def __len__(self) -> int:
+        return N
+
+    def __iter__(self) -> Any:
+        self.epoch += 1
+        return iter(range(N if self.epoch == 1 else self.first))
+
+
+def test_points_that_later_epochs_leave_out_are_refused() -> None:
+    model = Net()
+    with pytest.raises(ConfigurationError, match="unequally often over"):
+        train(model, loader(sampler=Curriculum(10)), trainer={"max_epochs": 8})
+    assert model.trainer.current_epoch <= 3
+
+
+def test_random_shares_of_each_epoch_are_even() -> None:
+    points = loader(shuffle=True)
+    options = {"max_epochs": 25, "limit_train_batches": 2, "precision": "64-true"}
+    callback = train(loader=points, trainer=options)
+    assert bool((callback.point_weights == 1).all())

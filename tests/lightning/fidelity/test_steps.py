@@ -240,3 +240,53 @@ def test_strict_false_warns_once_and_keeps_what_it_found(tmp_path: Any) -> None:
     assert len(callback.findings) == 2 and callback.memory is not None
     assert callback.memory.warnings == tuple(callback.findings)
     assert UnlearningMemory.load(tmp_path).warnings == callback.memory.warnings
+
+
+# --- gradients that change between backward and the step -------------------------------------
+
+
+def test_gradients_clipped_in_a_hook_of_the_module_are_refused_with_a_horizon() -> None:
+    class Clips(Sgd):
+        def on_after_backward(self) -> None:
+            nn.utils.clip_grad_norm_(self.classifier.parameters(), 0.01)
+
+    class Manual(Sgd):
+        def __init__(self) -> None:
+            super().__init__()
+            self.automatic_optimization = False
+
+        def training_step(self, batch: list[Tensor], batch_idx: int) -> None:
+            optimizer = self.optimizers()
+            optimizer.zero_grad()
+            self.manual_backward(super().training_step(batch, batch_idx))
+            self.clip_gradients(optimizer, 0.01, "norm")
+            optimizer.step()
+
+    for model in (Clips, Manual):
+        with pytest.raises(ConfigurationError, match="changed between backward and the step"):
+            train(model(), horizon="training")
+        assert train(model()).memory is not None
+
+
+def test_a_penalty_by_the_gradients_is_refused() -> None:
+    class Decays(Sgd):
+        def on_after_backward(self) -> None:
+            weight = self.classifier.weight
+            weight.grad.add_(weight.detach(), alpha=0.05)
+
+    for options in ({}, {"horizon": "training"}):
+        with pytest.raises(ConfigurationError, match="between backward and the step"):
+            train(Decays(), **options)
+
+
+def test_a_batch_that_is_skipped_is_not_trained_on() -> None:
+    class Skips(Sgd):
+        def training_step(self, batch: list[Tensor], batch_idx: int) -> Any:
+            return None if batch_idx == 1 else super().training_step(batch, batch_idx)
+
+    points = DataLoader(Data().dataset, batch_size=16)
+    with pytest.warns(UserWarning, match="returned `None`"):
+        callback = train(Skips(), points, horizon="training", trainer={"max_epochs": 2})
+    assert callback.point_weights is not None and callback.memory is not None
+    assert torch.nonzero(callback.point_weights == 0).flatten().tolist() == list(range(16, 32))
+    assert callback.memory.settings.horizon == pytest.approx(4 * 0.1 / 25)
