@@ -2,45 +2,56 @@
 
 from __future__ import annotations
 
-import os
 import types
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.utilities import rank_zero_info, rank_zero_only
+from pytorch_lightning.utilities import rank_zero_only
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from lightning_muter.adversary.attack_library import Attack
-from lightning_muter.errors import ConfigurationError
+from lightning_muter.errors import ConfigurationError, MuterError, StateError
 from lightning_muter.lightning.adversarial_training import AdversarialTraining
-from lightning_muter.lightning.data import TrainingPoints
+from lightning_muter.lightning.after_training import AfterTraining, points_of, refuse_spawned
+from lightning_muter.lightning.fidelity.averaging import check_order
+from lightning_muter.lightning.fidelity.decay import check_held, decay_of, declared_penalty
+from lightning_muter.lightning.fidelity.flow import check_rates
+from lightning_muter.lightning.fidelity.watch import TrainingWatch
 from lightning_muter.lightning.keeper import MemoryKeeper
+from lightning_muter.lightning.kept_state import KeptState
 from lightning_muter.lightning.process_group import process_group
+from lightning_muter.lightning.rescue import Rescue
 from lightning_muter.lightning.unlearn import unlearn
-from lightning_muter.memory.memory import UnlearningMemory, size_estimate
-from lightning_muter.memory.points import digest
-from lightning_muter.models import ModelView
+from lightning_muter.memory.memory import UnlearningMemory
+from lightning_muter.models.names import listed
 from lightning_muter.objectives.losses import LossFunction
+from lightning_muter.options import Ascent, Options, flat
 from lightning_muter.spec import Settings
 from lightning_muter.threats import Threat
-from lightning_muter.unlearning.flow import flow_rate
-from lightning_muter.unlearning.methods import METHODS
-from lightning_muter.unlearning.objective import RobustObjective, newton
-from lightning_muter.unlearning.points import Batch
-from lightning_muter.unlearning.stage_one import build_memories
 
 __all__ = ["MODEL_FILE", "MUterCallback"]
 
 #: the checkpoint of the model at ω*, beside the memory
 MODEL_FILE = "model.ckpt"
 
-_MEMORY_LIMIT = 60_000
+#: the flat keywords that option values can stand for, with their defaults
+_DEFAULTS: dict[str, Any] = {
+    "response": "constrained",
+    "inverse": "neumann",
+    "neumann_order": 3,
+    "space": "input",
+    "damping": 0.0,
+    "solver": "auto",
+    "sketch": 0,
+    "attack_steps": 10,
+    "attack_step_size": None,
+    "random_start": True,
+}
 
 
 class MUterCallback(MemoryKeeper, AdversarialTraining):
@@ -58,14 +69,17 @@ class MUterCallback(MemoryKeeper, AdversarialTraining):
         parameters: names of the trained parameters instead of a head.
         loss: "cross_entropy", "logistic", "squared", or a callable (outputs, targets) -> (n,).
         method: a row of ``METHODS``.
-        attack: the training attack; None for the threat's own ascent.
-        response: "constrained" (ours) or "unconstrained" (the paper's eq. 4).
+        attack: the training attack: an `Attack` of a library, or an `Ascent`; None for the threat's
+            own ascent as the three keywords below describe it.
+        response: "constrained" (ours) or "unconstrained" (the paper's eq. 4); or a
+            `ConstrainedResponse` or `UnconstrainedResponse`, in the place of the keywords.
         inverse: with "unconstrained": "neumann" or "exact".
         neumann_order: where the series is clipped.
         space: "input", or "features": the paper's variant for networks.
         newton_steps: Newton steps on the robust objective before Stage I.
         damping: added to M before each solve.
-        solver: "direct", "schur" (Theorem 2, matrix-free) or "auto" by size.
+        solver: "direct", "schur" (Theorem 2, matrix-free), "auto" by size; or a `DirectSolver` or
+            `BlockSolver`.
         sketch: seeded probes a point for the inner response where all of ∂φ/∂x is too dear (a
             wide network's head); 0 for the exact response.
         weight_decay: λ; None reads it from the optimizer.
@@ -79,9 +93,13 @@ class MUterCallback(MemoryKeeper, AdversarialTraining):
         attack_steps: steps of the threat's own ascent.
         attack_step_size: its step length.
         random_start: start the training attack at a random allowed perturbation.
+        strict: refuse training that is not what the memory assumes (its points, loss, outputs,
+            steps, frozen part, range of inputs); False warns instead and keeps what was found in
+            ``findings``, the memory's ``warnings`` and every result.
 
     Raises:
-        ConfigurationError: an argument is outside what it says here.
+        ConfigurationError: an argument is outside what it says here; in fit, training is not what
+            the memory assumes.
     """
 
     def __init__(
@@ -91,14 +109,14 @@ class MUterCallback(MemoryKeeper, AdversarialTraining):
         parameters: Sequence[str] | None = None,
         loss: str | LossFunction = "cross_entropy",
         method: str = "muter",
-        attack: Attack | None = None,
-        response: str = "constrained",
+        attack: Attack | Ascent | None = None,
+        response: str | Options = "constrained",
         inverse: str = "neumann",
         neumann_order: int = 3,
         space: str = "input",
         newton_steps: int = 0,
         damping: float = 0.0,
-        solver: str = "auto",
+        solver: str | Options = "auto",
         sketch: int = 0,
         weight_decay: float | None = None,
         memory_dir: str | None = None,
@@ -107,24 +125,24 @@ class MUterCallback(MemoryKeeper, AdversarialTraining):
         attack_steps: int = 10,
         attack_step_size: float | None = None,
         random_start: bool = True,
+        strict: bool = True,
     ) -> None:
+        given = {name: value for name, value in locals().items() if name in _DEFAULTS}
+        options = {"attack": attack, "response": response, "solver": solver}
+        keywords = flat(given, _DEFAULTS, options)
+        ascent = {k: keywords.pop(k) for k in ("attack_steps", "attack_step_size", "random_start")}
         self.settings = Settings(
             method=method,
             threat=threat,
             head=head,
-            parameters=None if parameters is None else tuple(parameters),
+            parameters=listed(parameters),
             loss=loss,
-            response=response,
-            inverse=inverse,
-            neumann_order=neumann_order,
-            space=space,
-            damping=damping,
-            solver=solver,
-            sketch=sketch,
             weight_decay=weight_decay or 0.0,
             horizon=None if horizon == "training" else horizon,
+            **keywords,
         )
-        super().__init__(threat, attack, loss, attack_steps, attack_step_size, random_start)
+        library = None if isinstance(attack, Ascent) else attack
+        super().__init__(threat, library, loss, **ascent)
         if newton_steps < 0 or batch_size < 1:
             raise ConfigurationError(
                 f"newton_steps={newton_steps} must be >= 0 and batch_size={batch_size} >= 1"
@@ -135,71 +153,131 @@ class MUterCallback(MemoryKeeper, AdversarialTraining):
                 "none; give one of the two"
             )
         self.newton_steps = newton_steps
+        self.strict = strict
         self.horizon = horizon
         self.weight_decay = weight_decay
-        self.memory_dir = memory_dir
+        self.memory_dir = self.folder = memory_dir
         self.batch_size = batch_size
         self.memory: UnlearningMemory | None = None
         self.newton_history: list[float] = []
         self.initial: Tensor | None = None
-        self._flags: list[tuple[nn.Parameter, bool]] = []
-        self._was_training: list[nn.Module] = []
-        self._checked = False
-        self._flow_time = 0.0
+        #: how much each training point weighs in training's objective (n,), once training ended
+        self.point_weights: Tensor | None = None
+        #: what was found of training that the memory does not assume (``strict=False``)
+        self.findings: list[str] = []
+        self._kept: KeptState | None = None
+        self._watch: TrainingWatch | None = None
+        self._after: AfterTraining | None = None
+        self._resumed: dict[str, Any] = {}
+        self._lambda = 0.0
 
-    # --- finetuning -------------------------------------------------------------------------
+    # --- before training ------------------------------------------------------------------------
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if not hasattr(trainer, "unlearn"):
             trainer.unlearn = types.MethodType(unlearn, trainer)  # type: ignore[attr-defined]
         if stage != "fit":
             return
+        refuse_spawned(trainer)
         view = self.settings.view(pl_module)
-        if METHODS[self.settings.method].has_memory and view.p > _MEMORY_LIMIT:
-            raise ConfigurationError(
-                f"{size_estimate(view.p)} is too large for a dense memory (at most "
-                f"p = {_MEMORY_LIMIT:,}); choose a smaller head or fewer parameters"
-            )
+        AfterTraining.check_size(self.settings, view.p)
         self.initial = view.get()
-        trained = set(view.names)
-        self._flags = [(p, p.requires_grad) for p in pl_module.parameters()]
-        for name, parameter in pl_module.named_parameters():
-            parameter.requires_grad_(name in trained)
-        self._checked = False
-        self._flow_time = 0.0
+        self.folder = None if getattr(trainer, "fast_dev_run", False) else self.memory_dir
+        self._restore()
+        self._kept = KeptState(pl_module)
+        self._kept.train_only(pl_module, set(view.names))
+        self._watch, self._resumed, self.findings, self.point_weights = None, {}, [], None
+        try:
+            check_order(trainer.callbacks, self)  # type: ignore[attr-defined]
+        except ConfigurationError as error:
+            self._refuse(error)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        _points(trainer).check()
-        rates = [flow_rate(optimizer) for optimizer in trainer.optimizers]
-        if self.horizon == "training" and None in rates:
-            names = [type(optimizer).__name__ for optimizer in trainer.optimizers]
-            raise ConfigurationError(
-                f"horizon='training' with {names}: it needs torch.optim.SGD of one learning rate, "
-                "since others follow no gradient flow; give a number, newton_steps, or horizon=None"
-            )
+        points, view = points_of(trainer), self.settings.view(pl_module)
+        points.check()
+        check_held(trainer.optimizers, view, self.newton_steps)
+        self._lambda = decay_of(
+            trainer.optimizers, view.parameters, self.weight_decay, self.newton_steps
+        )
+        if self.horizon == "training":
+            check_rates(trainer.optimizers, view.parameters)
+        self._after = AfterTraining(
+            trainer, pl_module, points, self.settings, self.newton_steps, self.batch_size
+        )
+        self._after.rehearse()
+        self._watch = TrainingWatch(
+            trainer,
+            pl_module,
+            view,
+            self.settings.head,
+            points,
+            penalty=0.0
+            if self.newton_steps
+            else declared_penalty(trainer.optimizers, view.parameters, self.weight_decay),
+            flow_time=self._resumed.get("flow_time", 0.0) if self.horizon == "training" else None,
+            reduce=process_group(trainer).sum,
+            refuse=self._refuse,
+        )
+        if "points" in self._resumed:
+            self._watch.load_state_dict(self._resumed["points"])
 
-    def on_before_optimizer_step(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
-    ) -> None:
-        self._flow_time += flow_rate(optimizer) or 0.0
+    def _watching(self) -> TrainingWatch:
+        if self._watch is None:
+            raise StateError("training has not started: the callback watches nothing yet")
+        return self._watch
+
+    def _refuse(self, error: MuterError) -> None:
+        """Raise what makes the memory another problem's; with strict=False, warn and keep it."""
+        if self.strict:
+            raise error
+        finding = str(error)
+        if finding not in self.findings:
+            self.findings.append(finding)
+            warnings.warn(finding, stacklevel=3)
 
     def state_dict(self) -> dict[str, Any]:
-        """Where training started and its time so far, for a run that is resumed."""
-        return {"flow_time": self._flow_time, "initial": self.initial}
+        """Where training started and what was seen of it so far, for a run that is resumed."""
+        if self._watch is None:
+            return {**self._resumed, "initial": self.initial}
+        return {
+            "flow_time": self._watch.flow_time,
+            "initial": self.initial,
+            "points": self._watch.state_dict(),
+            "findings": list(self.findings),
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on counting where the checkpoint was."""
-        self._flow_time, self.initial = state_dict["flow_time"], state_dict["initial"]
+        self._resumed, self.initial = dict(state_dict), state_dict["initial"]
+        self.findings = list(state_dict.get("findings", ()))
+
+    # --- while training -------------------------------------------------------------------------
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         self._freeze_modes(pl_module)
+        watch = self._watching()
+        watch.received(batch, batch_idx)
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
-        if not self._checked:
-            with torch.no_grad():
-                outputs = pl_module(batch[0])
-                self._expected = float(self._point_loss(outputs, batch[1]).mean())
+        watch.perturbed(batch[0], batch[1])
+
+    def _freeze_modes(self, pl_module: nn.Module) -> None:
+        trained = set(self.settings.view(pl_module).names)
+        for name, module in pl_module.named_modules():
+            own = {f"{name}.{k}" if name else k for k, _ in module.named_parameters()}
+            if name and not own & trained and self._kept is not None:
+                self._kept.evaluate(module)
+
+    def on_before_backward(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor
+    ) -> None:
+        self._watching().before_backward()
+
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        self._watching().before_step(optimizer)
 
     def on_train_batch_end(
         self,
@@ -209,156 +287,76 @@ class MUterCallback(MemoryKeeper, AdversarialTraining):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        if self._checked or trainer.accumulate_grad_batches != 1:
-            return
-        self._checked = True
-        loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
-        if isinstance(loss, Tensor) and loss.numel() == 1:
-            value = float(loss)
-            if abs(value - self._expected) > 0.05 * max(abs(value), abs(self._expected), 1e-3):
-                warnings.warn(
-                    f"training_step returned {value:.4g} on the first batch, loss="
-                    f"{self._point_loss.name!r} gives a mean of {self._expected:.4g}: the memory "
-                    "would be of another objective than training's; give the same loss to both",
-                    stacklevel=2,
-                )
+        self._watching().ended()
 
-    def _freeze_modes(self, pl_module: nn.Module) -> None:
-        trained = set(self.settings.view(pl_module).names)
-        for name, module in pl_module.named_modules():
-            own = {f"{name}.{k}" if name else k for k, _ in module.named_parameters()}
-            if name and not own & trained and module.training:
-                self._was_training.append(module)
-                module.training = False
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._watching().epoch_ended()
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        for parameter, flag in self._flags:
-            parameter.requires_grad_(flag)
-        self._flags = []
-        for module in self._was_training:
-            module.training = True
-        self._was_training = []
+        self._restore()
 
-    # --- Stage I ----------------------------------------------------------------------------
+    def on_exception(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
+    ) -> None:
+        if self._kept is not None:  # Lightning does not call teardown after an exception
+            self._kept.restore_modes()
+        self._restore()
+        if trainer.state.fn == "fit":
+            refuse_spawned(trainer, exception)
+
+    def _restore(self) -> None:
+        """Flags, modes and hooks as they were before fit; any number of times."""
+        if self._kept is not None:
+            self._kept.restore()
+        self._kept = None
+        if self._watch is not None:
+            self._watch.close()
+
+    # --- after training -------------------------------------------------------------------------
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        points = _points(trainer)
-        settings = self.settings.trained(self._decay(trainer), self._horizon(len(points)))
-        if self.newton_steps:  # ω* is every method's: the robust objective's own optimum
-            robust = replace(settings, method="muter", response="constrained", space="input")
-            target = self.objective(trainer, robust.view(pl_module), robust, points)
-            self.newton_history = newton(target, self.newton_steps, settings.damping)
-        if METHODS[settings.method].has_memory:
-            size = size_estimate(settings.view(pl_module).p)
-            rank_zero_info(f"Stage I ({settings.method}): {size}")
-        key = trainer.strategy.broadcast(os.urandom(16))
-        batches = self._batches(trainer, points, range(len(points)))
-        digests = self._digests(trainer, points, key)
-        (memory,) = build_memories(
-            pl_module, [settings], batches, digests, key, process_group(trainer), self.initial
-        )
-        self._refuse_broken(memory)
-        self._report_memory(memory)
-        self.memory = memory
+        watch, after = self._watching(), self._after
+        assert after is not None  # made with the watch
+        path = None if self.folder is None else Path(self.folder) / MODEL_FILE
+        rescue = Rescue(trainer, path)
+        rescue.keep()
+        watch.finish()
+        weights = self.point_weights = watch.point_weights
+        horizon = self.horizon
+        if horizon == "training":  # Σ lr over the weight of all points
+            horizon = watch.flow_time / float(weights.sum())
+        settings = self.settings.trained(self._lambda, horizon)
+        if self.newton_steps:
+            with rescue.guarding("newton_steps"):
+                self.newton_history = after.newton(settings, weights)
+            rescue.keep()
+        with rescue.guarding("Stage I"):
+            memory = after.stage_one(settings, weights, watch.digests, watch.key, self.initial)
+        self.memory = replace(memory, warnings=(*memory.warnings, *self.findings))
         self.save()
-        if self.memory_dir is not None:  # other checkpoints may precede the Newton steps
-            trainer.save_checkpoint(Path(self.memory_dir) / MODEL_FILE, weights_only=True)
+        rescue.done(path)
 
-    def objective(
-        self,
-        trainer: pl.Trainer,
-        view: ModelView,
-        settings: Settings,
-        points: TrainingPoints,
-    ) -> RobustObjective:
-        """The robust objective over training points, each counted once over all processes."""
-
-        def batches() -> Iterator[Batch]:
-            return self._batches(trainer, points, range(len(points)))
-
-        return RobustObjective(view, settings.problem(), batches, process_group(trainer))
-
-    def _batches(
-        self, trainer: pl.Trainer, points: TrainingPoints, indices: Sequence[int]
-    ) -> Iterator[Batch]:
-        """This process's share of the points, with a progress bar."""
-        mine = list(indices[trainer.global_rank :: trainer.world_size])
-        device = trainer.strategy.root_device
-        quiet = trainer.progress_bar_callback is None or not trainer.is_global_zero
-        total = -(-len(mine) // self.batch_size)
-        stream = points.batches(mine, self.batch_size, device)
-        yield from tqdm(stream, "training points", total, leave=False, disable=quiet)
-
-    def _decay(self, trainer: pl.Trainer) -> float:
-        if self.weight_decay is not None:
-            return self.weight_decay
-        decays = {
-            float(group.get("weight_decay", 0.0))
-            for optimizer in trainer.optimizers
-            for group in optimizer.param_groups
-        }
-        if len(decays) > 1:
-            raise ConfigurationError(
-                f"the optimizer has weight decays {sorted(decays)}: say which λ the head was "
-                "trained with by weight_decay="
-            )
-        if any(isinstance(o, torch.optim.AdamW) for o in trainer.optimizers) and decays != {0.0}:
-            warnings.warn(
-                "AdamW's decoupled weight decay is no L2 term of the objective: ω* is not the "
-                "optimum the memory assumes; use newton_steps, or SGD or Adam",
-                stacklevel=2,
-            )
-        return decays.pop() if decays else 0.0
-
-    def _horizon(self, n: int) -> float | None:
-        if self.horizon != "training":
-            return self.horizon
-        return self._flow_time / n
-
-    @staticmethod
-    def _refuse_broken(memory: UnlearningMemory) -> None:
-        if not bool(torch.isfinite(memory.residual_gradient).all()):
-            raise ConfigurationError(
-                "the robust gradient is not finite: a training point has NaN or infinite values, "
-                "or training diverged; no memory was built"
-            )
-
-    def _digests(self, trainer: pl.Trainer, points: TrainingPoints, key: bytes) -> Tensor:
-        rows = torch.zeros(len(points), 16, dtype=torch.float32)
-        for i in range(trainer.global_rank, len(points), trainer.world_size):
-            x, target = points.batch([i])
-            rows[i] = torch.tensor(list(digest(key, x[0], target[0])), dtype=torch.float32)
-        total: Tensor = process_group(trainer).sum(rows.to(trainer.strategy.root_device))
-        return total.cpu().to(torch.uint8)
-
-    def _report_memory(self, memory: UnlearningMemory) -> None:
-        rank_zero_info(
-            "memory: "
-            + ", ".join(
-                f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}"
-                for k, v in memory.summary.items()
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        memory, view = self.memory, self.settings.view(pl_module)
+        if memory is None:
+            return
+        now = view.get()
+        kept = memory.omega.to(now.device).to(view.dtype).double()
+        if torch.allclose(now, kept, rtol=1e-6, atol=1e-8):
+            return
+        self._refuse(
+            ConfigurationError(
+                "a callback listed after MUterCallback changed the trained parameters by "
+                f"{float(torch.linalg.vector_norm(now - kept)):.3g} when training ended, after "
+                "their memory was built: list it before MUterCallback"
             )
         )
-        for sentence in memory.warnings:
-            warnings.warn(sentence, stacklevel=2)
-        usable = memory.summary["usable_response"]
-        if self.settings.response == "unconstrained" and usable < 1:
-            rank_zero_info(
-                f"the inverse of the input Hessian exists or its series converges at "
-                f"{usable:.0%} of the points only"
-            )
+        said = tuple(dict.fromkeys((*memory.warnings, *self.findings)))
+        self.memory = replace(memory, warnings=said)
+        self.save()
 
     @rank_zero_only
     def save(self) -> None:
-        """Write the memory to ``memory_dir``, where there is one."""
-        if self.memory is not None and self.memory_dir is not None:
-            self.memory.save(self.memory_dir)
-
-
-def _points(trainer: pl.Trainer) -> TrainingPoints:
-    loader: Any = trainer.train_dataloader
-    if not hasattr(loader, "dataset"):
-        raise ConfigurationError(
-            f"the training data is a {type(loader).__name__}; one DataLoader is needed"
-        )
-    return TrainingPoints(loader.dataset, loader.collate_fn)
+        """Write the memory to its folder, where there is one."""
+        if self.memory is not None and self.folder is not None:
+            self.memory.save(self.folder)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any
 
 import pytorch_lightning as pl
 import torch
@@ -55,12 +55,29 @@ class TrainingPoints:
                 f"inputs are {getattr(x, 'dtype', type(x).__name__)}; the perturbation needs "
                 "floating-point tensors: convert in the data set"
             )
-        return x, cast(Tensor, targets)
+        if not isinstance(targets, Tensor):
+            raise ConfigurationError(
+                f"targets are a {type(targets).__name__}; a tensor of one target a point is "
+                "expected: convert them in the data set or in collate_fn"
+            )
+        return x, targets
 
     def _collated(self, indices: Sequence[int]) -> Any:
         if type(self.dataset) is TensorDataset and self.collate is default_collate:
             return [tensor[list(indices)] for tensor in self.dataset.tensors]  # no Python loop
         return self.collate([self.dataset[i] for i in indices])
+
+    def known_targets(self) -> Tensor | None:
+        """All targets, where they lie in one tensor and no point need be read for them."""
+        dataset, positions = self.dataset, None
+        while type(dataset) is Subset:
+            own = torch.as_tensor(list(dataset.indices))
+            positions = own if positions is None else own[positions]
+            dataset = dataset.dataset
+        if type(dataset) is not TensorDataset or self.collate is not default_collate:
+            return None
+        targets = dataset.tensors[1] if len(dataset.tensors) > 1 else None
+        return targets if targets is None or positions is None else targets[positions]
 
     def batches(
         self,

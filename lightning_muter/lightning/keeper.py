@@ -21,7 +21,8 @@ class MemoryKeeper(pl.Callback):
         weight_decay: the λ that was named, or None for training's own.
         horizon: the horizon that was named.
         memory: the current memory, None before the end of a fit.
-        memory_dir: the folder that is kept current with it.
+        memory_dir: the folder that was asked for.
+        folder: the folder that is kept current, None where nothing is written.
         initial: the ω (p,) that training started from.
         batch_size: points a pass reads at once.
     """
@@ -31,6 +32,7 @@ class MemoryKeeper(pl.Callback):
     horizon: float | Literal["training"] | None
     memory: UnlearningMemory | None
     memory_dir: str | None
+    folder: str | None
     initial: Tensor | None
     batch_size: int
 

@@ -15,16 +15,15 @@ from torch.func import functional_call
 
 from lightning_muter.errors import ConfigurationError, MuterError
 from lightning_muter.lightning.kept_state import untouched
-from lightning_muter.models import Derivatives
-from lightning_muter.models.base import measuring
+from lightning_muter.models import ModelView, measuring
 from lightning_muter.objectives.losses import PointLoss
+from lightning_muter.objectives.targets import check_targets as check_values
 from lightning_muter.spec import Settings
 from lightning_muter.unlearning.cost import Cost, solve_seconds
 from lightning_muter.unlearning.methods import METHODS
+from lightning_muter.unlearning.points import Batch
 
 __all__ = ["Preflight", "check_forward", "check_targets", "rehearse", "time_pass"]
-
-Batch = tuple[Tensor, Tensor]
 
 _FEW, _USUAL = 8, 30  # passes of the maximiser: enough to see that it runs, and what it takes
 _CHEAP = 0.1  # seconds of two points: with less more of them are timed, for better numbers
@@ -96,18 +95,19 @@ def rehearse(
             way out.
     """
     with untouched(module), measuring(module):
-        x, targets = read(2)
-        derivatives = settings[-1].derivatives(module)
+        batch = read(2)
+        x, targets = batch.x, batch.targets
+        view = settings[-1].view(module)
         outputs = check_forward(module, x)
-        check_targets(derivatives.loss, targets, outputs)
+        check_targets(view.loss, targets, outputs)
         if known_targets is not None:
-            check_targets(derivatives.loss, known_targets.to(targets), outputs)
-        _check_gradient(derivatives, x, targets)
+            check_targets(view.loss, known_targets.to(targets), outputs)
+        _check_gradient(view, x, targets)
         if any(METHODS[one.method].curvature in ("total", "hessian") for one in settings):
-            _check_double_backward(derivatives, x, targets)
+            _check_double_backward(view, x, targets)
         for one in settings:
             with _step(f"the curvature of method {one.method!r}", _CURVATURE):
-                seconds, share = _once(one, one.derivatives(module), x, targets, _FEW)
+                seconds, share = _once(one, one.view(module), batch, _FEW)
     if seconds <= _CHEAP:
         return Preflight(0.0, 0.0, share)
     ascent = seconds * share * _USUAL / _FEW
@@ -129,11 +129,11 @@ def time_pass(
     if rough.per_point > 0:
         return rough
     with untouched(module), measuring(module):
-        derivatives, x, targets = settings.derivatives(module), *read(_TIMED)
-        passes = settings.recipe().max_iter
-        two, _ = _once(settings, derivatives, x[:2], targets[:2], passes)
-        many, share = _once(settings, derivatives, x, targets, passes)
-    per_point = max(0.0, many - two) / max(len(x) - 2, 1)
+        view, batch = settings.view(module), read(_TIMED)
+        passes = settings.problem().max_iter
+        two, _ = _once(settings, view, batch.part(slice(2)), passes)
+        many, share = _once(settings, view, batch, passes)
+    per_point = max(0.0, many - two) / max(len(batch) - 2, 1)
     return Preflight(max(0.0, two - 2 * per_point), per_point, share)
 
 
@@ -237,8 +237,7 @@ def check_targets(loss: PointLoss, targets: Tensor, outputs: Tensor) -> None:
     Raises:
         ConfigurationError: with the targets.
     """
-    if not bool(torch.isfinite(targets).all()):
-        raise ConfigurationError("training targets are NaN or infinite: mend the data set")
+    check_values(loss, targets, outputs[0].numel())
     integers = targets.ndim == 1 and not targets.is_floating_point()
     distinct: Any = torch.unique  # its stub has no types
     values: Tensor = distinct(targets) if integers else targets[:2]
@@ -252,7 +251,7 @@ def check_targets(loss: PointLoss, targets: Tensor, outputs: Tensor) -> None:
 
 
 def _takes(loss: PointLoss, outputs: Tensor, target: Tensor) -> bool:
-    """Whether the loss and its derivatives are finite numbers at one point's target."""
+    """Whether the loss and its view are finite numbers at one point's target."""
     try:
         if loss.closed_form is not None:  # on the CPU: a wrong class would end a GPU's process
             outputs, target = outputs.double().cpu(), target.cpu()
@@ -264,14 +263,14 @@ def _takes(loss: PointLoss, outputs: Tensor, target: Tensor) -> bool:
     return all(bool(torch.isfinite(values).all()) for values in found)
 
 
-def _check_gradient(derivatives: Derivatives, x: Tensor, targets: Tensor) -> None:
+def _check_gradient(view: ModelView, x: Tensor, targets: Tensor) -> None:
     inputs = x.detach().clone().requires_grad_(True)
     with _step(
         "∂l/∂x, which the attack ascends",
         "forward must be differentiable in its input: without torch.no_grad(), "
         "torch.inference_mode() or changes in place",
     ):
-        losses = derivatives.loss(derivatives.module(inputs), targets)
+        losses = view.loss(view.module(inputs), targets)
         gradient = None
         if losses.requires_grad:
             (gradient,) = torch.autograd.grad(losses.sum(), inputs, allow_unused=True)
@@ -288,7 +287,7 @@ def _check_gradient(derivatives: Derivatives, x: Tensor, targets: Tensor) -> Non
         )
 
 
-def _check_double_backward(derivatives: Derivatives, x: Tensor, targets: Tensor) -> None:
+def _check_double_backward(view: ModelView, x: Tensor, targets: Tensor) -> None:
     """∂δδ l and ∂ωδ l through every node of the graph.
 
     ``autograd.grad`` visits only nodes that lead to what it is asked for, and takes a layer whose
@@ -297,33 +296,30 @@ def _check_double_backward(derivatives: Derivatives, x: Tensor, targets: Tensor)
     inputs = x.detach().clone().requires_grad_(True)
     omega = {
         name: parameter.detach().clone().requires_grad_(True)
-        for name, parameter in zip(derivatives.names, derivatives.parameters, strict=True)
+        for name, parameter in zip(view.names, view.parameters, strict=True)
     }
     with _step("the second derivative of the loss, by double backward,", _CURVATURE):
-        losses = derivatives.loss(functional_call(derivatives.module, omega, (inputs,)), targets)
+        losses = view.loss(functional_call(view.module, omega, (inputs,)), targets)
         (gradient,) = torch.autograd.grad(losses.sum(), inputs, create_graph=True)
         if gradient.requires_grad:
             torch.autograd.backward(gradient.sum())  # into the .grad of the copies above
 
 
-def _once(
-    settings: Settings, derivatives: Derivatives, x: Tensor, targets: Tensor, passes: int
-) -> tuple[float, float]:
+def _once(settings: Settings, view: ModelView, batch: Batch, passes: int) -> tuple[float, float]:
     """Seconds of a pass over these points, and the maximiser's share; all values are finite."""
-    method, recipe = METHODS[settings.method], replace(settings.recipe(), max_iter=passes)
+    method, problem = METHODS[settings.method], replace(settings.problem(), max_iter=passes)
     start = time.perf_counter()
-    inner = None if method.points == "clean" else recipe.perturb(derivatives, x, targets)
+    inner = None if method.points == "clean" else problem.perturb(view, batch)
     middle = time.perf_counter()
-    finite = [torch.ones((), dtype=torch.bool, device=x.device)]
+    finite = [torch.ones((), dtype=torch.bool, device=batch.x.device)]
 
     def look(i: int, j: int, block: Tensor) -> None:
         finite[0] &= torch.isfinite(block).all()
 
-    if method.has_memory:
-        total = recipe.accumulate(derivatives, x, targets, look, inner)
-    else:
-        total = recipe.gradient(derivatives, x, targets, inner)
-    finite[0] &= torch.isfinite(total.gradient).all() & torch.isfinite(total.loss)
+    for chunk in problem.chunks(view, batch, inner):
+        if method.has_memory:
+            problem.curvature(chunk).add_to(look)
+        look(0, 0, chunk.linearisation.gradient_sum())
     if not bool(finite[0]):  # waits for an accelerator
         raise ConfigurationError(
             f"the gradient or the curvature of method {settings.method!r} at two training points "

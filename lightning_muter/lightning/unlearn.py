@@ -171,7 +171,7 @@ def _memory(
         raise StateError(
             "there is no memory yet: fit with a MUterCallback first, or give memory='its folder'"
         )
-    return keeper.memory, keeper.memory_dir
+    return keeper.memory, keeper.folder
 
 
 def _check_keeper(keeper: MemoryKeeper, memory: UnlearningMemory) -> None:

@@ -29,10 +29,14 @@ _SHOWN = 10
 
 
 def digest(key: bytes, x: Tensor, target: Tensor) -> bytes:
-    """A keyed 16-byte digest of one training point, by its bits."""
+    """A keyed 16-byte digest of one training point, by its values.
+
+    Floating-point values count as float64: a point is the same in single and double precision.
+    """
     state = hashlib.blake2b(key=key, digest_size=DIGEST_BYTES)
     for tensor in (x, target):
         value = tensor.detach().cpu().contiguous()
+        value = value.double() if value.is_floating_point() else value
         state.update(f"{value.dtype}{tuple(value.shape)}".encode())
         state.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
     return state.digest()

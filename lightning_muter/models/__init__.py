@@ -1,8 +1,16 @@
 """Views of a module's trained parameters: the linear head's closed forms, and autodiff."""
 
 from lightning_muter.models.autodiff import Autodiff
-from lightning_muter.models.base import Linearisation, ModelView, measuring
+from lightning_muter.models.base import Linearisation, ModelView, evaluating, measuring
 from lightning_muter.models.linear_head import LinearHead
 from lightning_muter.models.view import view_of
 
-__all__ = ["Autodiff", "LinearHead", "Linearisation", "ModelView", "measuring", "view_of"]
+__all__ = [
+    "Autodiff",
+    "LinearHead",
+    "Linearisation",
+    "ModelView",
+    "evaluating",
+    "measuring",
+    "view_of",
+]

@@ -9,23 +9,25 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightning_muter.curvature.point import PointCurvature
 from lightning_muter.errors import ConfigurationError
+from lightning_muter.models.names import suggest
 from lightning_muter.objectives.losses import PointLoss
 from lightning_muter.responses import Response
 from lightning_muter.threats import Geometry
 
-__all__ = ["Linearisation", "ModelView", "Products", "measuring"]
+__all__ = ["Linearisation", "ModelView", "Products", "evaluating", "measuring"]
 
 
 @contextmanager
-def measuring(module: nn.Module) -> Iterator[None]:
-    """Eval mode, gradients on, no autocast, no compiled graphs; everything restored after."""
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Eval mode, gradients on, no compiled graphs; everything restored after."""
     modes = [(m, m.training) for m in module.modules()]
     set_stance = getattr(torch.compiler, "set_stance", None)
-    module.eval()
     try:
+        module.eval()
         with torch.inference_mode(False), torch.enable_grad():
             if set_stance is None:
                 yield
@@ -35,6 +37,22 @@ def measuring(module: nn.Module) -> Iterator[None]:
     finally:
         for m, mode in modes:
             m.training = mode
+
+
+@contextmanager
+def measuring(module: nn.Module) -> Iterator[None]:
+    """`evaluating`, with attention that can be differentiated twice; everything restored after.
+
+    The fused attention kernels, and the fast path that ``nn.TransformerEncoder`` takes in eval
+    mode, have no double backward.
+    """
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with evaluating(module), sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
 
 
 @dataclass(frozen=True)
@@ -94,7 +112,8 @@ class ModelView(ABC):
         missing = [name for name in names if name not in parameters]
         if missing or not names:
             raise ConfigurationError(
-                f"parameters {missing or names} are not in the module; it has {list(parameters)}"
+                f"parameters {missing or names} are not in the module"
+                f"{suggest((missing or ['']), parameters)}"
             )
         self.module = module
         self.names = list(names)

@@ -11,6 +11,7 @@ from lightning_muter.curvature.head import HeadHessian, HeadPoints, HeadTotal
 from lightning_muter.curvature.point import PointCurvature
 from lightning_muter.errors import ConfigurationError
 from lightning_muter.models.base import Linearisation, ModelView
+from lightning_muter.models.names import linear_layers, suggest
 from lightning_muter.objectives.losses import PointLoss
 from lightning_muter.responses import Dense, DiagonalLowRank, Response
 from lightning_muter.threats import Geometry
@@ -33,13 +34,14 @@ class LinearHead(ModelView):
         modules = dict(module.named_modules())
         if head not in modules:
             raise ConfigurationError(
-                f"head={head!r} is no submodule; the module has {[n for n in modules if n]}"
+                f"head={head!r} is no submodule{suggest([head], linear_layers(module))}"
             )
         layer = modules[head]
         if not isinstance(layer, nn.Linear):
             raise ConfigurationError(
                 f"head={head!r} is a {type(layer).__name__}, a torch.nn.Linear is needed for the "
-                "exact path; name its parameters with parameters=[...] to use Autodiff instead"
+                f"exact path{suggest([head], linear_layers(module))}; or name its parameters with "
+                "parameters=[...] to use Autodiff instead"
             )
         names = [f"{head}.weight"] + ([f"{head}.bias"] if layer.bias is not None else [])
         super().__init__(module, names, loss)

@@ -10,6 +10,7 @@ from lightning_muter.errors import ConfigurationError
 from lightning_muter.models.autodiff import Autodiff
 from lightning_muter.models.base import ModelView
 from lightning_muter.models.linear_head import FeatureHead, LinearHead
+from lightning_muter.models.names import listed
 from lightning_muter.objectives.losses import LossFunction, PointLoss, resolve_loss
 
 __all__ = ["view_of"]
@@ -48,4 +49,4 @@ def view_of(
         return _HEADS[space](module, head, resolved)
     if space == "features":
         raise ConfigurationError("space='features' needs a linear head: give head=...")
-    return Autodiff(module, list(parameters or ()), resolved)
+    return Autodiff(module, list(listed(parameters) or ()), resolved)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
@@ -12,11 +14,11 @@ from lightning_muter.linalg.solution import Operator, Solution
 __all__ = ["flow_rate", "retrace"]
 
 
-def flow_rate(optimizer: Optimizer) -> float | None:
+def flow_rate(optimizer: Optimizer, parameters: Iterable[Tensor] | None = None) -> float | None:
     """The time of the gradient flow that one step takes: lr (1 - dampening) / (1 - momentum).
 
     None where a step does not follow the gradient (Adam and the like), or where the parameter
-    groups move at different rates.
+    groups move at different rates. With ``parameters`` only their groups count.
 
     Example:
         >>> import torch
@@ -26,9 +28,11 @@ def flow_rate(optimizer: Optimizer) -> float | None:
     """
     if not isinstance(optimizer, torch.optim.SGD):
         return None
+    wanted = None if parameters is None else {id(p) for p in parameters}
     rates = {
         float(group["lr"]) * (1 - group["dampening"] * bool(group["momentum"])) / (1 - momentum)
         for group in optimizer.param_groups
+        if wanted is None or any(id(p) in wanted for p in group["params"])
         if (momentum := float(group["momentum"])) < 1
     }
     return rates.pop() if len(rates) == 1 else None

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
 from lightning_muter import ConfigurationError, L2Ball, MUterCallback, Trainer, total_hessian
-from lightning_muter.models.base import measuring
+from lightning_muter.models import measuring
 from lightning_muter.models.names import suggest
 from lightning_muter.unlearning import cost
 

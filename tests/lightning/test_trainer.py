@@ -296,7 +296,7 @@ def test_frozen_backbone_and_a_disagreeing_loss() -> None:
     _, _, model, _ = fit(newton_steps=0)
     pl.seed_everything(0, verbose=False)
     assert torch.equal(model.backbone[0].weight, Net().double().backbone[0].weight)
-    with pytest.warns(UserWarning, match="training_step returned"):
+    with pytest.raises(ConfigurationError, match="0.5 times the mean"):
         fit(newton_steps=0, loss=lambda z, y: 2 * F.cross_entropy(z, y, reduction="none"))
 
 

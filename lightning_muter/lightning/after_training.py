@@ -1,0 +1,215 @@
+"""What follows training: the rehearsal before it, Newton's steps, Stage I."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.utilities import rank_zero_info
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from lightning_muter.errors import ConfigurationError
+from lightning_muter.lightning.data import TrainingPoints
+from lightning_muter.lightning.preflight import Preflight, rehearse, time_pass
+from lightning_muter.lightning.process_group import process_group
+from lightning_muter.lightning.rescue import check_not_stopped
+from lightning_muter.memory.memory import UnlearningMemory, size_estimate
+from lightning_muter.spec import Settings
+from lightning_muter.unlearning.cost import check_fits
+from lightning_muter.unlearning.methods import METHODS
+from lightning_muter.unlearning.objective import RobustObjective, newton
+from lightning_muter.unlearning.points import Batch
+from lightning_muter.unlearning.stage_one import build_memories
+
+__all__ = ["AfterTraining", "points_of", "refuse_spawned"]
+
+_MEMORY_LIMIT = 60_000
+
+
+@dataclass
+class AfterTraining:
+    """Newton's steps and Stage I of one fit, over its training points.
+
+    Attributes:
+        trainer: of the fit.
+        module: that is trained.
+        points: the training data set.
+        settings: of the memory, as far as they are known before training.
+        newton_steps: how many will be taken.
+        batch_size: points a pass reads at once, at the most.
+        preflight: what two points took before training.
+    """
+
+    trainer: pl.Trainer
+    module: pl.LightningModule
+    points: TrainingPoints
+    settings: Settings
+    newton_steps: int
+    batch_size: int
+    preflight: Preflight = Preflight(0.0, 0.0, 0.0)
+
+    @staticmethod
+    def check_size(settings: Settings, p: int) -> None:
+        """Refuse a memory that no machine holds.
+
+        Raises:
+            ConfigurationError: with its size.
+        """
+        if METHODS[settings.method].has_memory and p > _MEMORY_LIMIT:
+            raise ConfigurationError(
+                f"{size_estimate(p)} is too large for a dense memory (at most "
+                f"p = {_MEMORY_LIMIT:,}); choose a smaller head or fewer parameters"
+            )
+
+    def rehearse(self) -> None:
+        """Two points through all that comes after training; what it takes, for a person."""
+        settings, device = self.settings, self.trainer.strategy.root_device
+        has_memory = METHODS[settings.method].has_memory
+        stages = [_robust(settings)] if self.newton_steps else []
+        stages += [settings] if has_memory or not stages else []
+        p = settings.view(self.module).p
+        if stages != [settings] or has_memory:
+            check_fits(p, device, self.trainer.num_devices if device.type == "cpu" else 1)
+        self.preflight = rehearse(self.module, stages, self._read, self.points.known_targets())
+        if has_memory:
+            self.preflight = time_pass(self.module, settings, self._read, self.preflight)
+            mine = -(-len(self.points) // self.trainer.world_size)
+            size = self.preflight.piece(self.batch_size)
+            rank_zero_info(f"{self.preflight.cost(mine, p, size, self.newton_steps, device)}")
+
+    def _read(self, count: int) -> Batch:
+        """Some points, spread over the data set."""
+        n = len(self.points)
+        some = sorted({i * (n - 1) // max(count - 1, 1) for i in range(count)})
+        device = self.trainer.strategy.root_device
+        return self._as_trained(next(self.points.batches(some, count, device)))
+
+    def _as_trained(self, batch: Batch) -> Batch:
+        """A batch in the dtype that the trainer's precision gives to training's own batches."""
+        x, targets = self.trainer.precision_plugin.convert_input([batch.x, batch.targets])
+        return replace(batch, x=x.to(next(self.module.parameters()).dtype), targets=targets)
+
+    def newton(self, settings: Settings, weights: Tensor) -> list[float]:
+        """Newton steps on the robust objective; if one fails, ω is again what training made it."""
+        robust = _robust(settings)
+        target = self.objective(robust, weights)
+        trained = target.view.get()
+        try:
+            return newton(target, self.newton_steps, robust.damping)
+        except BaseException:
+            target.view.set(trained)  # exact: float64 holds every value of a smaller dtype
+            raise
+
+    def objective(self, settings: Settings, weights: Tensor) -> RobustObjective:
+        """The robust objective over training points, each counted once over all processes."""
+        view, group = settings.view(self.module), process_group(self.trainer)
+        return RobustObjective(view, settings.problem(), lambda: self._batches(weights), group)
+
+    def stage_one(
+        self,
+        settings: Settings,
+        weights: Tensor,
+        digests: Tensor,
+        key: bytes,
+        initial: Tensor | None,
+    ) -> UnlearningMemory:
+        """The memory at the trained ω.
+
+        Args:
+            settings: with the λ and the horizon of the training.
+            weights: how much each point counted in training (n,).
+            digests: of all points (n, 16).
+            key: of the digests.
+            initial: the ω (p,) that training started from.
+
+        Raises:
+            ConfigurationError: the robust gradient is not finite.
+        """
+        if METHODS[settings.method].has_memory:
+            rank_zero_info(
+                f"Stage I ({settings.method}): {size_estimate(settings.view(self.module).p)}"
+            )
+        group = process_group(self.trainer)
+        (memory,) = build_memories(
+            self.module, [settings], self._batches(weights), digests, key, group, initial, weights
+        )
+        if not bool(torch.isfinite(memory.residual_gradient).all()):
+            raise ConfigurationError(
+                "the robust gradient is not finite: a training point has NaN or infinite values, "
+                "or training diverged; no memory was built"
+            )
+        _report(memory)
+        return memory
+
+    def _batches(self, weights: Tensor) -> Iterator[Batch]:
+        """This process's share of the points that were trained on, with a progress bar."""
+        trainer = self.trainer
+        mine = process_group(trainer).share(torch.nonzero(weights > 0).flatten().tolist())
+        quiet = trainer.progress_bar_callback is None or not trainer.is_global_zero
+        size = self.preflight.piece(self.batch_size)
+        device = trainer.strategy.root_device
+        with tqdm(
+            desc="training points", total=len(mine), unit="point", leave=False, disable=quiet
+        ) as bar:
+            for batch in self.points.batches(mine, size, device, weights):
+                check_not_stopped(trainer, bar.n, len(mine))
+                yield self._as_trained(batch)
+                bar.update(len(batch))
+
+
+def points_of(trainer: pl.Trainer) -> TrainingPoints:
+    """The training points of a trainer that is set up.
+
+    Raises:
+        ConfigurationError: there is not one loader of one data set.
+    """
+    loader: Any = trainer.train_dataloader
+    if not hasattr(loader, "dataset"):
+        raise ConfigurationError(
+            f"the training data is a {type(loader).__name__}; one DataLoader is needed"
+        )
+    return TrainingPoints(loader.dataset, loader.collate_fn)
+
+
+def refuse_spawned(trainer: pl.Trainer, cause: BaseException | None = None) -> None:
+    """Refuse strategies whose processes are started with copies of model and callback.
+
+    Raises:
+        ConfigurationError: from ``cause``, the error of such a process.
+    """
+    # only launchers that spawn or fork from within fit have a start method; no public name says so
+    method = getattr(trainer.strategy.launcher, "_start_method", None)
+    if method is not None:
+        raise ConfigurationError(
+            f"the strategy starts its processes by {method!r} from within fit: they would build "
+            "the memory on copies, and this process would be left without memory and without the "
+            "trained model; use strategy='ddp', which starts the script once for each device"
+        ) from cause
+
+
+def _robust(settings: Settings) -> Settings:
+    """The settings of the robust objective itself: ω* is every method's, its optimum."""
+    return replace(settings, method="muter", response="constrained", space="input")
+
+
+def _report(memory: UnlearningMemory) -> None:
+    rank_zero_info(
+        "memory: "
+        + ", ".join(
+            f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}"
+            for k, v in memory.summary.items()
+        )
+    )
+    for sentence in memory.warnings:
+        warnings.warn(sentence, stacklevel=2)
+    usable = memory.summary["usable_response"]
+    if memory.settings.response == "unconstrained" and usable < 1:
+        rank_zero_info(
+            f"the inverse of the input Hessian exists or its series converges at "
+            f"{usable:.0%} of the points only"
+        )

@@ -1,0 +1,148 @@
+"""Training's own gradients of chosen batches, beside those that a memory differentiates."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from lightning_muter.lightning.fidelity.backward import BackwardSum
+from lightning_muter.lightning.fidelity.difference import Comparison
+from lightning_muter.lightning.fidelity.outputs import head_outputs
+from lightning_muter.models import measuring
+from lightning_muter.objectives.losses import PointLoss
+
+__all__ = ["GradientWatch"]
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """The points of a step as the attack left them, and the random states before it."""
+
+    x: Tensor
+    targets: Tensor
+    states: tuple[Tensor, ...]
+
+
+class GradientWatch:
+    """Compares the gradients of chosen batches with the package's own, at the same weights.
+
+    The package's own is what Stage I differentiates: the mean over the batch of the loss at the
+    module's outputs, in eval mode. Training's is `BackwardSum`'s, of this process alone.
+
+    Args:
+        module: the module.
+        parameters: the trained ones.
+        loss: the loss a point.
+        head: the linear layer that is trained, or None where parameters are named.
+        context: the precision that training's forward runs in.
+        slack: the relative difference that rounding may make.
+        vanished: a gradient below this share of the longest one seen is rounding, as where a
+            mean over points that pull in all directions ends.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        parameters: list[nn.Parameter],
+        loss: PointLoss,
+        head: nn.Module | None,
+        context: Callable[[], AbstractContextManager[None]],
+        slack: float,
+        vanished: float,
+    ) -> None:
+        self._module, self._parameters, self._loss, self._head = module, parameters, loss, head
+        self._context, self._slack, self._vanished = context, slack, vanished
+        self._batch: _Batch | None = None
+        self._longest = 0.0
+        self.sum = BackwardSum(parameters)
+
+    @property
+    def armed(self) -> bool:
+        """Whether a batch waits for its gradient."""
+        return self._batch is not None
+
+    def arm(self, x: Tensor, targets: Tensor) -> None:
+        """Compare the gradient of the step that follows, on these points as they are now."""
+        states = [torch.get_rng_state()]
+        if x.device.type == "cuda":
+            states.append(torch.cuda.get_rng_state(x.device))
+        self._batch = _Batch(x.detach().clone(), targets.detach().clone(), tuple(states))
+
+    def drop(self) -> None:
+        """Compare nothing until the next batch that is chosen."""
+        self._batch = None
+
+    def compare(self, scale: float) -> Comparison | None:
+        """``scale`` times the gradient that was heard, beside the package's own.
+
+        None where no finite gradient was heard.
+
+        Raises:
+            ConfigurationError: the outputs are not the head's own.
+        """
+        batch = self._batch
+        self.drop()
+        if batch is None or not self.sum.heard:
+            return None
+        found = scale * self.sum.batch
+        if not bool(torch.isfinite(found).all()):
+            return None
+        with self.sum.paused(), measuring(self._module), self._context():
+            own = self._own(batch)
+        self._longest = max(
+            self._longest,
+            float(torch.linalg.vector_norm(own)),
+            float(torch.linalg.vector_norm(found)),
+        )
+        comparison = Comparison(
+            found,
+            own,
+            tuple(p.detach().reshape(-1).double() for p in self._parameters),
+            len(batch.x),
+            self._slack,
+            self._vanished * self._longest,
+        )
+        if comparison.agrees():
+            return comparison
+        return self._beside_train_mode(comparison, batch)
+
+    def _own(self, batch: _Batch) -> Tensor:
+        outputs = head_outputs(self._module, self._head, batch.x, self._slack)
+        total = self._loss(outputs, batch.targets).mean()
+        found = torch.autograd.grad(total, self._parameters, allow_unused=True)
+        parts = [
+            torch.zeros_like(p) if g is None else g
+            for g, p in zip(found, self._parameters, strict=True)
+        ]
+        return _flat(parts)
+
+    def _beside_train_mode(self, comparison: Comparison, batch: _Batch) -> Comparison:
+        """Whether dropout or batch statistics explain what differs."""
+        devices = [batch.x.device] if len(batch.states) > 1 else []
+        buffers = [(b, b.clone()) for b in self._module.buffers()]
+        with self.sum.paused(), torch.random.fork_rng(devices), self._context():
+            torch.set_rng_state(batch.states[0])
+            if devices:
+                torch.cuda.set_rng_state(batch.states[1], batch.x.device)
+            own = self._own(batch)
+        with torch.no_grad():
+            for buffer, value in buffers:
+                buffer.copy_(value)
+        train = Comparison(
+            comparison.found,
+            own,
+            comparison.omega,
+            comparison.points,
+            comparison.slack,
+            comparison.floor,
+            random=True,
+        )
+        return train if train.agrees() else comparison
+
+
+def _flat(parts: list[Tensor]) -> Tensor:
+    return torch.cat([part.reshape(-1).double() for part in parts])
