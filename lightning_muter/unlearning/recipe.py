@@ -122,6 +122,8 @@ class Recipe:
 
         ``inner`` is δ* where it is known already.
         """
+        if not len(x):  # a request of fewer points than processes
+            return
         flat = _flat(x)
         if METHODS[self.method].points == "clean":
             inner = None

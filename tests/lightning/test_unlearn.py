@@ -58,7 +58,7 @@ class Case:
             "hooks": [len(m._forward_pre_hooks) for m in model.modules()],
             "torch": torch.get_rng_state(),
             "python": random.getstate(),
-            "numpy": np.random.get_state()[1].tolist(),
+            "numpy": np.random.get_state()[1].tolist(),  # noqa: NPY002
             "module": id(self.trainer.lightning_module),
         }
 
@@ -173,7 +173,7 @@ class Later(RemovalDataModule):
     def predict_dataloader(self) -> Any:
         def batches() -> Iterator[Any]:
             yield next(iter(super(Later, self).predict_dataloader()))
-            torch.rand(3), random.random(), np.random.rand()
+            torch.rand(3), random.random(), np.random.rand()  # noqa: NPY002
             raise OSError("the disk is gone")
 
         return batches()
