@@ -109,6 +109,7 @@ def test_the_trainers_settings_are_about_its_loops(case: Case, setting: dict[str
     assert next(case.model.parameters()).dtype == torch.float64
 
 
+@pytest.mark.filterwarnings("ignore:.*was called without a model.*")
 @pytest.mark.parametrize("fails", [False, True])
 def test_the_trainer_is_the_users_afterwards(fails: bool, tmp_path: Any) -> None:
     trainer, callback, model, data = fit(newton_steps=2)
