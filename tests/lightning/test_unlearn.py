@@ -109,7 +109,6 @@ def test_the_trainers_settings_are_about_its_loops(case: Case, setting: dict[str
     assert next(case.model.parameters()).dtype == torch.float64
 
 
-@pytest.mark.filterwarnings("ignore:.*was called without a model.*")
 @pytest.mark.parametrize("fails", [False, True])
 def test_the_trainer_is_the_users_afterwards(fails: bool, tmp_path: Any) -> None:
     trainer, callback, model, data = fit(newton_steps=2)
@@ -126,7 +125,7 @@ def test_the_trainer_is_the_users_afterwards(fails: bool, tmp_path: Any) -> None
     trainer.save_checkpoint(tmp_path / "after.ckpt")
     saved = torch.load(tmp_path / "after.ckpt", weights_only=True)["state_dict"]
     assert saved.keys() == model.state_dict().keys()
-    metrics = trainer.test(dataloaders=data.test_dataloader(), verbose=False)
+    metrics = trainer.test(trainer.lightning_module, data.test_dataloader(), verbose=False)
     assert "test_loss" in metrics[0]
 
 
