@@ -40,6 +40,7 @@ if __name__ == "__main__":
         found[f"{solver}_bound"] = torch.tensor(result.bound)
     model.load_state_dict(trained)
     trainer.unlearn(removals)
+    trainer.unlearn(RemovalDataModule(data, [5]))  # fewer points than processes
     assert callback.memory is not None
     found.update(matrix=callback.memory.curvature.matrix, omega=callback.memory.omega)
     if trainer.is_global_zero:

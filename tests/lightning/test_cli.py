@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lightning_muter import ConfigurationError, UnlearningMemory
+from lightning_muter import ConfigurationError, RemovalError, UnlearningMemory
 from lightning_muter.lightning.cli import main
 
 ROOT = Path(__file__).parents[2]
@@ -65,5 +65,13 @@ def test_fit_then_unlearn(
     assert not torch.equal(weights[0], weights[1])
     last = UnlearningMemory.load("runs/memory").omega[: weights[2].numel()]
     torch.testing.assert_close(weights[2].flatten(), last.to(weights[2]))
+    before = {path.name: path.read_bytes() for path in Path("runs/memory").iterdir()}
+    with pytest.raises(ConfigurationError, match="cannot be saved"):
+        main(
+            ["unlearn", *CONFIG, *removal, *again, "--output", "no/where.ckpt", "--indices", "[7]"]
+        )
+    with pytest.raises(RemovalError, match="forgotten already"):
+        main(["unlearn", *CONFIG, *removal, *again, "--indices", "[6]"])
+    assert {path.name: path.read_bytes() for path in Path("runs/memory").iterdir()} == before
     with pytest.raises(ConfigurationError, match="no checkpoint"):
         main(["unlearn", *CONFIG, *removal, "--ckpt_path", "nowhere.ckpt", "--indices", "[7]"])
