@@ -28,7 +28,7 @@ def own_scale(a: Tensor) -> tuple[Tensor, Tensor]:
                 [ 0.0000,  0.0000]])
     """
     largest = a.abs().amax(dim=1, keepdim=True)
-    return torch.where(largest > 0, a / largest, a), largest
+    return a / torch.where(largest > 0, largest, torch.ones_like(largest)), largest
 
 
 def row_norm(a: Tensor) -> Tensor:

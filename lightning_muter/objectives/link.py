@@ -15,8 +15,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_muter.linalg.rows import own_scale
-
 __all__ = ["IDENTITY", "SOFTPLUS", "Link"]
 
 
@@ -52,7 +50,7 @@ class Link:
         arithmetic.
         """
         log_rate = self.log_rate(level).unsqueeze(1)
-        _, largest = own_scale(slope)
+        largest = slope.abs().amax(dim=1, keepdim=True)
         log_size = log_rate + largest.log()
         shown = log_size.clamp(-_LOG_SHOWN, _LOG_SHOWN)
         ordinary = (shown == log_size) | (largest == 0)

@@ -163,8 +163,11 @@ class PointLoss:
             inputs = x.detach().requires_grad_(True)
             outputs = module(inputs)
             at = outputs.detach().requires_grad_(True)
-            losses = self(at, targets)
-            level = losses if self.level is None else self.level(at, targets)
+            if self.level is None:
+                level = self(at, targets)
+            else:
+                self(outputs.detach(), targets)  # for what it says of outputs that do not fit
+                level = self.level(at, targets)
             (r,) = torch.autograd.grad(level.sum(), at)
             unit, scale = own_scale(r.reshape(len(x), -1))
             (g,) = torch.autograd.grad(outputs, inputs, unit.reshape(outputs.shape))
