@@ -71,6 +71,8 @@ class PointProblem:
 
         ``inner`` is δ* where it is known already.
         """
+        if len(batch) == 0:  # a request of fewer points than processes
+            return
         if METHODS[self.method].points == "clean":
             inner = None
         elif inner is None:
