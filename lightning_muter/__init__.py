@@ -17,6 +17,13 @@ from lightning_muter.lightning.data import RemovalDataModule
 from lightning_muter.lightning.module import UnlearningModule
 from lightning_muter.lightning.trainer import Trainer
 from lightning_muter.memory.memory import UnlearningMemory
+from lightning_muter.options import (
+    Ascent,
+    BlockSolver,
+    ConstrainedResponse,
+    DirectSolver,
+    UnconstrainedResponse,
+)
 from lightning_muter.threats import L2Ball, LinfBall, Threat
 from lightning_muter.unlearning.hessian import total_hessian
 from lightning_muter.unlearning.influence import adversarial_influence, influence_on_losses
@@ -31,8 +38,12 @@ __version__ = "0.1.0"
 __all__ = [
     "METHODS",
     "AdversarialTraining",
+    "Ascent",
     "Attack",
+    "BlockSolver",
+    "ConstrainedResponse",
     "ConfigurationError",
+    "DirectSolver",
     "L2Ball",
     "LinfBall",
     "MUterCLI",
@@ -45,6 +56,7 @@ __all__ = [
     "StateError",
     "Threat",
     "Trainer",
+    "UnconstrainedResponse",
     "UnlearningMemory",
     "UnlearningModule",
     "UnlearningResult",
