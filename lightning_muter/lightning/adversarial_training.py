@@ -17,7 +17,7 @@ from lightning_muter.adversary.ascent import (
 )
 from lightning_muter.adversary.attack_library import Attack
 from lightning_muter.errors import ConfigurationError, MuterError
-from lightning_muter.models import measuring
+from lightning_muter.models import evaluating
 from lightning_muter.objectives.losses import LossFunction, resolve_loss
 from lightning_muter.threats import Threat
 
@@ -64,7 +64,7 @@ class AdversarialTraining(pl.Callback):
 
     def perturb(self, module: nn.Module, x: Tensor, targets: Tensor) -> Tensor:
         """Adversarial inputs (n, ...); module mode, gradients and RNG are left as they were."""
-        with measuring(module), own_random_numbers(x):
+        with evaluating(module), own_random_numbers(x):
             x = x.detach().clone()
             if self.attack is not None:
                 return self.attack(module, x, targets.clone())
@@ -113,7 +113,7 @@ class AdversarialTraining(pl.Callback):
     def _attack_hard(self, module: nn.Module, x: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Adversarial inputs to measure by, and the points (n,) that no gradient led anywhere."""
         adversarial = self.perturb(module, x, targets)
-        with measuring(module), own_random_numbers(x):
+        with evaluating(module), own_random_numbers(x):
             return without_blind_spots(
                 module,
                 self._point_loss,

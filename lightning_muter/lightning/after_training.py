@@ -26,7 +26,7 @@ from lightning_muter.unlearning.objective import RobustObjective, newton
 from lightning_muter.unlearning.points import Batch
 from lightning_muter.unlearning.stage_one import build_memories
 
-__all__ = ["AfterTraining", "points_of", "refuse_spawned"]
+__all__ = ["AfterTraining", "points_of", "refuse_spawned", "report"]
 
 _MEMORY_LIMIT = 60_000
 
@@ -143,7 +143,6 @@ class AfterTraining:
                 "the robust gradient is not finite: a training point has NaN or infinite values, "
                 "or training diverged; no memory was built"
             )
-        _report(memory)
         return memory
 
     def _batches(self, weights: Tensor) -> Iterator[Batch]:
@@ -197,7 +196,8 @@ def _robust(settings: Settings) -> Settings:
     return replace(settings, method="muter", response="constrained", space="input")
 
 
-def _report(memory: UnlearningMemory) -> None:
+def report(memory: UnlearningMemory) -> None:
+    """Print what Stage I found, and warn of what is in doubt."""
     rank_zero_info(
         "memory: "
         + ", ".join(

@@ -17,7 +17,12 @@ from torch import Tensor, nn
 from lightning_muter.adversary.attack_library import Attack
 from lightning_muter.errors import ConfigurationError, MuterError, StateError
 from lightning_muter.lightning.adversarial_training import AdversarialTraining
-from lightning_muter.lightning.after_training import AfterTraining, points_of, refuse_spawned
+from lightning_muter.lightning.after_training import (
+    AfterTraining,
+    points_of,
+    refuse_spawned,
+    report,
+)
 from lightning_muter.lightning.fidelity.averaging import check_order
 from lightning_muter.lightning.fidelity.decay import check_held, decay_of, declared_penalty
 from lightning_muter.lightning.fidelity.flow import check_rates
@@ -335,6 +340,7 @@ class MUterCallback(MemoryKeeper, AdversarialTraining):
         self.memory = replace(memory, warnings=(*memory.warnings, *self.findings))
         self.save()
         rescue.done(path)
+        report(memory)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         memory, view = self.memory, self.settings.view(pl_module)

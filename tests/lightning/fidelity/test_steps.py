@@ -235,10 +235,10 @@ def test_strict_false_warns_once_and_keeps_what_it_found(tmp_path: Any) -> None:
             trainer={"max_epochs": 3, "gradient_clip_val": 0.01},
         )
     said = [str(w.message) for w in found]
-    assert len([s for s in said if "clipping" in s]) == 1
+    assert len([s for s in said if "gradient clipping shortens" in s]) == 1
     assert len([s for s in said if "relative difference" in s]) == 1
     assert len(callback.findings) == 2 and callback.memory is not None
-    assert callback.memory.warnings == tuple(callback.findings)
+    assert set(callback.findings) < set(callback.memory.warnings)  # and what Stage I says itself
     assert UnlearningMemory.load(tmp_path).warnings == callback.memory.warnings
 
 
