@@ -51,7 +51,7 @@ def images(n: int = 12) -> DataLoader[Any]:
 
 
 @pytest.mark.parametrize("name", ["PGD", "PGDL2", "FGSM"])
-@pytest.mark.filterwarnings("ignore:.*log_every_n_steps.*|.*fewer.*")
+@pytest.mark.filterwarnings("ignore:.*log_every_n_steps.*|.*fewer.*|the update is.*")
 def test_torchattacks_and_frozen_batchnorm(name: str) -> None:
     attack = Attack(f"torchattacks.{name}", mean=[0.5], std=[0.5], init_args={"eps": 0.1})
     pl.seed_everything(0, verbose=False)

@@ -152,7 +152,7 @@ def test_labels_that_the_loss_cannot_take(label: int, subset: bool) -> None:
     x, y = data.dataset.tensors
     y[17] = label
     loader = DataLoader(Subset(TensorDataset(x, y), range(40)) if subset else data.dataset, 16)
-    refused(f"cannot take the targets .*{label}", Watched(), loader)
+    refused(f"classes 0 to 2, .* are others: {label}", Watched(), loader)
 
 
 class Strings(Dataset[Any]):
@@ -278,9 +278,11 @@ class Counting(Watched):
         self.counted = float(self.calls), float(self.other)
 
 
+@pytest.mark.filterwarnings("ignore:.*tensors that are not trained.*|.*calls.*")
 def test_the_rehearsal_leaves_no_trace() -> None:
+    """Its own forwards change buffers, which the frozen part's check would refuse."""
     seen = []
-    for callbacks in ([], [MUterCallback(L2Ball(0.5), head="classifier")]):
+    for callbacks in ([], [MUterCallback(L2Ball(0.5), head="classifier", strict=False)]):
         pl.seed_everything(3, verbose=False)
         model = Counting()
         Trainer(max_epochs=1, callbacks=callbacks, **QUIET).fit(model, Data())
@@ -290,7 +292,7 @@ def test_the_rehearsal_leaves_no_trace() -> None:
 
 def test_what_will_come_is_printed(monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
-    name = "lightning_muter.lightning.callback.rank_zero_info"
+    name = "lightning_muter.lightning.after_training.rank_zero_info"
     monkeypatch.setattr(name, lambda message: said.append(message))
     callback = MUterCallback(L2Ball(0.5), head="classifier")
     Trainer(max_epochs=1, callbacks=[callback], **QUIET).fit(Net(), Data())

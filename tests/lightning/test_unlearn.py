@@ -238,7 +238,7 @@ def test_a_corrector_that_fails_leaves_the_model(
     case: Case, where: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     passes: list[int] = []
-    real = RobustObjective._evaluate
+    real = RobustObjective._pass
 
     def breaks(self: RobustObjective, *args: Any) -> Any:
         passes.append(1)
@@ -246,7 +246,7 @@ def test_a_corrector_that_fails_leaves_the_model(
             raise SolverError("out of luck")
         return real(self, *args)
 
-    monkeypatch.setattr(RobustObjective, "_evaluate", breaks)
+    monkeypatch.setattr(RobustObjective, "_pass", breaks)
     before = case.state()
     with pytest.raises(SolverError, match="out of luck"):
         case.unlearn(
@@ -258,13 +258,13 @@ def test_a_corrector_that_fails_leaves_the_model(
 
 
 def test_a_gradient_without_end_is_refused(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = RobustObjective._evaluate
+    real = RobustObjective._pass
 
     def endless(self: RobustObjective, *args: Any) -> Any:
-        found, matrix = real(self, *args)
-        return replace(found, gradient=found.gradient * float("nan")), matrix
+        found = real(self, *args)
+        return replace(found, gradient=found.gradient * float("nan"))
 
-    monkeypatch.setattr(RobustObjective, "_evaluate", endless)
+    monkeypatch.setattr(RobustObjective, "_pass", endless)
     before = case.state()
     with pytest.raises(SolverError, match="not finite"):
         case.unlearn(RemovalDataModule(case.data, [3]), corrector_steps=2)

@@ -21,6 +21,7 @@ from lightning_muter.lightning.fidelity.frozen import FrozenPart
 from lightning_muter.lightning.fidelity.gradient import GradientWatch
 from lightning_muter.lightning.fidelity.outputs import head_outputs
 from lightning_muter.lightning.fidelity.points import PointCount, digests_of, sampling_of
+from lightning_muter.lightning.kept_state import untouched
 from lightning_muter.models import ModelView, measuring
 from lightning_muter.objectives.targets import check_targets
 
@@ -120,7 +121,8 @@ class TrainingWatch:
 
     def _width(self, x: Tensor) -> int:
         """Outputs a point, which are the head's own."""
-        with measuring(self._module), torch.no_grad(), self._context():
+        module = self._module
+        with untouched(module), measuring(module), torch.no_grad(), self._context():
             x = x.to(self._parameters[0].device)
             with self._topic("outputs"):
                 return head_outputs(self._module, self._head, x, self._slack).numel() // len(x)
