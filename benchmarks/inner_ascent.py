@@ -47,7 +47,7 @@ def main(data: str | None = None, points: int = 60, eps: float = 0.0314) -> None
     attack = AdversarialTraining(LinfBall(eps, (0, 1)), attack_steps=3)
     trainer = pl.Trainer(max_epochs=8, callbacks=[attack], enable_model_summary=False, **quiet)
     trainer.fit(model, DataLoader(TensorDataset(x, y), batch_size=20, shuffle=True))
-    derivatives = view_of(model, "cross_entropy", "head")
+    view = view_of(model, "cross_entropy", "head")
     plain_passes = inner._PLAIN
     for bandwidth in (1e-3, 3e-4, 1e-4):
         for name, passes in (("plain", 10**9), ("accelerated", plain_passes)):
@@ -57,11 +57,17 @@ def main(data: str | None = None, points: int = 60, eps: float = 0.0314) -> None
             def gradient(at: Tensor, which: Tensor) -> tuple[Tensor, Tensor]:
                 nonlocal seen
                 seen += len(at)
-                return derivatives.input_gradient(at.reshape(-1, *x.shape[1:]).to(x), y[which])
+                return view.ascent(at.reshape(-1, *x.shape[1:]).to(x), y[which])
 
             threat = LinfBall(eps, (0, 1), bandwidth=bandwidth)
             with measuring(model):
-                found = maximise(gradient, x.flatten(1).double(), threat, dtype=torch.float32)
+                found = maximise(
+                    gradient,
+                    x.flatten(1).double(),
+                    threat,
+                    dtype=torch.float32,
+                    link=view.loss.link,
+                )
             share = float(found.stationary.double().mean())
             print(f"{bandwidth:.0e} {name}: {seen / points:.0f} passes, {share:.0%} stationary")
 

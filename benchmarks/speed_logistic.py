@@ -15,6 +15,7 @@ from lightning_muter.models import LinearHead, measuring
 from lightning_muter.objectives.losses import resolve_loss
 from lightning_muter.spec import Settings
 from lightning_muter.unlearning.objective import RobustObjective
+from lightning_muter.unlearning.points import unweighted
 from lightning_muter.unlearning.request import forget
 
 
@@ -39,9 +40,7 @@ def main() -> None:
         solver="auto",
         weight_decay=1e-3,
     )
-    objective = RobustObjective(
-        derivatives, settings.problem(), lambda: [(x, y)], lambda tensor: tensor
-    )
+    objective = RobustObjective(derivatives, settings.problem(), lambda: [unweighted(x, y)])
     weights = torch.rand(len(x), dtype=torch.float64)
     gram, stage = [], []
     for _ in range(5):
@@ -49,14 +48,15 @@ def main() -> None:
         x.T @ (x * weights.unsqueeze(1))
         gram.append(time.perf_counter() - start)
         start = time.perf_counter()
-        _, matrix = objective.curvature()
+        _, curvature = objective.curvature()
         stage.append(time.perf_counter() - start)
     omega = derivatives.get()
     memory = UnlearningMemory(
         settings=settings,
         omega_star=omega,
         omega=omega,
-        matrix=matrix,
+        curvature=curvature,
+        weights=torch.ones(len(x), dtype=torch.float64),
         gradient=torch.zeros_like(omega),
         residual_gradient=torch.zeros_like(omega),
         digests=torch.zeros(len(x), 16, dtype=torch.uint8),

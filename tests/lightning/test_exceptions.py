@@ -216,7 +216,7 @@ def test_the_trained_model_is_saved_where_stage_one_fails(
 ) -> None:
     def half_way(target: Any, *args: Any) -> Any:
         if what == "newton":
-            target.view.set(torch.zeros(target.derivatives.p))
+            target.view.set(torch.zeros(target.view.p))
         raise Broken("the kernel has no double backward")
 
     monkeypatch.setattr(after_training, what, half_way)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lightning_muter.lightning.fidelity.backward import BackwardSum
 from lightning_muter.lightning.fidelity.difference import Comparison
 from lightning_muter.lightning.fidelity.outputs import head_outputs
+from lightning_muter.lightning.kept_state import untouched
 from lightning_muter.models import measuring
 from lightning_muter.objectives.losses import PointLoss
 
@@ -91,7 +92,8 @@ class GradientWatch:
         found = scale * self.sum.batch
         if not bool(torch.isfinite(found).all()):
             return None
-        with self.sum.paused(), measuring(self._module), self._context():
+        module = self._module
+        with self.sum.paused(), untouched(module), measuring(module), self._context():
             own = self._own(batch)
         self._longest = max(
             self._longest,

@@ -1,0 +1,64 @@
+"""The dense sum of points' curvature."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from lightning_muter.curvature.dense import DenseCurvature
+from lightning_muter.curvature.point import Combined, OuterProducts
+
+
+def rows(seed: int, k: int = 4, p: int = 6) -> torch.Tensor:
+    return torch.randn(k, p, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def test_a_sum_adds_removes_and_multiplies() -> None:
+    a, b = rows(0), rows(1)
+    usable = torch.ones(4, dtype=torch.bool)
+    total = DenseCurvature.zeros(6, "cpu")
+    for part in (a, b):
+        total.add(OuterProducts(part, usable))
+    total.add_identity(0.5)
+    expected = a.T @ a + b.T @ b + 0.5 * torch.eye(6, dtype=torch.float64)
+    torch.testing.assert_close(total.matrix, expected)
+    v = rows(2, k=1)[0]
+    torch.testing.assert_close(total.matvec(v), expected @ v)
+    gone = DenseCurvature.zeros(6, "cpu")
+    gone.add(OuterProducts(b, usable))
+    rest = total.less(gone)
+    torch.testing.assert_close(rest.matrix, expected - b.T @ b)
+    torch.testing.assert_close(total.matrix, expected)  # the sum itself stays
+    assert total.p == 6 and total.nbytes == 8 * 36
+
+
+def test_damping_makes_another_sum() -> None:
+    total = DenseCurvature(torch.diag(torch.tensor([1.0, 2.0]).double()))
+    assert total.damped(0.0) is total
+    assert total.damped(0.5).diagonal().tolist() == [1.5, 2.5]
+    assert total.diagonal().tolist() == [1.0, 2.0]
+
+
+@pytest.mark.parametrize("p", [5, 2101])
+def test_extreme_eigenvalues_of_small_and_large_sums(p: int) -> None:
+    values = torch.linspace(0.5, 7.0, p, dtype=torch.float64)
+    values[-1] = 20.0
+    low, high = DenseCurvature(torch.diag(values)).extremes()
+    assert low == pytest.approx(0.5, rel=0.1) and high == pytest.approx(20.0, rel=1e-3)
+
+
+def test_a_sum_that_is_not_finite_has_no_eigenvalues() -> None:
+    matrix = torch.eye(2, dtype=torch.float64)
+    matrix[0, 0] = torch.inf
+    assert all(math.isnan(value) for value in DenseCurvature(matrix).extremes())
+
+
+def test_combined_parts_are_their_sum() -> None:
+    a, b = rows(3), rows(4)
+    first = OuterProducts(a, torch.tensor([True, True, False, True]))
+    both = Combined([first, OuterProducts(b, torch.ones(4, dtype=torch.bool))])
+    assert both.usable.tolist() == [True, True, False, True]
+    v = rows(5, k=1)[0]
+    torch.testing.assert_close(both.matvec(v), a.T @ (a @ v) + b.T @ (b @ v))
