@@ -137,7 +137,9 @@ def request_warnings(
     """
     found = []
     if solution.status.remedy and solution.status is not Status.MINIMUM_NORM:
-        found.append(f"the request's system ended {solution.status}: {solution.status.remedy}")
+        found.append(
+            f"the system of the remaining points ended {solution.status}: {solution.status.remedy}"
+        )
     if distance > UNFINISHED_LIMIT * update:
         found.append(
             f"training stopped about {distance:.3g} from its optimum, the update is {update:.3g} "
