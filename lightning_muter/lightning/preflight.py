@@ -44,18 +44,26 @@ _OUT_OF_MEMORY = (
 
 @dataclass(frozen=True)
 class Preflight:
-    """What two points showed: seconds of a pass, and of its ascent alone, as a + c · points."""
+    """What two points showed: seconds of a pass, and of its ascent alone, as a + c · points.
+
+    Attributes:
+        fixed: seconds of a pass whatever its points.
+        per_point: seconds more a point.
+        ascent: the maximiser's share of both.
+        dear: whether two points alone took long, so that a pass goes in pieces.
+    """
 
     fixed: float
     per_point: float
-    ascent: float  # the maximiser's share of both
+    ascent: float
+    dear: bool = False
 
     def piece(self, batch_size: int) -> int:
         """Points to go through at once, so that a pass can say where it is and be stopped.
 
         A power of two, so that a rerun has the same batches.
         """
-        if self.per_point * batch_size <= _PIECE_SECONDS:
+        if not self.dear or self.per_point * batch_size <= _PIECE_SECONDS:
             return batch_size
         affordable = max(1.0, _PIECE_SECONDS / self.per_point)
         return int(min(batch_size, 2 ** int(math.log2(affordable))))
@@ -112,7 +120,7 @@ def rehearse(
         return Preflight(0.0, 0.0, share)
     ascent = seconds * share * _USUAL / _FEW
     rest = seconds * (1 - share)
-    return Preflight(0.0, (ascent + rest) / 2, ascent / (ascent + rest))
+    return Preflight(0.0, (ascent + rest) / 2, ascent / (ascent + rest), dear=True)
 
 
 def time_pass(
