@@ -30,6 +30,7 @@ _CHEAP = 0.1  # seconds of two points: with less more of them are timed, for bet
 _TIMED = 16
 _SAME = 1e-2  # outputs of a point differ by rounding alone, whatever is in its batch
 _PIECE_SECONDS = 2.0
+_PIECE = 256.0  # points that a piece has at the least: a batch has costs of its own
 _EIGENVALUES = 10.0  # the extreme eigenvalues of a memory take about so many factorisations
 
 _CURVATURE = (
@@ -65,7 +66,7 @@ class Preflight:
         """
         if not self.dear or self.per_point * batch_size <= _PIECE_SECONDS:
             return batch_size
-        affordable = max(1.0, _PIECE_SECONDS / self.per_point)
+        affordable = max(_PIECE, _PIECE_SECONDS / self.per_point)
         return int(min(batch_size, 2 ** int(math.log2(affordable))))
 
     def cost(

@@ -347,8 +347,8 @@ def test_the_bar_counts_points(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_an_expensive_pass_goes_in_pieces() -> None:
     slow = Preflight(0.0, 0.3, 0.5, dear=True)
-    assert slow.piece(512) == 4 and slow.piece(2) == 2
-    assert Preflight(0.0, 60.0, 0.5, dear=True).piece(512) == 1
+    assert slow.piece(512) == 256 and slow.piece(2) == 2
+    assert Preflight(0.0, 60.0, 0.5, dear=True).piece(512) == 256
     assert Preflight(0.01, 0.1, 0.5).piece(512) == 512
     cost = slow.cost(120, 512, 4, 0, torch.device("cpu"))
     assert 30 < cost.stage_one_seconds < 60 and "120 points" in str(cost)
