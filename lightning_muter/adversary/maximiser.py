@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_muter.adversary.acceleration import Anderson
+from lightning_muter.linalg.rows import row_norm
 from lightning_muter.objectives.link import IDENTITY, Link
 from lightning_muter.threats import Threat
 
@@ -144,7 +145,7 @@ class _Ascent:
     @property
     def lost(self) -> Tensor:
         """Points (n,) that have no gradient to go by where they are."""
-        return (self.slope == 0).all(dim=1)
+        return row_norm(self.slope).squeeze(1) == 0
 
     def found(self) -> InnerMaximum:
         """Where the points are now, with the gradients and losses of the loss itself."""
@@ -171,7 +172,7 @@ class _Ascent:
         new_level, new_slope = self.input_gradient(point + candidate, todo)
         before, after = (threat.merit(delta, shown) for delta in (now, candidate))
         gain = weight.squeeze(1) * self.link.gain(level, new_level) + after - before
-        inputs = (shown.abs() * (point.abs() + candidate.abs())).sum(dim=1)
+        inputs = (row_norm(shown) * (row_norm(point) + row_norm(candidate))).squeeze(1)
         size_of_level = weight.squeeze(1) * (self.link.unit + level.abs())
         # rounding is that of the level, of the inputs that it is computed from, and of the merit
         better = gain >= -self.slack * (size_of_level + inputs + before.abs())

@@ -1,8 +1,7 @@
 """Lengths and directions of the rows of a matrix, whatever the size of its entries.
 
-Each row is divided by its own largest absolute entry before any square is taken, so that neither
-a tiny row underflows nor a huge one overflows, and no constant decides what counts as zero: only
-a row of exact zeros has no direction.
+Where a square could underflow or overflow each row is divided by its own largest absolute entry
+first, so that no constant decides what counts as zero: only a row of exact zeros has no direction.
 """
 
 from __future__ import annotations
@@ -18,6 +17,38 @@ def dot(a: Tensor, b: Tensor) -> Tensor:
     return (a * b).sum(dim=1, keepdim=True)
 
 
+def row_norm(a: Tensor) -> Tensor:
+    """Euclidean lengths (n, 1) of rows.
+
+    Example:
+        >>> import torch
+        >>> row_norm(torch.tensor([[3e-30, -4e-30], [0.0, 0.0]]))
+        tensor([[5.0000e-30],
+                [0.0000e+00]])
+    """
+    norm: Tensor = torch.linalg.vector_norm(a, dim=1, keepdim=True)
+    if not bool(_squares_fit(norm).all()):
+        scaled, largest = own_scale(a)
+        norm = torch.linalg.vector_norm(scaled, dim=1, keepdim=True) * largest
+    return norm
+
+
+def direction(a: Tensor, length: float = 1.0) -> Tensor:
+    """Vectors (n, d) of a length along the rows; zero rows stay zero."""
+    norm: Tensor = torch.linalg.vector_norm(a, dim=1, keepdim=True)
+    if not bool(_squares_fit(norm).all()):
+        a, largest = own_scale(a)
+        norm = torch.linalg.vector_norm(a, dim=1, keepdim=True)
+        norm = torch.where(largest > 0, norm, torch.ones_like(norm))
+    return a * (length / norm)
+
+
+def _squares_fit(norm: Tensor) -> Tensor:
+    """Which lengths (n, 1) say by themselves that no square of weight was lost on the way."""
+    info = torch.finfo(norm.dtype)
+    return (norm > info.tiny**0.5 / info.eps) & (norm < info.max**0.5 * info.eps)
+
+
 def own_scale(a: Tensor) -> tuple[Tensor, Tensor]:
     """Rows (n, d) over their largest absolute entry, and that entry (n, 1); zero rows stay.
 
@@ -29,18 +60,3 @@ def own_scale(a: Tensor) -> tuple[Tensor, Tensor]:
     """
     largest = a.abs().amax(dim=1, keepdim=True)
     return a / torch.where(largest > 0, largest, torch.ones_like(largest)), largest
-
-
-def row_norm(a: Tensor) -> Tensor:
-    """Euclidean lengths (n, 1) of rows."""
-    scaled, largest = own_scale(a)
-    norm: Tensor = torch.linalg.vector_norm(scaled, dim=1, keepdim=True) * largest
-    return norm
-
-
-def direction(a: Tensor) -> Tensor:
-    """Unit vectors (n, d) along the rows; zero rows stay zero."""
-    scaled, _ = own_scale(a)
-    # a row that is not zero has an entry of ±1 by now, so that only zero rows meet the bound
-    unit: Tensor = scaled / torch.linalg.vector_norm(scaled, dim=1, keepdim=True).clamp(min=1.0)
-    return unit

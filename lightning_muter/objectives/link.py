@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_muter.linalg.rows import row_norm
+
 __all__ = ["IDENTITY", "SOFTPLUS", "Link"]
 
 
@@ -50,11 +52,11 @@ class Link:
         arithmetic.
         """
         log_rate = self.log_rate(level).unsqueeze(1)
-        largest = slope.abs().amax(dim=1, keepdim=True)
-        log_size = log_rate + largest.log()
+        norm = row_norm(slope)
+        log_size = log_rate + norm.log()
         shown = log_size.clamp(-_LOG_SHOWN, _LOG_SHOWN)
-        ordinary = (shown == log_size) | (largest == 0)
-        return torch.where(ordinary, log_rate.exp(), shown.exp() / largest)
+        ordinary = (shown == log_size) | (norm == 0)
+        return torch.where(ordinary, log_rate.exp(), shown.exp() / norm)
 
 
 def _softplus_gain(before: Tensor, after: Tensor) -> Tensor:

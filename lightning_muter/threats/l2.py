@@ -62,8 +62,8 @@ class L2Ball(Threat):
         return self.project(x, delta + size * direction(grad))
 
     def ascend(self, x: Tensor, delta: Tensor, grad: Tensor, size: Tensor) -> Tensor:
-        whole = torch.isinf(size) & (grad != 0).any(dim=1, keepdim=True)
-        unit = self.eps * direction(grad)
+        whole = torch.isinf(size) & (row_norm(grad) > 0)
+        unit = direction(grad, self.eps)
         if self.data_range is None and bool(whole.all()):
             return unit
         step = torch.where(torch.isinf(size), torch.ones_like(size), size) * unit
@@ -83,13 +83,14 @@ class L2Ball(Threat):
 
     def geometry(self, x: Tensor, delta: Tensor, grad: Tensor) -> Geometry:
         free = torch.ones_like(delta)
+        delta_free, grad_free = delta, grad
         if self.data_range is not None:
             low, high = self.bounds(x)
             slack = 1e-6 * self.eps
             held = ((delta >= high - slack) & (grad > 0)) | ((delta <= low + slack) & (grad < 0))
             free = (~held).to(delta)
+            delta_free, grad_free = delta * free, grad * free
         on_sphere = self.active(x, delta).unsqueeze(1)
-        delta_free, grad_free = delta * free, grad * free
         norm = row_norm(delta_free)
         mu = torch.where(norm > 0, row_norm(grad_free) / norm, torch.zeros_like(norm)) * on_sphere
         normal = direction(delta_free) * on_sphere
