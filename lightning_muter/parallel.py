@@ -21,6 +21,10 @@ def _same(value: Any) -> Any:
     return value
 
 
+def _alone(value: Any) -> list[Any]:
+    return [value]
+
+
 @dataclass(frozen=True)
 class Group:
     """This process's place among those that serve one call; by default the only one.
@@ -31,6 +35,7 @@ class Group:
         device: where a tensor must lie to be summed.
         sum: the sum of a tensor over all processes, on every one; it may be done in place.
         broadcast: the first process's object, on every one.
+        gather: the objects of all processes in their order, on every one.
 
     Example:
         >>> Group(rank=1, size=2).share([4, 5, 6, 7, 8])
@@ -42,6 +47,7 @@ class Group:
     device: torch.device = torch.device("cpu")
     sum: Callable[[Tensor], Tensor] = _same
     broadcast: Callable[[Any], Any] = _same
+    gather: Callable[[Any], list[Any]] = _alone
 
     @property
     def first(self) -> bool:

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 
 from lightning_muter import L2Ball, LinfBall, Threat
 from lightning_muter.curvature.dense import DenseCurvature
+from lightning_muter.curvature.kept import Materialised
+from lightning_muter.curvature.removed import RemovedPoints
 from lightning_muter.memory.memory import UnlearningMemory
 from lightning_muter.models import measuring
 from lightning_muter.spec import Settings
@@ -229,6 +231,12 @@ def test_the_sum_is_the_brute_force_one(source: str, response: str, model: str) 
     assert relative(known.memory.curvature.matrix, expected) <= 1e-8
 
 
+def removed_from(matrix: torch.Tensor, removed: RemovedPoints) -> torch.Tensor:
+    rest = matrix.clone()
+    removed.subtract_from(rest)
+    return rest
+
+
 @pytest.mark.parametrize(("source", "response", "model"), CASES)
 def test_products_and_blocks_are_those_of_the_sum(source: str, response: str, model: str) -> None:
     """matvec and the parts of Theorem 2's system describe the same D as `add_to`."""
@@ -236,13 +244,21 @@ def test_products_and_blocks_are_those_of_the_sum(source: str, response: str, mo
     view, asked = known.settings.view(known.module), known.settings.problem()
     with measuring(known.module):
         batch = unweighted(known.x[GONE], known.y[GONE])
-        for part in asked.curvatures(view, batch):
+        for part, _ in asked.measure(view, batch):
             total = DenseCurvature.zeros(view.p, "cpu")
             total.add(part)
             eye = torch.eye(view.p, dtype=torch.float64)
             columns = torch.stack([part.matvec(v) for v in eye], dim=1)
             assert relative(columns, sum(known.expected[i] for i in GONE)) <= 1e-8
             assert relative(columns, total.matrix) <= 1e-10
+            kept = RemovedPoints.of(part.kept(), 0.25)
+            again = RemovedPoints.restore(kept.facts(), kept.tensors(), view.get())
+            whole = Materialised.of(again.parts, view.p, torch.device("cpu"))
+            for removed in (kept, again, RemovedPoints((whole,), again.shift)):
+                products = torch.stack([removed.matvec(v) for v in eye], dim=1) - 0.25 * eye
+                assert relative(products, columns) <= 1e-12
+                less = -removed_from(total.matrix, removed) + total.matrix - 0.25 * eye
+                assert relative(less, columns) <= 1e-12
             unit = torch.eye(part.inner_size, dtype=torch.float64)
             if part.inner_size:
                 response_matrix = torch.stack([part.respond(a) for a in unit], dim=1)

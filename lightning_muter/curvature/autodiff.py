@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from lightning_muter.curvature.point import AddBlock, PointCurvature
+from lightning_muter.curvature.kept import Materialised
+from lightning_muter.curvature.point import AddBlock, KeptCurvature, PointCurvature
 from lightning_muter.responses import Dense
 
 __all__ = ["AutodiffHessian", "AutodiffTotal"]
@@ -31,6 +32,9 @@ class AutodiffHessian(PointCurvature):
             unit = self.weights.new_zeros(self.p)
             unit[j] = 1.0
             add(0, j, self.direct(unit).unsqueeze(1))
+
+    def kept(self) -> Sequence[KeptCurvature]:
+        return [Materialised.of([self], self.p, self.weights.device)]
 
     def direct(self, v: Tensor) -> Tensor:
         return self._product(v)

@@ -1,30 +1,49 @@
-"""The sum of points' curvature as one dense matrix."""
+"""The sum of points' curvature as one dense matrix, less the factors of forgotten points."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from lightning_muter.curvature.point import PointCurvature
+from lightning_muter.curvature.removed import RemovedPoints
+from lightning_muter.linalg.cg import conjugate_gradients
 from lightning_muter.linalg.cholesky import DenseSolver
+from lightning_muter.linalg.solution import Solution, Status
 
-__all__ = ["DenseCurvature"]
+__all__ = ["DenseCurvature", "DowndatedSolver", "Solver"]
 
 _EIGEN_LIMIT = 2000
+#: factors of forgotten points that weigh more than this share of the matrix go into it
+_FOLDED = 0.25
+#: the residual of a system that is solved with the factor of M_0; iterations, then M_r's own factor
+_TOL = 1e-13
+_ITERATIONS = 40
 
 
 @dataclass(frozen=True)
 class DenseCurvature:
-    """Σ_i D_i as a symmetric matrix (p, p), float64.
+    """M = M_0 - Σ_S D_i + damping · I, symmetric (p, p), float64. Source: ours (docs/theory.md).
 
-    `add` and `add_identity` change the matrix; they are for whoever builds the sum. Everything
-    else leaves it as it is.
+    M_0 is kept as a matrix with its factorisation, computed once; what requests took out of it is
+    kept as factors, so that a request costs neither a factorisation nor a write of p² numbers.
+    `add` and `add_identity` change M_0; they are for whoever builds the sum. Everything else leaves
+    it as it is.
+
+    Attributes:
+        base: M_0 (p, p).
+        removed: Σ_S D_i of the forgotten points.
+        damping: added to the diagonal.
     """
 
-    matrix: Tensor
+    base: Tensor
+    removed: RemovedPoints = field(default_factory=RemovedPoints)
+    damping: float = 0.0
+    _solvers: dict[float, DenseSolver] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def zeros(cls, p: int, device: torch.device | str) -> DenseCurvature:
@@ -34,57 +53,82 @@ class DenseCurvature:
     @property
     def p(self) -> int:
         """How many parameters."""
-        return len(self.matrix)
+        return len(self.base)
 
     @property
     def nbytes(self) -> int:
         """Bytes that the sum takes."""
-        return self.matrix.numel() * self.matrix.element_size()
+        return self.base.numel() * self.base.element_size() + self.removed.nbytes
 
-    def to(self, device: torch.device | str) -> DenseCurvature:
-        """The sum on another device."""
-        return DenseCurvature(self.matrix.to(device))
+    @property
+    def matrix(self) -> Tensor:
+        """M (p, p); formed where something was taken out or damping is added."""
+        if self.removed.empty and self.damping == 0:
+            return self.base
+        matrix = self.base.clone()
+        self.removed.subtract_from(matrix)
+        matrix.diagonal().add_(self.damping)
+        return matrix
+
+    def to(self, device: torch.device | str, omega: Tensor) -> DenseCurvature:
+        """The sum on another device, where ω* (p,) is; itself on its own."""
+        if self.base.device == omega.device:
+            return self
+        removed = self.removed.to(device, omega)
+        return DenseCurvature(self.base.to(device), removed, self.damping)
 
     def add(self, part: PointCurvature) -> None:
         """Add the curvature of some points."""
-        matrix = self.matrix
+        base = self.base
 
         def place(i: int, j: int, block: Tensor) -> None:
-            matrix[i : i + block.shape[0], j : j + block.shape[1]] += block
+            base[i : i + block.shape[0], j : j + block.shape[1]] += block
 
         part.add_to(place)
 
     def add_identity(self, scale: float) -> None:
         """Add ``scale`` times the identity."""
-        self.matrix.diagonal().add_(scale)
+        self.base.diagonal().add_(scale)
 
-    def less(self, removal: DenseCurvature) -> DenseCurvature:
-        """The sum without another one, in the other one's memory: ``removal`` is used up."""
-        return DenseCurvature(removal.matrix.neg_().add_(self.matrix))
+    def without(self, removed: RemovedPoints) -> DenseCurvature:
+        """The sum without some more points; folded where the factors became heavy."""
+        rest = replace(self, removed=self.removed.joined(removed))
+        heavy = rest.removed.nbytes > _FOLDED * self.base.numel() * self.base.element_size()
+        return rest.folded() if heavy else rest
+
+    def folded(self) -> DenseCurvature:
+        """The same sum with the forgotten points' factors gone into M_0."""
+        matrix = replace(self, damping=0.0).matrix
+        return DenseCurvature(matrix, damping=self.damping)
 
     def reduced(self, reduce: Callable[[Tensor], Tensor]) -> DenseCurvature:
         """The sum over processes."""
-        return DenseCurvature(reduce(self.matrix))
+        return DenseCurvature(reduce(self.base))
 
     def damped(self, damping: float) -> DenseCurvature:
         """The sum plus ``damping`` times the identity; itself at zero."""
-        if damping == 0:
-            return self
-        matrix = self.matrix.clone()
-        matrix.diagonal().add_(damping)
-        return DenseCurvature(matrix)
+        return self if damping == 0 else replace(self, damping=self.damping + damping)
 
     def matvec(self, v: Tensor) -> Tensor:
         """Products with v (p,)."""
-        return self.matrix @ v
+        return self.base @ v + self.damping * v - self.removed.matvec(v)
 
-    def diagonal(self) -> Tensor:
-        """The diagonal (p,)."""
-        return self.matrix.diagonal()
+    def base_diagonal(self) -> Tensor:
+        """The diagonal of M_0 (p,), for a preconditioner."""
+        return self.base.diagonal() + self.damping
 
-    def solver(self) -> DenseSolver:
-        """A factorisation that solves many systems."""
-        return DenseSolver(self.matrix)
+    def solver(self) -> Solver:
+        """What solves many systems; the factorisation of M_0 is computed once."""
+        if self.removed.empty:
+            return self.base_solver()
+        return DowndatedSolver(self)
+
+    def base_solver(self) -> DenseSolver:
+        """The factorisation of M_0 + damping · I."""
+        if self.damping not in self._solvers:
+            damped = DenseCurvature(self.base, damping=self.damping)
+            self._solvers[self.damping] = DenseSolver(damped.matrix)
+        return self._solvers[self.damping]
 
     def extremes(self) -> tuple[float, float]:
         """Smallest and largest eigenvalue; beyond some size by LOBPCG; NaN where not finite."""
@@ -99,3 +143,37 @@ class DenseCurvature:
             low = torch.lobpcg(matrix, k=1, largest=False, niter=30)[0]
             high = torch.lobpcg(matrix, k=1, largest=True, niter=30)[0]
         return float(low[0]), float(high[0])
+
+
+class DowndatedSolver:
+    """Solves M x = b with M_0's factor as the preconditioner of conjugate gradients.
+
+    M is M_0 less a little, so that a few iterations end at rounding. Where M_0 or M is not positive
+    definite, or is too far from M_0, M is formed and treated as `DenseSolver` treats a matrix.
+    """
+
+    def __init__(self, curvature: DenseCurvature) -> None:
+        self.curvature = curvature
+        self._base = curvature.base_solver()
+
+    @cached_property
+    def _own(self) -> DenseSolver:
+        return DenseSolver(self.curvature.matrix)
+
+    def solve(self, rhs: Tensor) -> Solution:
+        """x (p,) for b (p,), with its residual and status.
+
+        Raises:
+            SolverError: the solution is not finite.
+        """
+        if self._base.definite:
+            found = conjugate_gradients(
+                self.curvature.matvec, rhs, self._base.inverse, _TOL, _ITERATIONS
+            )
+            if found.status is Status.CONVERGED:
+                return found
+        return self._own.solve(rhs)
+
+
+#: what `DenseCurvature.solver` returns
+Solver = DenseSolver | DowndatedSolver

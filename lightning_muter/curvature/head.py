@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_muter.curvature.point import AddBlock, PointCurvature
-from lightning_muter.responses import Dense, DiagonalLowRank
+from lightning_muter.curvature.kept import rows_joined
+from lightning_muter.curvature.point import AddBlock, KeptCurvature
+from lightning_muter.responses import Dense, DiagonalLowRank, restored
 
 __all__ = ["HeadHessian", "HeadPoints", "HeadTotal"]
 
@@ -30,6 +33,18 @@ class HeadPoints:
     def biased(self) -> bool:
         """Whether the head has a bias."""
         return self.features.shape[1] > self.weight.shape[1]
+
+    @classmethod
+    def restore(cls, biased: bool, tensors: Mapping[str, Tensor], omega: Tensor) -> HeadPoints:
+        """The points from `tensors`, with W out of the head's parameters ω (p,)."""
+        features, r = tensors["features"], tensors["r"]
+        c, f = r.shape[1], features.shape[1] - int(biased)
+        weight = omega[: c * f].reshape(c, f)
+        return cls(features, r, tensors["s"], weight, tensors["weights"])
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything that has one row a point."""
+        return {"features": self.features, "r": self.r, "s": self.s, "weights": self.weights}
 
     def matrix_form(self, v: Tensor) -> Tensor:
         """V (C, F̃) of a vector in the order of ω: the weight (C, F), flattened, then the bias."""
@@ -53,8 +68,10 @@ class HeadPoints:
                 add(c * f + i, c * f + j, m[f:, f:])
 
 
-class HeadHessian(PointCurvature):
+class HeadHessian(KeptCurvature):
     """Σ w_i S_i ⊗ h̃h̃ᵀ: the direct part alone."""
+
+    kind = "head_hessian"
 
     def __init__(self, points: HeadPoints) -> None:
         super().__init__(torch.ones_like(points.weights, dtype=torch.bool))
@@ -66,6 +83,32 @@ class HeadHessian(PointCurvature):
         for a in range(c):
             for b in range(a, c):
                 points.place(a, b, h.T @ (h * s[:, a, b, None]), add)
+
+    def kept(self) -> Sequence[KeptCurvature]:
+        # h̃ may be the caller's own batch and W the module's live parameter
+        own = {name: one.clone() for name, one in self.tensors().items()}
+        return [type(self).restore(self.facts(), own, self.points.weight.reshape(-1).clone())]
+
+    def facts(self) -> dict[str, Any]:
+        return {"biased": self.points.biased}
+
+    def tensors(self) -> dict[str, Tensor]:
+        return self.points.tensors()
+
+    @classmethod
+    def restore(
+        cls, facts: Mapping[str, Any], tensors: Mapping[str, Tensor], omega: Tensor
+    ) -> HeadHessian:
+        return cls(HeadPoints.restore(facts["biased"], tensors, omega))
+
+    def joined(self, other: KeptCurvature) -> HeadHessian | None:
+        both = rows_joined(self.tensors(), other.tensors())
+        return None if both is None else self._of(both)
+
+    def _of(self, tensors: Mapping[str, Tensor]) -> HeadHessian:
+        """One of the same kind at the same W."""
+        weight = self.points.weight.reshape(-1)
+        return type(self).restore(self.facts(), tensors, weight)
 
     def _slopes(self, v: Tensor) -> Tensor:
         """S u with u = V h̃ (n, C): how r moves along v."""
@@ -82,6 +125,8 @@ class HeadTotal(HeadHessian):
 
     The inner unknowns are perturbations of the features.
     """
+
+    kind = "head_total"
 
     def __init__(
         self, points: HeadPoints, response: DiagonalLowRank | Dense, usable: Tensor
@@ -113,6 +158,16 @@ class HeadTotal(HeadHessian):
                     block.addmm_(h.T, right)
                 b.add_weighted_sum(block[:f, :f], weighted[:, a] * r[:, c])
                 points.place(a, c, block, add)
+
+    def tensors(self) -> dict[str, Tensor]:
+        return super().tensors() | self.response.tensors() | {"usable": self.usable}
+
+    @classmethod
+    def restore(
+        cls, facts: Mapping[str, Any], tensors: Mapping[str, Tensor], omega: Tensor
+    ) -> HeadTotal:
+        points = HeadPoints.restore(facts["biased"], tensors, omega)
+        return cls(points, restored(tensors), tensors["usable"])
 
     @property
     def inner_size(self) -> int:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-__all__ = ["AddBlock", "Combined", "OuterProducts", "PointCurvature"]
+__all__ = ["AddBlock", "Combined", "KeptCurvature", "PointCurvature"]
 
 #: adds a (rows, columns) block of Σ D_i to a sum: (row start, column start, block)
 AddBlock = Callable[[int, int, Tensor], None]
@@ -34,6 +35,10 @@ class PointCurvature(ABC):
     @abstractmethod
     def direct(self, v: Tensor) -> Tensor:
         """Σ w_i H_i v (p,)."""
+
+    @abstractmethod
+    def kept(self) -> Sequence[KeptCurvature]:
+        """The same sum in parts that hold tensors alone, none of the graph that they are from."""
 
     @property
     def inner_size(self) -> int:
@@ -61,23 +66,40 @@ class PointCurvature(ABC):
         return self.direct(v) + self.spread(self.respond(self.couple(v)))
 
 
-class OuterProducts(PointCurvature):
-    """Σ_k u_k u_kᵀ for rows u (k, p): Fisher curvature, and a mixed adversary's covariance.
+class KeptCurvature(PointCurvature):
+    """Σ w_i D_i whose factors are tensors with one row a point, or one matrix.
 
-    Args:
-        rows: u (k, p), weights within.
-        usable: which points (n,) are represented.
+    ``kind`` names the class where factors are stored. `restore` inverts `tensors` and `facts`.
     """
 
-    def __init__(self, rows: Tensor, usable: Tensor) -> None:
-        super().__init__(usable)
-        self.rows = rows
+    kind: ClassVar[str]
 
-    def add_to(self, add: AddBlock) -> None:
-        add(0, 0, self.rows.T @ self.rows)
+    def kept(self) -> Sequence[KeptCurvature]:
+        return [self]
 
-    def direct(self, v: Tensor) -> Tensor:
-        return self.rows.T @ (self.rows @ v)
+    @abstractmethod
+    def tensors(self) -> dict[str, Tensor]:
+        """The factors, by name."""
+
+    def facts(self) -> dict[str, Any]:
+        """What else `restore` needs, as plain data."""
+        return {}
+
+    @classmethod
+    @abstractmethod
+    def restore(
+        cls, facts: Mapping[str, Any], tensors: Mapping[str, Tensor], omega: Tensor
+    ) -> KeptCurvature:
+        """The same curvature from its factors, at the expansion point ω* (p,)."""
+
+    @abstractmethod
+    def joined(self, other: KeptCurvature) -> KeptCurvature | None:
+        """The sum with one of the same kind, as one; None where the shapes do not allow it."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the factors take."""
+        return sum(one.numel() * one.element_size() for one in self.tensors().values())
 
 
 @dataclass
@@ -92,6 +114,9 @@ class Combined(PointCurvature):
     def add_to(self, add: AddBlock) -> None:
         for part in self.parts:
             part.add_to(add)
+
+    def kept(self) -> Sequence[KeptCurvature]:
+        return [one for part in self.parts for one in part.kept()]
 
     def direct(self, v: Tensor) -> Tensor:
         return torch.stack([part.direct(v) for part in self.parts]).sum(dim=0)

@@ -67,7 +67,7 @@ class UnlearningModule(pl.LightningModule):
             if self._noise_std > 0:
                 noise = group.broadcast(torch.randn(after.p, dtype=torch.float64))
                 after = after.at(after.omega + self._noise_std * noise.to(after.omega))
-            memory = after.placed_like(self.memory)
+            memory = after.to(self.memory.omega_star.device)
             Destination(self._memory_dir, self._callback, group).commit(memory, view)
             self.memory = memory
             self.outcomes.append(outcome)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytorch_lightning as pl
 import torch
 from torch import Tensor
@@ -37,10 +39,16 @@ def process_group(trainer: pl.Trainer) -> Group:
         summed: Tensor = trainer.strategy.reduce(tensor, reduce_op="sum")
         return summed
 
+    def gather(value: Any) -> list[Any]:
+        found: list[Any] = [None] * trainer.world_size
+        torch.distributed.all_gather_object(found, value)
+        return found
+
     return Group(
         rank=trainer.global_rank,
         size=trainer.world_size,
         device=device,
         sum=total,
         broadcast=trainer.strategy.broadcast,
+        gather=gather,
     )

@@ -10,6 +10,7 @@ import pytorch_lightning as pl
 import torch
 from torch.utils.data import DataLoader, Subset
 
+from lightning_muter.curvature.removed import RemovedPoints
 from lightning_muter.errors import ConfigurationError, StateError
 from lightning_muter.lightning.commit import Destination
 from lightning_muter.lightning.data import RemovalDataModule, TrainingPoints
@@ -52,7 +53,8 @@ def serve_without_memory(
             _retrain(trainer, keeper, rest, points, view)
         omega = view.get()
         entry = {"m": len(indices), "status": method}
-        after = memory.forget(indices, None, torch.zeros_like(memory.omega), omega, entry)
+        nothing = torch.zeros_like(memory.omega)
+        after = memory.forget(indices, None, RemovedPoints(), nothing, omega, entry)
         write = destination.commit(after, view)
     except BaseException:
         module.load_state_dict(state)

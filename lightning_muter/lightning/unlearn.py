@@ -79,7 +79,7 @@ def unlearn(
         for message in found.warnings:
             warnings.warn(message, stacklevel=3)
         update = torch.linalg.vector_norm(found.memory.omega - view.get())
-    write = destination.commit(found.memory.placed_like(state), view)
+    write = destination.commit(found.memory.to(state.omega_star.device), view)
     seconds = {
         "maximise_and_solve": sum(o.seconds for o in server.outcomes),
         "write": write,

@@ -7,6 +7,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from lightning_muter.errors import SolverError
 from lightning_muter.linalg.solution import Solution, Status, finite, relative_residual
 
 __all__ = ["DenseSolver", "direct"]
@@ -63,10 +64,21 @@ class DenseSolver:
         """
         if self._factor is None:
             return self._indefinite(rhs) or self._spectral(rhs)
-        half = torch.linalg.solve_triangular(self._factor.mT, rhs.unsqueeze(1), upper=False)
-        value = torch.linalg.solve_triangular(self._factor, half, upper=True).squeeze(1)
+        value = self.inverse(rhs)
         residual = relative_residual(self.matrix @ value - rhs, rhs)
         return finite(Solution(value, residual, 0, Status.CONVERGED))
+
+    def inverse(self, rhs: Tensor) -> Tensor:
+        """A⁻¹ b (p,) of a definite A, without its residual: a preconditioner's product.
+
+        Raises:
+            SolverError: A is not positive definite.
+        """
+        if self._factor is None:
+            raise SolverError("the matrix is not positive definite: it has no Cholesky factor")
+        half = torch.linalg.solve_triangular(self._factor.mT, rhs.unsqueeze(1), upper=False)
+        found: Tensor = torch.linalg.solve_triangular(self._factor, half, upper=True).squeeze(1)
+        return found
 
     def _indefinite(self, rhs: Tensor) -> Solution | None:
         """By LDLᵀ, where A is large and regular: not positive definite, it is then indefinite."""

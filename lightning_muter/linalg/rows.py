@@ -6,6 +6,8 @@ first, so that no constant decides what counts as zero: only a row of exact zero
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -27,10 +29,11 @@ def row_norm(a: Tensor) -> Tensor:
                 [0.0000e+00]])
     """
     norm: Tensor = torch.linalg.vector_norm(a, dim=1, keepdim=True)
-    if not bool(_squares_fit(norm).all()):
-        scaled, largest = own_scale(a)
-        norm = torch.linalg.vector_norm(scaled, dim=1, keepdim=True) * largest
-    return norm
+    if bool(_squares_fit(norm).all()):
+        return norm
+    scaled, largest = own_scale(a)
+    rescaled: Tensor = torch.linalg.vector_norm(scaled, dim=1, keepdim=True)
+    return rescaled * largest
 
 
 def direction(a: Tensor, length: float = 1.0) -> Tensor:
@@ -38,15 +41,16 @@ def direction(a: Tensor, length: float = 1.0) -> Tensor:
     norm: Tensor = torch.linalg.vector_norm(a, dim=1, keepdim=True)
     if not bool(_squares_fit(norm).all()):
         a, largest = own_scale(a)
-        norm = torch.linalg.vector_norm(a, dim=1, keepdim=True)
-        norm = torch.where(largest > 0, norm, torch.ones_like(norm))
+        again: Tensor = torch.linalg.vector_norm(a, dim=1, keepdim=True)
+        norm = torch.where(largest > 0, again, torch.ones_like(norm))
     return a * (length / norm)
 
 
 def _squares_fit(norm: Tensor) -> Tensor:
     """Which lengths (n, 1) say by themselves that no square of weight was lost on the way."""
     info = torch.finfo(norm.dtype)
-    return (norm > info.tiny**0.5 / info.eps) & (norm < info.max**0.5 * info.eps)
+    low, high = math.sqrt(info.tiny) / info.eps, math.sqrt(info.max) * info.eps
+    return (norm > low) & (norm < high)
 
 
 def own_scale(a: Tensor) -> tuple[Tensor, Tensor]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_muter.curvature.dense import DenseCurvature
+from lightning_muter.curvature.removed import RemovedPoints
 from lightning_muter.errors import ConfigurationError, MemoryFormatError, StateError
 from lightning_muter.memory import points
 from lightning_muter.memory.fingerprint import fingerprint
@@ -87,6 +88,7 @@ class UnlearningMemory:
     summary: dict[str, Any] = field(default_factory=dict)
     ledger: tuple[dict[str, Any], ...] = ()
     warnings: tuple[str, ...] = ()
+    pending: tuple[RemovedPoints, ...] = ()
 
     def __repr__(self) -> str:
         return (
@@ -120,24 +122,23 @@ class UnlearningMemory:
             found |= {"initial": self.start.initial, "retraced": self.start.retraced}
         return found
 
-    def with_tensors(self, tensors: Mapping[str, Tensor]) -> UnlearningMemory:
-        """The memory with other tensors in the place of its own."""
-        return replace(self, **_fields(tensors))
-
     def to(self, device: torch.device | str) -> UnlearningMemory:
-        """The memory on another device."""
-        return self.with_tensors({name: one.to(device) for name, one in self.tensors().items()})
-
-    def placed_like(self, other: UnlearningMemory) -> UnlearningMemory:
-        """The memory with each tensor on the device where ``other`` keeps it."""
-        places = other.tensors()
-        moved = {name: one.to(places[name].device) for name, one in self.tensors().items()}
-        return self.with_tensors(moved)
+        """The memory with what it computes with on another device; its points stay."""
+        if self.omega_star.device == torch.device(device):
+            return self
+        names = ("omega_star", "omega", "gradient", "residual_gradient")
+        moved: dict[str, Any] = {name: getattr(self, name).to(device) for name in names}
+        if self.curvature is not None:
+            moved["curvature"] = self.curvature.to(device, moved["omega_star"])
+        if self.start is not None:
+            moved["start"] = Start(self.start.initial.to(device), self.start.retraced.to(device))
+        return replace(self, **moved)
 
     def forget(
         self,
         indices: list[int],
         remaining: DenseCurvature | None,
+        removed: RemovedPoints,
         gradient: Tensor,
         omega: Tensor,
         entry: dict[str, Any],
@@ -147,20 +148,22 @@ class UnlearningMemory:
         Args:
             indices: the points that go.
             remaining: M_{r+1} = M_r - Σ_S D_i.
+            removed: Σ_S D_i, by its factors.
             gradient: Σ_S (∇l_i + λω*) (p,), added to G_r.
             omega: the current ω^u (p,).
             entry: what else the ledger should say of the request.
         """
-        removed = self.removed.clone()
-        removed[indices] = True
+        flags = self.removed.clone()
+        flags[indices] = True
         record = {"request": len(self.ledger) + 1, "indices": indices, **entry}
         return replace(
             self,
             curvature=remaining,
             gradient=self.gradient + gradient,
             omega=omega,
-            removed=removed,
+            removed=flags,
             ledger=(*self.ledger, record),
+            pending=(*self.pending, removed),
         )
 
     def at(self, omega: Tensor) -> UnlearningMemory:

@@ -3,7 +3,7 @@
 from lightning_muter.errors import ConfigurationError
 from lightning_muter.responses.base import InputCurvature, Response
 from lightning_muter.responses.constrained import Constrained
-from lightning_muter.responses.matrices import Dense, DiagonalLowRank
+from lightning_muter.responses.matrices import Dense, DiagonalLowRank, restored
 from lightning_muter.responses.unconstrained import Unconstrained
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "Response",
     "Unconstrained",
     "resolve_response",
+    "restored",
 ]
 
 #: far below the noise of any number of probes

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-__all__ = ["Dense", "DiagonalLowRank"]
+__all__ = ["Dense", "DiagonalLowRank", "restored"]
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,14 @@ class DiagonalLowRank:
         """Products with vectors (n, d, c)."""
         inner = self.coefficients.unsqueeze(2) * (self.factors @ vectors)
         return self.diagonal.unsqueeze(2) * vectors + self.factors.mT @ inner
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The parts, by name, with one row a point."""
+        return {
+            "diagonal": self.diagonal,
+            "factors": self.factors,
+            "coefficients": self.coefficients,
+        }
 
     def main_diagonal(self) -> Tensor:
         """The diagonals (n, d)."""
@@ -78,6 +87,9 @@ class Dense:
     def apply(self, vectors: Tensor) -> Tensor:
         return self.matrices @ vectors
 
+    def tensors(self) -> dict[str, Tensor]:
+        return {"matrices": self.matrices}
+
     def main_diagonal(self) -> Tensor:
         return torch.diagonal(self.matrices, dim1=1, dim2=2)
 
@@ -86,3 +98,10 @@ class Dense:
 
     def congruence(self, jacobian: Tensor) -> Dense:
         return Dense(jacobian @ self.matrices @ jacobian.mT)
+
+
+def restored(tensors: Mapping[str, Tensor]) -> DiagonalLowRank | Dense:
+    """The form that such tensors are of; others among them are left aside."""
+    if "matrices" in tensors:
+        return Dense(tensors["matrices"])
+    return DiagonalLowRank(tensors["diagonal"], tensors["factors"], tensors["coefficients"])

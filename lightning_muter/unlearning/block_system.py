@@ -71,10 +71,10 @@ class BlockSystem:
         return result
 
     def _preconditioner(self, p: int, inner: int, at: int) -> Tensor:
-        diagonal = self.curvature.matrix.new_zeros(p + inner)
+        diagonal = self.curvature.base.new_zeros(p + inner)
         for part in self.parts:
             diagonal[at : at + part.inner_size] = part.response_diagonal().abs()
             at += part.inner_size
         diagonal = self.group.sum(diagonal)
-        diagonal[:p] = self.curvature.diagonal().clamp(min=1e-12)
+        diagonal[:p] = self.curvature.base_diagonal().clamp(min=1e-12)
         return torch.where(diagonal > 0, 1 / diagonal.clamp(min=1e-300), 1.0)

@@ -8,8 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from lightning_muter.curvature.dense import DenseCurvature
-from lightning_muter.linalg.cholesky import DenseSolver
+from lightning_muter.curvature.dense import DenseCurvature, Solver
 from lightning_muter.models import ModelView, measuring
 from lightning_muter.parallel import Group
 from lightning_muter.unlearning.point_problem import PointProblem
@@ -141,7 +140,7 @@ def newton(
 def _descend(
     objective: RobustObjective,
     problem: PointProblem,
-    solver: DenseSolver,
+    solver: Solver,
     start: Evaluation,
     tol: float,
 ) -> Evaluation:

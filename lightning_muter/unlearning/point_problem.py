@@ -120,13 +120,6 @@ class PointProblem:
         source = SOURCES[METHODS[self.method].curvature]
         return source(chunk, self.response, self.threat.temperature)
 
-    def curvatures(
-        self, view: ModelView, batch: Batch, inner: InnerMaximum | None = None
-    ) -> Iterator[PointCurvature]:
-        """Σ w_i D_i of every chunk of the batch."""
-        for chunk in self.chunks(view, batch, inner):
-            yield self.curvature(chunk)
-
     def accumulate(
         self,
         view: ModelView,
@@ -141,6 +134,12 @@ class PointProblem:
             into.add(part)
             total = total + self._sums(chunk, part.usable)
         return total
+
+    def measure(self, view: ModelView, batch: Batch) -> Iterator[tuple[PointCurvature, Sums]]:
+        """Σ w_i D_i (without λI) and the other sums of every chunk of the batch."""
+        for chunk in self.chunks(view, batch):
+            part = self.curvature(chunk)
+            yield part, self._sums(chunk, part.usable)
 
     def gradient(self, view: ModelView, batch: Batch, inner: InnerMaximum | None = None) -> Sums:
         """The sums without any curvature."""

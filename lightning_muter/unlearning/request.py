@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_muter.curvature.dense import DenseCurvature
 from lightning_muter.curvature.point import PointCurvature
+from lightning_muter.curvature.removed import RemovedPoints
 from lightning_muter.errors import StateError
 from lightning_muter.linalg.solution import Solution
 from lightning_muter.memory.memory import UnlearningMemory
@@ -67,31 +67,31 @@ def forget(
         raise StateError(f"method={memory.settings.method!r} keeps no curvature to solve with")
     problem = memory.settings.problem()
     weights = memory.weights[indices].to(x.device)
-    batch = Batch(x, targets, weights)
+    decay = float(weights.sum()) * problem.weight_decay
     with measuring(view.module), view.at(memory.omega_star):
-        removal = DenseCurvature.zeros(memory.p, memory.omega_star.device)
-        sums = problem.accumulate(view, batch.part(group.rows), removal).reduced(group.sum)
-        removal = removal.reduced(group.sum)
-        decay = float(weights.sum()) * problem.weight_decay
-        removal.add_identity(decay)
+        taken = _take(memory, view, Batch(x, targets, weights).part(group.rows))
+        sums = taken.sums.reduced(group.sum)
+        removed = taken.of_all(memory.p, decay, group)
         gradient = sums.gradient + decay * memory.omega_star
         rhs = memory.gradient + gradient
-        remaining = memory.curvature.less(removal)
+        remaining = memory.curvature.without(removed)
+        downdated = METHODS[problem.method].downdate
         if _by_blocks(memory):
-            downdate = (batch.part(group.rows), decay)
-            solution = _block_solve(memory, memory.curvature, view, downdate, rhs, group)
+            parts, less = (taken.blocks, decay) if downdated else ([], 0.0)
+            shift = memory.settings.damping - less
+            tol = 1e-10 if view.dtype == torch.float64 else 1e-6
+            blocks = BlockSystem(memory.curvature, parts, shift, group, _BLOCK_ITERATIONS)
+            solution = blocks.solve(rhs, tol)
         else:
-            downdated = METHODS[problem.method].downdate
             curvature = remaining if downdated else memory.curvature
-            damped = curvature.damped(memory.settings.damping)
-            solution = _step(memory).solve(damped, rhs)
+            solution = _step(memory).solve(curvature.damped(memory.settings.damping), rhs)
     omega = memory.omega_star + solution.value
     entry = {
         "m": len(indices),
         "residual": solution.residual,
         "status": str(solution.status),
     }
-    after = memory.forget(indices, remaining, gradient, omega, entry)
+    after = memory.forget(indices, remaining, removed, gradient, omega, entry)
     warnings = request_warnings(
         solution,
         float(torch.linalg.vector_norm(solution.value)),
@@ -100,6 +100,34 @@ def forget(
         _distance(memory),
     )
     return Outcome(after, solution, sums, time.perf_counter() - start, warnings)
+
+
+@dataclass(frozen=True)
+class _Taken:
+    """What this process's share of a request's points takes out of the sums.
+
+    ``blocks`` are the points' curvatures for Theorem 2's system, where it serves; ``parts`` the
+    same as they are kept.
+    """
+
+    blocks: list[PointCurvature]
+    parts: RemovedPoints
+    sums: Sums
+
+    def of_all(self, p: int, decay: float, group: Group) -> RemovedPoints:
+        """Σ_S D_i + λI of the points of all processes."""
+        shares = group.gather(self.parts.parts)
+        return RemovedPoints.of([one for share in shares for one in share], decay).lighter(p)
+
+
+def _take(memory: UnlearningMemory, view: ModelView, batch: Batch) -> _Taken:
+    blocks: list[PointCurvature] = []
+    parts, sums = RemovedPoints(), Sums.zero(memory.p, batch.x.device)
+    for part, more in memory.settings.problem().measure(view, batch):
+        blocks += [part] if _by_blocks(memory) else []
+        parts = parts.joined(RemovedPoints.of(part.kept(), 0.0)).lighter(memory.p)
+        sums = sums + more
+    return _Taken(blocks, parts, sums)
 
 
 def _by_blocks(memory: UnlearningMemory) -> bool:
@@ -124,24 +152,3 @@ def _step(memory: UnlearningMemory) -> Step:
         return NewtonStep()
     offset = start.initial - memory.omega_star
     return FlowStep(horizon, offset, memory.residual_gradient, start.retraced)
-
-
-def _block_solve(
-    memory: UnlearningMemory,
-    curvature: DenseCurvature,
-    view: ModelView,
-    removed: tuple[Batch, float],
-    rhs: Tensor,
-    group: Group,
-) -> Solution:
-    """Δω by Theorem 2's system; a method without a downdate has no blocks in it.
-
-    ``removed`` is this process's share of the points, and λ of all of them together.
-    """
-    problem, shift = memory.settings.problem(), memory.settings.damping
-    parts: list[PointCurvature] = []
-    if METHODS[problem.method].downdate:
-        parts = list(problem.curvatures(view, removed[0]))
-        shift -= removed[1]
-    tol = 1e-10 if view.dtype == torch.float64 else 1e-6
-    return BlockSystem(curvature, parts, shift, group, _BLOCK_ITERATIONS).solve(rhs, tol)

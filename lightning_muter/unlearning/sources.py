@@ -7,7 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from lightning_muter.curvature.point import Combined, OuterProducts, PointCurvature
+from lightning_muter.curvature.kept import OuterProducts
+from lightning_muter.curvature.point import Combined, PointCurvature
 from lightning_muter.responses import Response
 from lightning_muter.unlearning.points import Chunk
 

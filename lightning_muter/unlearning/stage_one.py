@@ -213,5 +213,5 @@ def _solved(curvature: DenseCurvature, rhs: Tensor) -> Solution:
     """M⁻¹ times a vector: a number for people, so that a rough one does where M is large."""
     if curvature.p <= _FACTOR_LIMIT:
         return curvature.solver().solve(rhs)
-    inverse = curvature.diagonal().clamp(min=1e-300).reciprocal()
+    inverse = curvature.base_diagonal().clamp(min=1e-300).reciprocal()
     return conjugate_gradients(curvature.matvec, rhs, lambda v: inverse * v, 1e-3, 100)

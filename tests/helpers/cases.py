@@ -79,3 +79,9 @@ def fit(
 def memory_of(callback: MUterCallback) -> UnlearningMemory:
     assert callback.memory is not None
     return callback.memory
+
+
+def rows_of(seed: int, k: int, p: int) -> torch.Tensor:
+    """Random rows (k, p), float64."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(k, p, generator=generator, dtype=torch.float64)

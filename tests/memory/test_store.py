@@ -15,6 +15,7 @@ import torch
 
 from lightning_muter import L2Ball, MemoryFormatError, UnlearningMemory
 from lightning_muter.curvature.dense import DenseCurvature
+from lightning_muter.curvature.removed import RemovedPoints
 from lightning_muter.memory.memory import Start
 from lightning_muter.memory.store import FORMAT_VERSION
 from lightning_muter.spec import Settings
@@ -54,9 +55,9 @@ def small_memory() -> UnlearningMemory:
     )
     for indices in ([1], [4, 2]):
         assert memory.curvature is not None
-        curvature, step = DenseCurvature(memory.curvature.matrix * 0.9), torch.full_like(omega, 0.1)
-        entry = {"status": "converged"}
-        memory = memory.forget(indices, curvature, step, memory.omega + step, entry)
+        removed, step = RemovedPoints(shift=0.1), torch.full_like(omega, 0.1)
+        curvature, entry = memory.curvature.without(removed), {"status": "converged"}
+        memory = memory.forget(indices, curvature, removed, step, memory.omega + step, entry)
     return memory
 
 
@@ -196,7 +197,9 @@ def test_a_write_that_stopped_before_the_manifest_is_the_state_before(
 ) -> None:
     memory = small_memory()
     memory.save(tmp_path)
-    later = memory.forget([0], memory.curvature, memory.gradient, memory.omega, {"status": "x"})
+    later = memory.forget(
+        [0], memory.curvature, RemovedPoints(), memory.gradient, memory.omega, {"status": "x"}
+    )
     replace_file = os.replace
 
     def killed(source: Any, target: Any) -> None:

@@ -1,0 +1,130 @@
+"""Curvature of points that can be kept: its factors are tensors alone, for later requests."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_muter.curvature.point import AddBlock, KeptCurvature, PointCurvature
+
+__all__ = ["Materialised", "OuterProducts", "join", "rows_joined"]
+
+
+def rows_joined(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
+    """Tensors of one row a point, one after the other; None where their rows differ in shape."""
+    if a.keys() != b.keys() or any(a[name].shape[1:] != b[name].shape[1:] for name in a):
+        return None
+    return {name: torch.cat([one, b[name]]) for name, one in a.items()}
+
+
+class OuterProducts(KeptCurvature):
+    """Σ_k u_k u_kᵀ for rows u (k, p): Fisher curvature, and a mixed adversary's covariance.
+
+    Args:
+        rows: u (k, p), weights within.
+        usable: which points (n,) are represented.
+    """
+
+    kind = "outer_products"
+
+    def __init__(self, rows: Tensor, usable: Tensor) -> None:
+        super().__init__(usable)
+        self.rows = rows
+
+    def add_to(self, add: AddBlock) -> None:
+        add(0, 0, self.rows.T @ self.rows)
+
+    def direct(self, v: Tensor) -> Tensor:
+        return self.rows.T @ (self.rows @ v)
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"rows": self.rows, "usable": self.usable}
+
+    @classmethod
+    def restore(
+        cls, facts: Mapping[str, Any], tensors: Mapping[str, Tensor], omega: Tensor
+    ) -> OuterProducts:
+        return cls(tensors["rows"], tensors["usable"])
+
+    def joined(self, other: KeptCurvature) -> OuterProducts | None:
+        both = rows_joined(self.tensors(), other.tensors())
+        return None if both is None else OuterProducts(both["rows"], both["usable"])
+
+
+class Materialised(KeptCurvature):
+    """Σ w_i D_i as a matrix, where factors would weigh more or are not known.
+
+    Args:
+        packed: its upper triangle, row by row (p(p+1)/2,).
+        p: how many parameters.
+    """
+
+    kind = "matrix"
+
+    def __init__(self, packed: Tensor, p: int) -> None:
+        super().__init__(torch.ones(0, dtype=torch.bool, device=packed.device))
+        self.packed, self.p = packed, p
+
+    @classmethod
+    def of(cls, parts: Iterable[PointCurvature], p: int, device: torch.device) -> Materialised:
+        """The sum of some curvatures of p parameters."""
+        matrix = torch.zeros(p, p, dtype=torch.float64, device=device)
+
+        def place(i: int, j: int, block: Tensor) -> None:
+            matrix[i : i + block.shape[0], j : j + block.shape[1]] += block
+
+        for part in parts:
+            part.add_to(place)
+        return cls(matrix[_upper(p, device)], p)
+
+    @property
+    def matrix(self) -> Tensor:
+        """The matrix (p, p)."""
+        full = self.packed.new_zeros(self.p, self.p)
+        full[_upper(self.p, full.device)] = self.packed
+        return full + full.triu(1).T
+
+    def add_to(self, add: AddBlock) -> None:
+        add(0, 0, self.matrix)
+
+    def direct(self, v: Tensor) -> Tensor:
+        return self.matrix @ v
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"packed": self.packed}
+
+    @classmethod
+    def restore(
+        cls, facts: Mapping[str, Any], tensors: Mapping[str, Tensor], omega: Tensor
+    ) -> Materialised:
+        return cls(tensors["packed"], len(omega))
+
+    def joined(self, other: KeptCurvature) -> Materialised:
+        return Materialised(self.packed + other.tensors()["packed"], self.p)
+
+
+def _upper(p: int, device: torch.device) -> Tensor:
+    return torch.ones(p, p, dtype=torch.bool, device=device).triu()
+
+
+def join(parts: Iterable[KeptCurvature]) -> tuple[KeptCurvature, ...]:
+    """The parts with neighbours put together, so that few are left and each is copied rarely.
+
+    A part joins the one before it where that is not much larger: of n equal parts about log n are
+    left, and each was copied about as often.
+    """
+    found: list[KeptCurvature] = []
+    for part in parts:
+        found.append(part)
+        while len(found) > 1:
+            last, other = found[-1], found[-2]
+            if last.kind != other.kind or other.nbytes > 2 * last.nbytes:
+                break
+            both = other.joined(last)
+            if both is None:
+                break
+            found[-2:] = [both]
+    return tuple(found)
