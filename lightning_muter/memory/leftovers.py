@@ -49,10 +49,9 @@ def forget_older(folder: Path, meta: Meta) -> None:
 
 def discard_base(folder: Path, base: base_file.BaseFile) -> None:
     """Remove a base that a failed write left, unless the database names it already."""
-    if os.path.lexists(folder / database.NAME):
-        tidy(folder)
-    else:
+    if not os.path.lexists(folder / database.NAME):
         files.remove(folder / base.name)
+    tidy(folder)
 
 
 def _keep_only(folder: Path, meta: Meta) -> None:
