@@ -34,6 +34,10 @@ if sys.platform == "win32":
         finally:
             os.lseek(handle, 0, os.SEEK_SET)
         return True
+
+    def _unlock(handle: int) -> None:
+        os.lseek(handle, 1 << 30, os.SEEK_SET)
+        msvcrt.locking(handle, msvcrt.LK_UNLCK, 1)
 else:
     import fcntl
 
@@ -43,6 +47,9 @@ else:
         except BlockingIOError:
             return False
         return True
+
+    def _unlock(handle: int) -> None:
+        fcntl.flock(handle, fcntl.LOCK_UN)  # for the children that were forked meanwhile, too
 
 
 def _close_inherited() -> None:
@@ -74,19 +81,23 @@ def locked(path: Path, timeout: float) -> Iterator[None]:
             raise StateError(f"{path} is no regular file, so that nobody can lock it: remove it")
         _wait(handle, path, timeout)
         _say(handle)
-        yield
-    finally:
-        if handle in _inherited:  # not so in a child that leaves this block after a fork
+        try:
+            yield
+        finally:
             _release(handle)
+    finally:
+        if handle in _inherited:
+            _inherited.discard(handle)
+            with suppress(OSError):
+                os.close(handle)
 
 
 def _release(handle: int) -> None:
-    _inherited.discard(handle)
-    with suppress(OSError):
-        if _try_lock(handle):  # not so for one that waited in vain
+    if handle in _inherited:  # not so in a child that was forked within the block
+        with suppress(OSError):
             os.ftruncate(handle, 0)
-    with suppress(OSError):
-        os.close(handle)
+        with suppress(OSError):
+            _unlock(handle)
 
 
 def _wait(handle: int, path: Path, timeout: float) -> None:

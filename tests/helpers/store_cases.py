@@ -7,6 +7,7 @@ import random
 import shutil
 import sqlite3
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -123,12 +124,16 @@ class Damage:
         for companion in ("-wal", "-shm", "-journal"):
             (self.folder / f"memory.sqlite{companion}").unlink(missing_ok=True)
         for name, data in self.intact.items():
-            (self.folder / name).write_bytes(data)
+            self._write(name, data)
+
+    def _write(self, name: str, data: bytes) -> None:
+        (self.folder / name).unlink(missing_ok=True)  # a file that is truncated is flushed: slow
+        (self.folder / name).write_bytes(data)
 
     def bytes(self) -> None:
         """One file with other bytes."""
         name = self.random.choices(self.names, weights=[4, 1])[0]
-        (self.folder / name).write_bytes(self._altered(bytearray(self.intact[name])))
+        self._write(name, self._altered(bytearray(self.intact[name])))
 
     def _altered(self, data: bytearray) -> bytes:
         draw = self.random
@@ -147,12 +152,13 @@ class Damage:
             pages = data[one : one + size], data[other : other + size]
             data[other : other + size], data[one : one + size] = pages
         else:
-            data += data[at:to] if draw.random() < 0.5 else data
+            data += bytes(data[at:to] if draw.random() < 0.5 else data)
         return bytes(data)
 
     def rows(self) -> None:
         """One cell of another value or type, or one row too many, too few, or elsewhere."""
         with sqlite3.connect(self.folder / "memory.sqlite") as connection:
+            connection.execute("PRAGMA synchronous=OFF")
             self._edit(connection)
         connection.close()
 
@@ -179,12 +185,26 @@ class Damage:
             column = draw.choice(columns)
             (value,) = connection.execute(f"SELECT {column} FROM {table} LIMIT 1").fetchone()
             sql = f"UPDATE OR IGNORE {table} SET {column} = ?"
-            connection.execute(sql, (draw.choice(list(others(value))),))
+            with suppress(sqlite3.IntegrityError):  # a key that is no integer
+                connection.execute(sql, (draw.choice(list(others(value))),))
 
 
 def others(value: Any) -> Iterator[Any]:
     """Other values in a cell's place: near ones, and ones of another type."""
-    yield from (None, 0, -1, 2**63 - 1, 0.5, float("inf"), "", "x", "\x00", b"", b"\xff", "[" * 5000)
+    yield from (
+        None,
+        0,
+        -1,
+        2**63 - 1,
+        0.5,
+        float("inf"),
+        "",
+        "x",
+        "\x00",
+        b"",
+        b"\xff",
+        "[" * 5000,
+    )
     if isinstance(value, int):
         yield from (value + 1, value * 10 + 3, str(value))
     elif isinstance(value, str):
