@@ -19,7 +19,7 @@ from lightning_muter.errors import StateError
 __all__ = ["locked"]
 
 _POLL = 0.02  # seconds between two tries
-_SAID = 4096  # bytes of a lock file that are read
+_SAID = 1 << 16  # bytes of a lock file that are read
 _inherited: set[int] = set()  # the handles that a fork would keep locked in its child
 
 if sys.platform == "win32":

@@ -17,7 +17,7 @@ _OTHERS = re.compile(r"ledger\.jsonl|state-\d{6}-[0-9a-f]{8}\.safetensors")
 
 def found(folder: Path) -> bool:
     """Whether a folder holds a memory of an older format."""
-    return (folder / _MANIFEST).is_file() and (folder / "ledger.jsonl").is_file()
+    return (folder / _MANIFEST).is_file()
 
 
 def refuse(folder: Path, database: Path) -> None:
@@ -35,8 +35,7 @@ def refuse(folder: Path, database: Path) -> None:
 
 def remove(folder: Path) -> None:
     """Remove the files of an older memory: what took its place is complete."""
-    if found(folder):
-        for name in sorted(os.listdir(folder)):
-            if _OTHERS.fullmatch(name):
-                files.remove(folder / name)
-        files.remove(folder / _MANIFEST)
+    others = [name for name in os.listdir(folder) if _OTHERS.fullmatch(name)]
+    if others and found(folder):  # a manifest alone may be somebody else's
+        for name in (*others, _MANIFEST):
+            files.remove(folder / name)

@@ -159,6 +159,7 @@ class Meta:
             chain=rows[-1].chain if rows else START,
         )
         meta.check()
+        meta.read_sizes()
         return meta
 
     def read_sizes(self) -> dict[str, int]:
