@@ -9,7 +9,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from lightning_muter.errors import MemoryFormatError, StateError
-from lightning_muter.memory import database, leftovers, older_format
+from lightning_muter.memory import connections, database, leftovers, older_format, schema
 from lightning_muter.memory.faults import damage, other_memory, write_errors
 from lightning_muter.memory.lock import locked
 from lightning_muter.memory.records import Meta
@@ -28,7 +28,7 @@ class FolderAccess:
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         self.folder = Path(folder)
-        self._database = self.folder / database.NAME
+        self._database = self.folder / schema.NAME
         self._writer: tuple[int, int] | None = None  # the process and thread that hold the lock
         self._memory_id: str | None = None
 
@@ -68,7 +68,7 @@ class FolderAccess:
 
     def _meta(self) -> Meta:
         older_format.refuse(self.folder, self._database)
-        with damage(self.folder), database.reading(self._database) as connection:
+        with damage(self.folder), connections.reading(self._database) as connection:
             return database.read_meta(connection)
 
     def _check_newest(self, meta: Meta, expected: int) -> None:

@@ -1,190 +1,24 @@
-"""memory.sqlite: its schema, its connections, and rows that are checked before they are used."""
+"""The rows of memory.sqlite: written as they are sealed, checked before they are used."""
 
 from __future__ import annotations
 
 import os
 import sqlite3
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
 from dataclasses import astuple, fields
 from pathlib import Path
 from typing import Any
 
 from lightning_muter.errors import MemoryFormatError
 from lightning_muter.memory import files
+from lightning_muter.memory.connections import connected
 from lightning_muter.memory.records import Meta, RequestRow
+from lightning_muter.memory.schema import COMPANIONS, FORMAT_VERSION, NAME, SCHEMA, UNFINISHED
 
-__all__ = [
-    "COMPANIONS",
-    "FORMAT_VERSION",
-    "NAME",
-    "UNFINISHED",
-    "append",
-    "build",
-    "compact",
-    "empty_log",
-    "has_log",
-    "last_chain",
-    "put",
-    "put_all",
-    "read_meta",
-    "read_requests",
-    "reading",
-    "transaction",
-]
+__all__ = ["append", "build", "last_chain", "put", "put_all", "read_meta", "read_requests"]
 
-NAME = "memory.sqlite"
-UNFINISHED = "memory.sqlite.new"  # a database that is being built
-COMPANIONS = ("-wal", "-shm", "-journal")  # what sqlite lays beside a database
-FORMAT_VERSION = 3
-_WAIT = 10.0  # seconds for which another connection is waited for
-_LOG_WAIT = 0.2  # seconds for which readers are waited for to empty the log after a commit
-_ERASURE_WAIT = 2.0  # and where what it holds has to go
-_META = (
-    "CREATE TABLE meta (id INTEGER PRIMARY KEY, memory_id TEXT, generation INTEGER, "
-    "model_generation INTEGER, base TEXT, base_size INTEGER, base_blake2b BLOB, key BLOB, "
-    "facts TEXT, sizes TEXT, current BLOB, requests INTEGER, chain BLOB, checksum BLOB)"
-)
-_REQUESTS = (
-    "CREATE TABLE requests (number INTEGER PRIMARY KEY, entry TEXT, facts TEXT, tensors BLOB, "
-    "chain BLOB)"
-)
-_SCHEMA = [("table", "meta", "meta", _META), ("table", "requests", "requests", _REQUESTS)]
 _META_KINDS = (str, int, (int, type(None)), str, int, bytes, bytes, str, str, bytes, int, bytes)
 _REQUEST_KINDS = (int, str, str, bytes, bytes)
-
-
-# --- connections --------------------------------------------------------------------------------
-
-
-@contextmanager
-def _connected(path: Path, query: str) -> Iterator[sqlite3.Connection]:
-    """A connection of one operation's length: processes and threads never share one."""
-    connection = sqlite3.connect(
-        f"{path.absolute().as_uri()}?{query}", uri=True, timeout=_WAIT, isolation_level=None
-    )
-    try:
-        for pragma in (
-            "trusted_schema=OFF",
-            "foreign_keys=OFF",
-            "synchronous=FULL",
-            "secure_delete=ON",
-            "temp_store=MEMORY",
-            "cell_size_check=ON",
-            "mmap_size=0",
-        ):
-            connection.execute(f"PRAGMA {pragma}")
-        yield connection
-    finally:
-        with suppress(sqlite3.Error):
-            connection.close()
-
-
-def _check_files(path: Path) -> None:
-    try:
-        files.check_regular(path)
-    except FileNotFoundError as error:
-        raise MemoryFormatError(
-            f"{path.parent} holds no {path.name}: give the folder that a "
-            "MUterCallback(memory_dir=...) wrote"
-        ) from error
-    for companion in COMPANIONS:
-        with suppress(FileNotFoundError):
-            files.check_regular(path.with_name(path.name + companion))
-
-
-def has_log(path: Path) -> bool:
-    """Whether sqlite's log beside a database holds what the database itself may not yet."""
-    try:
-        return path.with_name(path.name + "-wal").lstat().st_size > 0
-    except OSError:
-        return False
-
-
-@contextmanager
-def reading(path: Path) -> Iterator[sqlite3.Connection]:
-    """All rows as they are at one moment, whatever a writer does meanwhile.
-
-    A database in a folder that cannot be written is taken as it is where all of it is in the one
-    file; else sqlite has to find the index of its log beside it.
-
-    Raises:
-        MemoryFormatError: the database is missing, damaged or of another format.
-    """
-    _check_files(path)
-    alone = not has_log(path) and not os.access(path.parent, os.W_OK)
-    with _connected(path, "mode=ro&immutable=1" if alone else "mode=ro") as connection:
-        connection.execute("BEGIN")
-        _check_schema(connection, path)
-        yield connection
-
-
-def _check_schema(connection: sqlite3.Connection, path: Path) -> None:
-    (version,) = connection.execute("PRAGMA user_version").fetchone()
-    if version != FORMAT_VERSION:
-        raise MemoryFormatError(
-            f"{path} is of format version {version}, {FORMAT_VERSION} is expected: use the "
-            "lightning-muter release that wrote it, or rebuild the memory"
-        )
-    found = connection.execute(
-        "SELECT type, name, tbl_name, sql FROM sqlite_master ORDER BY name"
-    ).fetchall()
-    if found != _SCHEMA:
-        raise MemoryFormatError(
-            f"{path} holds other tables, views or triggers than a memory has: it was altered; "
-            "restore a backup"
-        )
-
-
-@contextmanager
-def transaction(path: Path) -> Iterator[sqlite3.Connection]:
-    """One transaction, on the disk when the block has ended; an error in it changes nothing.
-
-    Raises:
-        MemoryFormatError: the database is missing, damaged or of another format.
-        sqlite3.Error: it could not be written.
-    """
-    _check_files(path)
-    with _connected(path, "mode=rw") as connection:
-        _check_schema(connection, path)
-        connection.execute("PRAGMA journal_mode=WAL")
-        connection.execute("BEGIN IMMEDIATE")
-        yield connection
-        connection.execute("COMMIT")
-        _checkpoint(connection, _LOG_WAIT)
-
-
-def compact(path: Path) -> None:
-    """Write the database anew without what was deleted from it, and empty its log.
-
-    Nothing that was committed depends on it: where it fails, the next writer does it.
-    """
-    with suppress(sqlite3.Error, OSError, MemoryFormatError), _cleaning(path) as connection:
-        connection.execute("VACUUM")
-    empty_log(path)
-
-
-def empty_log(path: Path) -> None:
-    """Move what sqlite's log holds into the database, where it deletes what was deleted."""
-    with suppress(sqlite3.Error, OSError, MemoryFormatError), _cleaning(path) as connection:
-        (free,) = connection.execute("PRAGMA freelist_count").fetchone()
-        if free:  # a replaced memory that nobody compacted
-            connection.execute("VACUUM")
-        _checkpoint(connection, _ERASURE_WAIT)
-
-
-@contextmanager
-def _cleaning(path: Path) -> Iterator[sqlite3.Connection]:
-    _check_files(path)
-    with _connected(path, "mode=rw") as connection:
-        _check_schema(connection, path)
-        yield connection
-
-
-def _checkpoint(connection: sqlite3.Connection, wait: float) -> None:
-    with suppress(sqlite3.Error):  # a reader may be in the way: the log stays, and is read
-        connection.execute(f"PRAGMA busy_timeout = {round(1000 * wait)}")
-        connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
 
 
 def build(folder: Path, meta: Meta, rows: Sequence[RequestRow]) -> None:
@@ -194,9 +28,9 @@ def build(folder: Path, meta: Meta, rows: Sequence[RequestRow]) -> None:
         files.remove(name)
     with files.private(unfinished):
         pass
-    with _connected(unfinished, "mode=rw") as connection:
+    with connected(unfinished, "mode=rw") as connection:
         connection.execute("BEGIN IMMEDIATE")
-        for _, _, _, sql in _SCHEMA:
+        for _, _, _, sql in SCHEMA:
             connection.execute(sql)
         connection.execute(f"PRAGMA user_version = {FORMAT_VERSION}")
         append(connection, rows)
@@ -208,9 +42,6 @@ def build(folder: Path, meta: Meta, rows: Sequence[RequestRow]) -> None:
         path.with_name(path.name + companion).unlink(missing_ok=True)
     os.replace(unfinished, path)
     files.sync_folder(folder)
-
-
-# --- rows ---------------------------------------------------------------------------------------
 
 
 def append(connection: sqlite3.Connection, rows: Sequence[RequestRow]) -> None:

@@ -11,7 +11,15 @@ from typing import Any
 from torch import Tensor
 
 from lightning_muter.errors import MemoryFormatError, StateError
-from lightning_muter.memory import base_file, database, files, leftovers, model_file, older_format
+from lightning_muter.memory import (
+    base_file,
+    connections,
+    database,
+    files,
+    leftovers,
+    model_file,
+    older_format,
+)
 from lightning_muter.memory.access import FolderAccess
 from lightning_muter.memory.faults import damage, other_memory, write_errors
 from lightning_muter.memory.records import (
@@ -81,7 +89,7 @@ class MemoryStore(FolderAccess):
         """The rows, and the base that they name; anew where a writer replaced both meanwhile."""
         gone = None
         while True:
-            with database.reading(self._database) as connection:
+            with connections.reading(self._database) as connection:
                 meta = database.read_meta(connection)
                 rows = database.read_requests(connection)
             try:
@@ -133,7 +141,7 @@ class MemoryStore(FolderAccess):
                         model_file.prepare(self.folder, meta.memory_id, meta.generation, model)
                         meta = replace(meta, model_generation=meta.generation)
                     if self._readable():
-                        with database.transaction(self._database) as connection:
+                        with connections.transaction(self._database) as connection:
                             database.put_all(connection, meta, rows)
                     else:
                         database.build(self.folder, meta, rows)
@@ -155,7 +163,7 @@ class MemoryStore(FolderAccess):
         """
         older_format.refuse(self.folder, self._database)
         with write_errors(self.folder), self._as_writer():
-            with database.transaction(self._database) as connection:
+            with connections.transaction(self._database) as connection:
                 with damage(self.folder):
                     meta = database.read_meta(connection)
                     before = database.last_chain(connection, meta)
@@ -194,7 +202,7 @@ class MemoryStore(FolderAccess):
             with self._new_base(content) as base:
                 meta = Meta.of(content, base, rows)
                 meta = replace(meta, model_generation=old.model_generation)
-                with database.transaction(self._database) as connection:
+                with connections.transaction(self._database) as connection:
                     database.put_all(connection, meta, rows)
             leftovers.forget_older(self.folder, meta)
             return meta.generation
@@ -257,7 +265,7 @@ class MemoryStore(FolderAccess):
             return True
 
     def _note_model(self, generation: int) -> None:
-        with database.transaction(self._database) as connection:
+        with connections.transaction(self._database) as connection:
             meta = database.read_meta(connection)
             database.put(connection, replace(meta, model_generation=generation))
 

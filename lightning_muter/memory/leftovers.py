@@ -7,7 +7,15 @@ from contextlib import suppress
 from pathlib import Path
 
 from lightning_muter.errors import MuterError
-from lightning_muter.memory import base_file, database, files, model_file, older_format
+from lightning_muter.memory import (
+    base_file,
+    connections,
+    database,
+    files,
+    model_file,
+    older_format,
+    schema,
+)
 from lightning_muter.memory.faults import DAMAGE
 from lightning_muter.memory.records import Meta
 
@@ -16,8 +24,8 @@ __all__ = ["discard_base", "forget_older", "tidy"]
 _UNFINISHED = [
     base_file.UNFINISHED,
     model_file.UNFINISHED,
-    database.UNFINISHED,
-    *(database.UNFINISHED + one for one in database.COMPANIONS),
+    schema.UNFINISHED,
+    *(schema.UNFINISHED + one for one in schema.COMPANIONS),
 ]
 
 
@@ -28,15 +36,15 @@ def tidy(folder: Path) -> None:
     """
     for name in _UNFINISHED:
         files.remove(folder / name)
-    path = folder / database.NAME
+    path = folder / schema.NAME
     with suppress(MuterError, *DAMAGE):
         names = set(os.listdir(folder))
         if model_file.ready_files(names) or len(base_file.bases(names)) > 1:
-            with database.reading(path) as connection:
+            with connections.reading(path) as connection:
                 meta = database.read_meta(connection)
             _keep_only(folder, meta)
-    if database.has_log(path):
-        database.empty_log(path)
+    if connections.has_log(path):
+        connections.empty_log(path)
 
 
 def forget_older(folder: Path, meta: Meta) -> None:
@@ -44,12 +52,12 @@ def forget_older(folder: Path, meta: Meta) -> None:
     with suppress(MuterError, *DAMAGE):
         _keep_only(folder, meta)
         older_format.remove(folder)
-    database.compact(folder / database.NAME)
+    connections.compact(folder / schema.NAME)
 
 
 def discard_base(folder: Path, base: base_file.BaseFile) -> None:
     """Remove a base that a failed write left, unless the database names it already."""
-    if not os.path.lexists(folder / database.NAME):
+    if not os.path.lexists(folder / schema.NAME):
         files.remove(folder / base.name)
     tidy(folder)
 

@@ -15,7 +15,7 @@ import pytest
 import store_cases as cases
 
 from lightning_muter.errors import MemoryFormatError, StateError
-from lightning_muter.memory import database
+from lightning_muter.memory import connections, database, schema
 from lightning_muter.memory.base_file import BaseFile
 from lightning_muter.memory.folder import MemoryStore
 from lightning_muter.memory.records import RequestRow
@@ -51,7 +51,7 @@ def test_damaged_rows(folder: Path) -> None:
 
 def resealed(folder: Path, **change: Any) -> None:
     """The database with other fields and a checksum that fits them."""
-    with database.transaction(folder / database.NAME) as connection:
+    with connections.transaction(folder / schema.NAME) as connection:
         database.put(connection, replace(database.read_meta(connection), **change))
 
 
@@ -96,8 +96,8 @@ def test_a_resealed_field_gives_no_raw_error(field: str, value: Any, folder: Pat
     ],
 )
 def test_a_resealed_request_gives_no_raw_error(field: str, value: Any, folder: Path) -> None:
-    path = folder / database.NAME
-    with database.transaction(path) as connection:
+    path = folder / schema.NAME
+    with connections.transaction(path) as connection:
         meta = database.read_meta(connection)
         *rows, last = database.read_requests(connection)
         last = replace(last, **{field: value})
@@ -124,7 +124,7 @@ def test_a_resealed_request_gives_no_raw_error(field: str, value: Any, folder: P
     ],
 )
 def test_other_schemas_are_refused(sql: str, folder: Path) -> None:
-    connection = sqlite3.connect(folder / database.NAME)
+    connection = sqlite3.connect(folder / schema.NAME)
     with connection:
         connection.execute(sql)
     connection.close()
@@ -135,7 +135,7 @@ def test_other_schemas_are_refused(sql: str, folder: Path) -> None:
 
 
 def test_another_format_version_names_the_way_out(folder: Path) -> None:
-    connection = sqlite3.connect(folder / database.NAME)
+    connection = sqlite3.connect(folder / schema.NAME)
     connection.execute("PRAGMA user_version = 4")
     connection.close()
     with pytest.raises(MemoryFormatError, match="version 4, 3 is expected.*release that wrote it"):
@@ -144,7 +144,7 @@ def test_another_format_version_names_the_way_out(folder: Path) -> None:
 
 @pytest.mark.parametrize("content", [b"", b"\x00" * 4096, b"SQLite format 3\x00", b"{}", b"\xff"])
 def test_other_files_in_the_databases_place(content: bytes, folder: Path) -> None:
-    (folder / database.NAME).write_bytes(content)
+    (folder / schema.NAME).write_bytes(content)
     with pytest.raises(MemoryFormatError):
         cases.read(folder)
     with pytest.raises(StateError, match="overwrite"):

@@ -168,7 +168,7 @@ def test_a_replacement_that_was_not_cleaned_up_is_by_the_next_writer(
     reader = sqlite3.connect(tmp_path / "memory.sqlite")
     reader.execute("BEGIN")
     reader.execute("SELECT * FROM meta").fetchall()
-    monkeypatch.setattr("lightning_muter.memory.database._ERASURE_WAIT", 0.01)
+    monkeypatch.setattr("lightning_muter.memory.connections._ERASURE_WAIT", 0.01)
     assert store.replace(4, cases.content(5)) == 5
     assert b"q" * 100 in (tmp_path / "memory.sqlite").read_bytes()
     cases.check_whole(cases.read(tmp_path))
@@ -217,7 +217,7 @@ def test_a_clean_up_that_fails_is_no_failed_write(
 
     monkeypatch.setattr(Path, "unlink", fail)
     monkeypatch.setattr("shutil.rmtree", fail)
-    monkeypatch.setattr("lightning_muter.memory.database._cleaning", fail)
+    monkeypatch.setattr("lightning_muter.memory.connections._cleaning", fail)
     assert store.commit(3, cases.current(4), [cases.request(4)]) == 4
     assert store.replace(4, cases.content(5)) == 5
     monkeypatch.undo()
