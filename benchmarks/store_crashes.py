@@ -16,6 +16,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -35,6 +36,11 @@ FOLDER_FSYNC = "folder"
 # --- the writer that is killed ------------------------------------------------------------------
 
 
+Task = Callable[[Path, int], None]
+Check = Callable[[Path, bytes, int], object]
+OTHER = "07" * 8  # a memory that takes another one's place
+
+
 def work(folder: Path, pipe: int, last: int) -> None:
     """Commits, a replacement and model files up to a generation, each told when it is made."""
     store = MemoryStore(folder)
@@ -49,7 +55,14 @@ def work(folder: Path, pipe: int, last: int) -> None:
         store.write_model(generation, cases.model(generation))
 
 
-def forked(folder: Path, last: int) -> tuple[int, int, int]:
+def create(folder: Path, pipe: int) -> None:
+    """A new memory, in the place of another one where there is one."""
+    content = replace(cases.content(3, 3), memory_id=OTHER)
+    MemoryStore(folder).create(content, cases.model(3), overwrite=True)
+    os.write(pipe, b"made 3\n")
+
+
+def forked(folder: Path, task: Task) -> tuple[int, int, int]:
     """A child that works once a byte comes; its process, where to write that, where it tells."""
     start_read, start_write = os.pipe()
     told_read, told_write = os.pipe()
@@ -58,7 +71,7 @@ def forked(folder: Path, last: int) -> tuple[int, int, int]:
         try:
             os.close(start_write)
             os.read(start_read, 1)
-            work(folder, told_write, last)
+            task(folder, told_write)
             os._exit(0)
         finally:
             os._exit(1)
@@ -98,6 +111,31 @@ def check_after(folder: Path, told: bytes, before: int) -> int:
     return found.generation
 
 
+def check_created(folder: Path, told: bytes, before: int) -> None:
+    """The memory before (none, or the old one) or the new one, with its model; then it is made."""
+    store = MemoryStore(folder)
+    ids = {cases.ID, OTHER} if before >= 0 else {OTHER, None}
+    found = cases.read(folder) if store.exists() else None
+    now = None if found is None else found.memory_id
+    assert now in ({OTHER} if told else ids), now
+    if found is not None:
+        cases.check_whole(found)
+        with store.writing():
+            checkpoint = torch.load(folder / "model.ckpt", weights_only=True)
+        stamp = {"memory": found.memory_id, "generation": found.generation}
+        assert checkpoint["lightning_muter"] == stamp
+    create(folder, os.open(os.devnull, os.O_WRONLY))
+    assert cases.read(folder).memory_id == OTHER and len(list(folder.glob("base-*"))) == 1
+    assert not list(folder.glob("*.new*")) and not list(folder.glob("model-*"))
+
+
+def empty(parent: Path) -> Path:
+    folder = parent / "memory"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    return folder
+
+
 def fresh(parent: Path) -> Path:
     folder = parent / "memory"
     shutil.rmtree(folder, ignore_errors=True)
@@ -110,7 +148,7 @@ def random_kills(parent: Path, kills: int, seed: int) -> Counter[str]:
     draw, folder, bad = random.Random(seed), fresh(parent), 0
     for _ in range(kills):
         before = cases.read(folder).generation
-        child, start, told = forked(folder, 10**9)
+        child, start, told = forked(folder, partial(work, last=10**9))
         os.write(start, b"x")
         time.sleep(draw.uniform(0, 0.1))
         os.kill(child, signal.SIGKILL)
@@ -120,20 +158,22 @@ def random_kills(parent: Path, kills: int, seed: int) -> Counter[str]:
     return Counter(tried=kills, bad=bad, generation=cases.read(folder).generation)
 
 
-def kills_at_every_call(parent: Path) -> Counter[str]:
+def kills_at_every_call(
+    parent: Path, prepare: Callable[[Path], Path], task: Task, check: Check, before: int
+) -> Counter[str]:
     """Kill a writer as it enters the N-th call of each kind, for every N until it ends itself."""
     count: Counter[str] = Counter(tried=0, bad=0)
     for name in WRITES:
         number, ended = 0, False
         while not ended:
             number += 1
-            folder = fresh(parent)
-            child, start, told = forked(folder, 3)
+            folder = prepare(parent)
+            child, start, told = forked(folder, task)
             with traced(child, "-o", os.devnull, f"-einject={name}:signal=KILL:when={number}"):
                 os.write(start, b"x")
                 _, status = os.waitpid(child, 0)
             ended = os.WIFEXITED(status)
-            count["bad"] += failed(lambda f=folder, t=told: check_after(f, drained(t), 0))
+            count["bad"] += failed(lambda f=folder, t=told: check(f, drained(t), before))
             os.close(start)
             count["tried"] += 1
             count[name] += not ended
@@ -279,11 +319,18 @@ class Disk:
             (folder / name).write_bytes(file.content(keep))
 
 
-def power_cuts(parent: Path, seed: int) -> Counter[str]:
+def power_cuts(
+    parent: Path,
+    prepare: Callable[[Path], Path],
+    task: Task,
+    check: Check,
+    before: int,
+    seed: int,
+) -> Counter[str]:
     """Cut the power after every operation of a writer, with and without what was not synced."""
-    draw, folder = random.Random(seed), fresh(parent)
+    draw, folder = random.Random(seed), prepare(parent)
     disk, log, image = Disk(folder), parent / "log", parent / "image"
-    child, start, told = forked(folder, 6)
+    child, start, told = forked(folder, task)
     traced_calls = [one for one in WRITES if one not in ("flock", "close", "chmod")]
     options = ["-y", "-xx", "-s", "100000000", "-o", str(log), f"-etrace={','.join(traced_calls)}"]
     with traced(child, *options):
@@ -305,7 +352,7 @@ def power_cuts(parent: Path, seed: int) -> Counter[str]:
         ]
         for names, keep in cuts:
             disk.lay(image, names, keep)
-            count["bad"] += failed(lambda m=made: check_after(image, m, 0))
+            count["bad"] += failed(lambda m=made: check(image, m, before))
             count["tried"] += 1
     disk.lay(image, disk.names, lambda: True)
     for path in folder.iterdir():
@@ -376,9 +423,14 @@ def main() -> None:
             "cost at p = 6,410": lambda: cost(parent, 6410, given.commits),
             "random kills": lambda: random_kills(parent, given.kills, given.seed),
         }
-        if shutil.which("strace"):
-            parts["power cuts"] = lambda: power_cuts(quick, given.seed)
-            parts["kills at every call"] = lambda: kills_at_every_call(quick)
+        tasks: dict[str, tuple[Callable[[Path], Path], Task, Check, int]] = {
+            "requests": (fresh, partial(work, last=4), check_after, 0),
+            "a first memory": (empty, create, check_created, -1),
+            "a memory in another's place": (fresh, create, check_created, 0),
+        }
+        for name, task in tasks.items() if shutil.which("strace") else ():
+            parts[f"power cuts, {name}"] = partial(power_cuts, quick, *task, given.seed)
+            parts[f"kills at every call, {name}"] = partial(kills_at_every_call, quick, *task)
         parts["mutations"] = lambda: mutations(quick, given.mutations, given.seed)
         for name, part in parts.items():
             start = time.perf_counter()

@@ -288,6 +288,24 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Mon
     assert names(tmp_path) == before
 
 
+def test_a_folder_that_cannot_be_written_and_was_cut_off(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = made(tmp_path / "memory")
+    reader = sqlite3.connect(store.folder / "memory.sqlite")
+    reader.execute("BEGIN")
+    reader.execute("SELECT * FROM meta").fetchall()
+    store.commit(3, cases.current(4), [cases.request(4)])
+    copy = cases.copy_of(store.folder, tmp_path / "copy")
+    reader.close()
+    (copy / "memory.sqlite-shm").unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr("os.access", lambda path, mode: False)
+        with pytest.raises(StateError, match="copy the folder"):
+            cases.read(copy)
+    assert cases.same(cases.read(copy), cases.content(4, 4))
+
+
 def test_an_older_format_names_the_way_out(tmp_path: Path) -> None:
     for name in ("manifest.json", "ledger.jsonl", "state-000001-0123abcd.safetensors"):
         (tmp_path / name).write_text("{}")
