@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import shutil
 import sqlite3
 from collections.abc import Callable
@@ -47,6 +48,24 @@ def test_damaged_rows(folder: Path) -> None:
         refused += cases.refused_or_same(folder, cases.content(8, 8))
         damage.restore()
     assert refused > 850
+
+
+def test_a_damaged_log_is_the_state_before_its_commit(folder: Path, tmp_path: Path) -> None:
+    reader = sqlite3.connect(folder / schema.NAME)
+    reader.execute("BEGIN")
+    reader.execute("SELECT * FROM meta").fetchall()
+    MemoryStore(folder).commit(8, cases.current(9), [cases.request(9)])
+    copy, draw = cases.copy_of(folder, tmp_path / "copy"), random.Random(3)
+    reader.close()
+    log, seen = copy / "memory.sqlite-wal", set()
+    intact = log.read_bytes()
+    for at in [0, len(intact), *draw.choices(range(len(intact)), k=100)]:
+        log.write_bytes(intact[:at] + bytes(8) + intact[at + 8 :] if at % 2 else intact[:at])
+        (copy / "memory.sqlite-shm").unlink(missing_ok=True)
+        found = cases.read(copy)
+        cases.check_whole(found)
+        seen.add(found.generation)
+    assert seen == {8, 9}
 
 
 def resealed(folder: Path, **change: Any) -> None:
