@@ -28,7 +28,7 @@ from lightning_muter.threats import L2Ball, LinfBall, Threat
 from lightning_muter.unlearning.hessian import total_hessian
 from lightning_muter.unlearning.influence import adversarial_influence, influence_on_losses
 from lightning_muter.unlearning.methods import METHODS
-from lightning_muter.unlearning.result import UnlearningResult
+from lightning_muter.unlearning.result import RebaseResult, UnlearningResult
 
 if TYPE_CHECKING:
     from lightning_muter.lightning.cli import MUterCLI
@@ -50,6 +50,7 @@ __all__ = [
     "MUterCallback",
     "MemoryFormatError",
     "MuterError",
+    "RebaseResult",
     "RemovalDataModule",
     "RemovalError",
     "SolverError",

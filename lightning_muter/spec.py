@@ -86,6 +86,10 @@ class Settings:
         """The same settings with the λ and the horizon of the training behind the memory."""
         return replace(self, weight_decay=weight_decay, horizon=horizon)
 
+    def robust(self) -> Settings:
+        """The settings of the robust objective itself: ω* is every method's, its optimum."""
+        return replace(self, method="muter", response="constrained", space="input")
+
     def view(self, module: nn.Module) -> ModelView:
         """The trained parameters of ``module``."""
         return view_of(module, self.loss, self.head, self.parameters, self.space)
@@ -176,3 +180,35 @@ def _plain(value: Any) -> Any:
     if isinstance(value, float) and not math.isnan(value):
         return float(value)
     return {"is": import_path(type(value)), "fingerprint": fingerprint_of(value)}
+
+
+def agreed(saved: dict[str, Any], given: Settings | None) -> Settings:
+    """The settings of a memory on disk, by the callback's own where those are given.
+
+    Raises:
+        ConfigurationError: the two differ.
+        MemoryFormatError: what was saved is no setting.
+    """
+    if given is None:
+        return Settings.from_dict(saved)
+    decay: Any = given.weight_decay or saved.get("weight_decay")
+    horizon = saved.get("horizon") if given.horizon is None else given.horizon
+    try:
+        trained = given.trained(decay, horizon)
+    except (TypeError, ValueError) as error:
+        raise MemoryFormatError(
+            f"the memory says weight_decay={decay!r} and horizon={horizon!r} ({error}): restore a "
+            "backup"
+        ) from error
+    different = trained.differences(saved)
+    if different:
+        said = "; ".join(
+            f"{name}: {before!r} (memory), {now!r} (callback)"
+            for name, (before, now) in different.items()
+        )
+        raise ConfigurationError(
+            f"the callback is not the one that built the memory: {said}. Use the memory's "
+            "settings, with functions and classes whose code is as it was, in the same Python "
+            "version; or rebuild the memory"
+        )
+    return trained

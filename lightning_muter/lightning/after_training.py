@@ -18,9 +18,9 @@ from lightning_muter.lightning.data import TrainingPoints
 from lightning_muter.lightning.preflight import Preflight, rehearse, time_pass
 from lightning_muter.lightning.process_group import process_group
 from lightning_muter.lightning.rescue import check_not_stopped
-from lightning_muter.memory.memory import UnlearningMemory, size_estimate
+from lightning_muter.memory.memory import UnlearningMemory
 from lightning_muter.spec import Settings
-from lightning_muter.unlearning.cost import check_fits
+from lightning_muter.unlearning.cost import check_fits, size_estimate
 from lightning_muter.unlearning.methods import METHODS
 from lightning_muter.unlearning.objective import RobustObjective, newton
 from lightning_muter.unlearning.points import Batch
@@ -70,7 +70,7 @@ class AfterTraining:
         """Two points through all that comes after training; what it takes, for a person."""
         settings, device = self.settings, self.trainer.strategy.root_device
         has_memory = METHODS[settings.method].has_memory
-        stages = [_robust(settings)] if self.newton_steps else []
+        stages = [settings.robust()] if self.newton_steps else []
         stages += [settings] if has_memory or not stages else []
         p = settings.view(self.module).p
         if stages != [settings] or has_memory:
@@ -96,7 +96,7 @@ class AfterTraining:
 
     def newton(self, settings: Settings, weights: Tensor) -> list[float]:
         """Newton steps on the robust objective; if one fails, ω is again what training made it."""
-        robust = _robust(settings)
+        robust = settings.robust()
         target = self.objective(robust, weights)
         trained = target.view.get()
         try:
@@ -189,11 +189,6 @@ def refuse_spawned(trainer: pl.Trainer, cause: BaseException | None = None) -> N
             "the memory on copies, and this process would be left without memory and without the "
             "trained model; use strategy='ddp', which starts the script once for each device"
         ) from cause
-
-
-def _robust(settings: Settings) -> Settings:
-    """The settings of the robust objective itself: ω* is every method's, its optimum."""
-    return replace(settings, method="muter", response="constrained", space="input")
 
 
 def report(memory: UnlearningMemory) -> None:

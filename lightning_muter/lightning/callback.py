@@ -6,12 +6,10 @@ import types
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, Literal
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.utilities import rank_zero_only
 from torch import Tensor, nn
 
 from lightning_muter.adversary.attack_library import Attack
@@ -27,22 +25,23 @@ from lightning_muter.lightning.fidelity.averaging import check_order
 from lightning_muter.lightning.fidelity.decay import check_held, decay_of, declared_penalty
 from lightning_muter.lightning.fidelity.flow import check_rates
 from lightning_muter.lightning.fidelity.watch import TrainingWatch
+from lightning_muter.lightning.folder import check_free, create, model_path, rewritten
 from lightning_muter.lightning.keeper import MemoryKeeper
 from lightning_muter.lightning.kept_state import KeptState
+from lightning_muter.lightning.point_ids import Ids, ids_of
 from lightning_muter.lightning.process_group import process_group
 from lightning_muter.lightning.rescue import Rescue
 from lightning_muter.lightning.unlearn import unlearn
+from lightning_muter.memory.ids import id_digests
 from lightning_muter.memory.memory import UnlearningMemory
+from lightning_muter.memory.rebase_policy import RebasePolicy
 from lightning_muter.models.names import listed
 from lightning_muter.objectives.losses import LossFunction
 from lightning_muter.options import Ascent, Options, flat
 from lightning_muter.spec import Settings
 from lightning_muter.threats import Threat
 
-__all__ = ["MODEL_FILE", "MUterCallback"]
-
-#: the checkpoint of the model at ω*, beside the memory
-MODEL_FILE = "model.ckpt"
+__all__ = ["MUterCallback"]
 
 #: the flat keywords that option values can stand for, with their defaults
 _DEFAULTS: dict[str, Any] = {
@@ -88,8 +87,8 @@ class MUterCallback(MemoryKeeper, AdversarialTraining):
         sketch: seeded probes a point for the inner response where all of ∂φ/∂x is too dear (a
             wide network's head); 0 for the exact response.
         weight_decay: λ; None reads it from the optimizer.
-        memory_dir: where to save the memory, keep it current, and put the model at ω*
-            (``model.ckpt``); None keeps the memory in the process.
+        memory_dir: where to save the memory and the model, and keep both current
+            (``model.ckpt``, always the current one); None keeps the memory in the process.
         horizon: how long a Retrain would train, where training does not reach its optimum: the
             step goes as far as a gradient flow of that time. "training" is this training's own,
             Σ lr / n of plain SGD; a number is taken as it is; None is an infinite one, the
@@ -101,6 +100,13 @@ class MUterCallback(MemoryKeeper, AdversarialTraining):
         strict: refuse training that is not what the memory assumes (its points, loss, outputs,
             steps, frozen part, range of inputs); False warns instead and keeps what was found in
             ``findings``, the memory's ``warnings`` and every result.
+        overwrite: let the new memory take the place of one that ``memory_dir`` holds; that one is
+            whole until the new one is complete.
+        ids: a key (a string or an integer) a training point, or the name of the data set's
+            attribute that holds them, so that ``RemovalDataModule(data, ids=[...])`` can name
+            points; the memory keeps keyed digests of them.
+        rebase_every: requests after which a result asks for a rebase; None never asks.
+        rebase_after: days from the first request that was not followed by a rebase, likewise.
 
     Raises:
         ConfigurationError: an argument is outside what it says here; in fit, training is not what
@@ -131,6 +137,10 @@ class MUterCallback(MemoryKeeper, AdversarialTraining):
         attack_step_size: float | None = None,
         random_start: bool = True,
         strict: bool = True,
+        overwrite: bool = False,
+        ids: Ids | None = None,
+        rebase_every: int | None = None,
+        rebase_after: float | None = None,
     ) -> None:
         given = {name: value for name, value in locals().items() if name in _DEFAULTS}
         options = {"attack": attack, "response": response, "solver": solver}
@@ -159,6 +169,10 @@ class MUterCallback(MemoryKeeper, AdversarialTraining):
             )
         self.newton_steps = newton_steps
         self.strict = strict
+        self.overwrite = overwrite
+        self.ids = ids
+        self.rebase_policy = RebasePolicy(rebase_every, rebase_after)
+        self._id_texts: list[str] | None = None
         self.horizon = horizon
         self.weight_decay = weight_decay
         self.memory_dir = self.folder = memory_dir
@@ -188,6 +202,7 @@ class MUterCallback(MemoryKeeper, AdversarialTraining):
         AfterTraining.check_size(self.settings, view.p)
         self.initial = view.get()
         self.folder = None if getattr(trainer, "fast_dev_run", False) else self.memory_dir
+        check_free(self.folder, self.overwrite)
         self._restore()
         self._kept = KeptState(pl_module)
         self._kept.train_only(pl_module, set(view.names))
@@ -200,6 +215,7 @@ class MUterCallback(MemoryKeeper, AdversarialTraining):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         points, view = points_of(trainer), self.settings.view(pl_module)
         points.check()
+        self._id_texts = ids_of(points.dataset, self.ids)
         check_held(trainer.optimizers, view, self.newton_steps)
         self._lambda = decay_of(
             trainer.optimizers, view.parameters, self.weight_decay, self.newton_steps
@@ -322,8 +338,7 @@ class MUterCallback(MemoryKeeper, AdversarialTraining):
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         watch, after = self._watching(), self._after
         assert after is not None  # made with the watch
-        path = None if self.folder is None else Path(self.folder) / MODEL_FILE
-        rescue = Rescue(trainer, path)
+        rescue = Rescue(trainer, model_path(self.folder))
         rescue.keep()
         watch.finish()
         weights = self.point_weights = watch.point_weights
@@ -337,9 +352,12 @@ class MUterCallback(MemoryKeeper, AdversarialTraining):
             rescue.keep()
         with rescue.guarding("Stage I"):
             memory = after.stage_one(settings, weights, watch.digests, watch.key, self.initial)
-        self.memory = replace(memory, warnings=(*memory.warnings, *self.findings))
-        self.save()
-        rescue.done(path)
+        texts = self._id_texts
+        keys = None if texts is None else id_digests(watch.key, texts)
+        said = (*memory.warnings, *self.findings)
+        self.memory = replace(memory, warnings=said, ids=keys, rebase_policy=self.rebase_policy)
+        create(self.memory, self.folder, rescue, self.overwrite)
+        rescue.done()
         report(memory)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -359,10 +377,4 @@ class MUterCallback(MemoryKeeper, AdversarialTraining):
         )
         said = tuple(dict.fromkeys((*memory.warnings, *self.findings)))
         self.memory = replace(memory, warnings=said)
-        self.save()
-
-    @rank_zero_only
-    def save(self) -> None:
-        """Write the memory to its folder, where there is one."""
-        if self.memory is not None and self.folder is not None:
-            self.memory.save(self.folder)
+        self.memory = rewritten(self.memory, self.folder, trainer.is_global_zero)

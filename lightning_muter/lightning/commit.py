@@ -2,36 +2,162 @@
 
 from __future__ import annotations
 
+import os
 import time
-from dataclasses import dataclass
+import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from datetime import datetime, timezone
+from typing import NamedTuple
 
+from lightning_muter.errors import MuterError, StateError
 from lightning_muter.lightning.keeper import MemoryKeeper
+from lightning_muter.memory.folder import MemoryStore
+from lightning_muter.memory.kept_model import bring_model_up_to_date
 from lightning_muter.memory.memory import UnlearningMemory
 from lightning_muter.models import ModelView
 from lightning_muter.parallel import Group
 
-__all__ = ["Destination"]
+__all__ = ["Committed", "Destination"]
+
+
+class Committed(NamedTuple):
+    """The memory as it is kept, and the seconds that writing it took."""
+
+    memory: UnlearningMemory
+    seconds: float
 
 
 @dataclass(frozen=True)
 class Destination:
-    """The folder (or None) and the callback (or None) that a memory belongs to."""
+    """The folder (or None) and the callback (or None) that a memory belongs to.
 
-    folder: str | None
+    Attributes:
+        store: the folder that is kept current.
+        keeper: the callback whose memory moves.
+        group: the processes of the call.
+        held: the memory that this process has in hand; None where it is read from the folder.
+    """
+
+    store: MemoryStore | None
     keeper: MemoryKeeper | None
     group: Group
+    held: UnlearningMemory | None
 
-    def commit(self, memory: UnlearningMemory, view: ModelView) -> float:
-        """Make a memory the current one and put its ω into the model; the seconds of the write.
+    @classmethod
+    def of(
+        cls,
+        memory: UnlearningMemory | str | os.PathLike[str] | None,
+        keeper: MemoryKeeper | None,
+        group: Group,
+    ) -> Destination:
+        """What ``trainer.unlearn(memory=...)`` names: a memory, its folder, or the callback's.
+
+        Raises:
+            StateError: there is no memory.
+        """
+        if isinstance(memory, UnlearningMemory):
+            return cls(None, None, group, memory)
+        if memory is not None:
+            return cls(MemoryStore(memory), None, group, None)
+        if keeper is None or keeper.memory is None:
+            raise StateError(
+                "there is no memory yet: fit with a MUterCallback first, or give memory='its "
+                "folder'"
+            )
+        held = keeper.memory
+        store = None if keeper.folder is None else MemoryStore(keeper.folder, held.memory_id)
+        return cls(store, keeper, group, held)
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Be the one writer of the folder, from the reading of the memory to the commit.
+
+        Raises:
+            StateError: another process writes it; with its host, process and command.
+        """
+        with ExitStack() as stack:
+            with self.group.together():
+                if self.store is not None and self.group.first:
+                    stack.enter_context(self.store.writing())
+                    bring_model_up_to_date(self.store)
+            yield
+
+    def newest(self, keeper: MemoryKeeper | None) -> UnlearningMemory:
+        """The memory in hand, or the folder's where another process has served requests since."""
+        if self.store is None or (
+            self.held is not None
+            and self.store.newest() == (self.held.memory_id, self.held.generation)
+        ):
+            assert self.held is not None  # without a folder there is one
+            return self.held
+        return UnlearningMemory.read(self.store, None if keeper is None else keeper.settings)
+
+    def check_model(self, newest: UnlearningMemory, view: ModelView) -> None:
+        """Refuse a module that is neither the newest memory's nor that of the one in hand.
+
+        Raises:
+            StateError: with what differs.
+        """
+        try:
+            newest.check_model(view)
+        except StateError:
+            if self.held is None or self.held is newest:
+                raise
+            self.held.check_model(view)
+
+    def adopt(self, newest: UnlearningMemory, view: ModelView) -> None:
+        """Take a memory that is committed already: its ω goes into the model."""
+        if self.keeper is not None:
+            self.keeper.memory = newest
+        view.set(newest.omega)
+
+    def commit(self, memory: UnlearningMemory, view: ModelView) -> Committed:
+        """Make a memory the current one and put its ω into the model.
 
         The disk comes first, as the only step that can fail: a failed write changes nothing.
         """
         start = time.perf_counter()
+        generation = memory.generation
+        memory = memory.annotated({"time": _now()})
         with self.group.together():
-            if self.folder is not None and self.group.first:
-                memory.save(self.folder)
+            if self.store is not None and self.group.first:
+                generation = memory.commit(self.store).generation
+        memory = replace(memory, pending=(), generation=self.group.broadcast(generation))
+        if self.store is not None and self.group.first:
+            self._refresh_model(self.store, memory)
         seconds = time.perf_counter() - start
-        if self.keeper is not None:
-            self.keeper.memory = memory
-        view.set(memory.omega)
-        return seconds
+        self.adopt(memory, view)
+        return Committed(memory, seconds)
+
+    def replace(self, memory: UnlearningMemory, view: ModelView) -> UnlearningMemory:
+        """Put a rebased memory into the place of the one that it came from, and ω into the model.
+
+        The disk comes first, as the only step that can fail: a failed write changes nothing.
+        """
+        generation = memory.generation
+        memory = memory.dated(_now())
+        with self.group.together():
+            if self.store is not None and self.group.first:
+                generation = memory.replace_in(self.store).generation
+        memory = replace(memory, pending=(), generation=self.group.broadcast(generation))
+        if self.store is not None and self.group.first:
+            self._refresh_model(self.store, memory)
+        self.adopt(memory, view)
+        return memory
+
+    def _refresh_model(self, store: MemoryStore, memory: UnlearningMemory) -> None:
+        """The folder's model.ckpt follows the memory; the request is committed whatever happens."""
+        try:
+            store.repair_model(memory.state())
+        except MuterError as error:
+            warnings.warn(
+                f"the request was served and is committed, but model.ckpt beside the memory is "
+                f"still the model before it: {error}",
+                stacklevel=4,
+            )
+
+
+def _now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")

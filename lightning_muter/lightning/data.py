@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -19,10 +21,13 @@ from torch.utils.data import (
 )
 
 from lightning_muter.errors import ConfigurationError, RemovalError
-from lightning_muter.memory.points import integer, training_indices
+from lightning_muter.memory.ids import id_texts
+from lightning_muter.memory.points import digests_of, integer, listing, training_indices
 from lightning_muter.unlearning.points import Batch, unweighted
 
 __all__ = ["RemovalDataModule", "TrainingPoints", "training_points"]
+
+_BLOCK = 512
 
 Collate = Callable[[list[Any]], Any]
 
@@ -102,6 +107,30 @@ class TrainingPoints:
                 batch = replace(batch, weights=weights[some].to(batch.weights))
             yield batch
 
+    def digests(self, key: bytes, indices: Sequence[int]) -> list[bytes]:
+        """Keyed digests of some points, read in blocks."""
+        found: list[bytes] = []
+        for start in range(0, len(indices), _BLOCK):
+            with torch.inference_mode(False):
+                found += digests_of(key, *self.batch(indices[start : start + _BLOCK]))
+        return found
+
+    def check_positions(self, indices: Sequence[int]) -> None:
+        """Refuse positions that the data set does not have.
+
+        Raises:
+            RemovalError: with the offending values.
+        """
+        outside = [i for i in indices if not 0 <= i < len(self)]
+        if outside:
+            whose = ""
+            if isinstance(self.dataset, Subset):
+                whose = " (positions in the Subset that was given, not in its base data set)"
+            raise RemovalError(
+                f"indices {listing(outside)} are out of range: the data set has {len(self)} "
+                f"points, 0 to {len(self) - 1}{whose}"
+            )
+
     def check(self) -> None:
         """Refuse random augmentation and values that no derivative survives.
 
@@ -136,28 +165,43 @@ def training_points(source: pl.LightningDataModule | Dataset[Any]) -> TrainingPo
 
 
 class _Indexed(Dataset[tuple[Tensor, Tensor, int]]):
-    def __init__(self, points: TrainingPoints, indices: list[int]) -> None:
+    def __init__(self, points: TrainingPoints, indices: list[int], names: list[int] | None) -> None:
         self.points, self.indices = points, indices
+        self.names = indices if names is None else names
 
     def __len__(self) -> int:
         return len(self.indices)
 
     def __getitem__(self, position: int) -> tuple[Tensor, Tensor, int]:
         x, target = self.points.batch([self.indices[position]])
-        return x[0], target[0], self.indices[position]
+        return x[0], target[0], self.names[position]
+
+
+def _keys(ids: Sequence[str | int]) -> list[str]:
+    keys = id_texts([ids] if isinstance(ids, (str, int)) else ids)
+    twice = [key for key, times in Counter(keys).items() if times > 1]
+    if twice:
+        raise RemovalError(f"ids {listing(twice)} occur twice in the request: name each once")
+    return keys
 
 
 class RemovalDataModule(pl.LightningDataModule):
     """The training points to forget, as (input, target, index) batches; a batch is a request.
 
+    The data set may have lost rows since training, gained some, or been reordered. The row at a
+    position is looked up by its content, and the memory's own index is what is recorded.
+
     Args:
-        datamodule_or_dataset: where the model's training data came from.
-        indices: positions in the training data set.
+        datamodule_or_dataset: where the model's training data comes from today.
+        indices: positions in the data set that is given; of a `Subset` its own, not those of its
+            base data set.
         batch_size: points a request; 1 forgets one after the other, None all at once.
+        ids: keys in the place of indices, as ``MUterCallback(ids=...)`` was given them; all points
+            of a key are forgotten.
 
     Raises:
         RemovalError: no index, one that is no integer, or one outside the data set (when the data
-            is set up).
+            is set up); a key that is none; both indices and ids, or neither.
 
     Example:
         >>> import torch
@@ -170,36 +214,57 @@ class RemovalDataModule(pl.LightningDataModule):
     def __init__(
         self,
         datamodule_or_dataset: pl.LightningDataModule | Dataset[Any],
-        indices: Sequence[int],
+        indices: Sequence[int] | None = None,
         batch_size: int | None = None,
+        ids: Sequence[str | int] | None = None,
     ) -> None:
         super().__init__()
+        if (indices is None) == (ids is None):
+            raise RemovalError("give one of indices=[...] and ids=[...]: they name the points")
         self.source = datamodule_or_dataset
-        self.indices = training_indices(indices)
-        if not self.indices:
-            raise RemovalError("indices=[] is an empty request: name at least one training index")
-        size = len(self.indices) if batch_size is None else integer(batch_size)
+        self.indices = [] if indices is None else training_indices(indices)
+        self.ids = None if ids is None else _keys(ids)
+        if not self.indices and not self.ids:
+            raise RemovalError("the request is empty: name at least one training index or id")
+        self._points: TrainingPoints | None = None
+        self._names: list[int] | None = None
+        self._all = batch_size is None
+        size = max(len(self.indices), 1) if batch_size is None else integer(batch_size)
         if size is None or size < 1:
             raise RemovalError(f"batch_size={batch_size!r} must be at least 1, or None for all")
         self.batch_size = size
 
     def training_points(self) -> TrainingPoints:
         """The whole training set behind the request."""
-        return training_points(self.source)
+        return training_points(self.source) if self._points is None else self._points
+
+    def located(
+        self, points: TrainingPoints, positions: list[int], names: list[int]
+    ) -> RemovalDataModule:
+        """The request with its rows in a data set found, and the training indices that they are."""
+        found = copy.copy(self)
+        found.indices, found._names, found._points = positions, names, points
+        found.batch_size = len(positions) if self._all else self.batch_size
+        return found
+
+    def _refuse_ids(self) -> None:
+        if self._names is None and self.ids is not None:
+            raise RemovalError(
+                f"ids {listing(self.ids)} are resolved by the memory: hand the request to "
+                "trainer.unlearn"
+            )
 
     def remaining(self) -> Subset[Any]:
         """The training set without the points to forget, for a Retrain of one's own."""
+        self._refuse_ids()
         points, gone = self.training_points(), set(self.indices)
         return Subset(points.dataset, [i for i in range(len(points)) if i not in gone])
 
     def predict_dataloader(self) -> DataLoader[tuple[Tensor, Tensor, int]]:
+        self._refuse_ids()
         points = self.training_points()
-        outside = [i for i in self.indices if not 0 <= i < len(points)]
-        if outside:
-            raise RemovalError(
-                f"indices {outside} are out of range: the training set has {len(points)} points"
-            )
-        dataset = _Indexed(points, self.indices)
+        points.check_positions(self.indices)
+        dataset = _Indexed(points, self.indices, self._names)
         # every process sees the same request (Lightning leaves a DistributedSampler alone)
         sampler: DistributedSampler[Any] = DistributedSampler(
             dataset, num_replicas=1, rank=0, shuffle=False

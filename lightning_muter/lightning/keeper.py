@@ -7,6 +7,7 @@ from typing import Literal
 import pytorch_lightning as pl
 from torch import Tensor
 
+from lightning_muter.lightning.point_ids import Ids
 from lightning_muter.memory.memory import UnlearningMemory
 from lightning_muter.spec import Settings
 
@@ -25,6 +26,7 @@ class MemoryKeeper(pl.Callback):
         folder: the folder that is kept current, None where nothing is written.
         initial: the ω (p,) that training started from.
         batch_size: points a pass reads at once.
+        ids: the user's keys of the training points, or the data set's attribute that holds them.
     """
 
     settings: Settings
@@ -35,6 +37,7 @@ class MemoryKeeper(pl.Callback):
     folder: str | None
     initial: Tensor | None
     batch_size: int
+    ids: Ids | None
 
 
 def keeper_of(trainer: pl.Trainer) -> MemoryKeeper | None:

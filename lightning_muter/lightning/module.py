@@ -11,6 +11,7 @@ from lightning_muter.errors import StateError
 from lightning_muter.lightning.commit import Destination
 from lightning_muter.lightning.keeper import MemoryKeeper
 from lightning_muter.lightning.process_group import process_group
+from lightning_muter.memory.folder import MemoryStore
 from lightning_muter.memory.memory import UnlearningMemory
 from lightning_muter.unlearning.methods import METHODS
 from lightning_muter.unlearning.request import Outcome
@@ -62,14 +63,20 @@ class UnlearningModule(pl.LightningModule):
             self.memory.check_model(view)
             before = self.memory.to(view.parameters[0].device)
             server = Server(before, view, group)
-            outcome = server.serve(batch)
+            server.serve(batch)
+            (outcome,) = server.outcomes
             after = server.memory
             if self._noise_std > 0:
                 noise = group.broadcast(torch.randn(after.p, dtype=torch.float64))
                 after = after.at(after.omega + self._noise_std * noise.to(after.omega))
             memory = after.to(self.memory.omega_star.device)
-            Destination(self._memory_dir, self._callback, group).commit(memory, view)
-            self.memory = memory
+            folder = self._memory_dir
+            store = None if folder is None else MemoryStore(folder, memory.memory_id)
+            if folder is not None and store is not None and not store.exists():
+                self.memory.save(folder)
+            destination = Destination(store, self._callback, group, self.memory)
+            with destination.writing():
+                self.memory = destination.commit(memory, view).memory
             self.outcomes.append(outcome)
         change = torch.linalg.vector_norm(after.omega - before.omega)
         return {"residual": outcome.solution.residual, "update_norm": float(change)}

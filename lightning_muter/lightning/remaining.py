@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -9,16 +10,36 @@ import torch
 from torch import Tensor
 
 from lightning_muter.lightning.data import TrainingPoints
+from lightning_muter.lightning.removals import refuse_missing
 from lightning_muter.memory.memory import UnlearningMemory
-from lightning_muter.memory.points import refuse_changed
+from lightning_muter.memory.points import digests_of, refuse_changed
 from lightning_muter.models import ModelView
 from lightning_muter.parallel import Group
 from lightning_muter.unlearning.objective import RobustObjective
 from lightning_muter.unlearning.points import Batch
+from lightning_muter.unlearning.rebase import Remaining
 
-__all__ = ["RemainingPoints"]
+__all__ = ["RemainingPoints", "places_of"]
 
 _BATCH = 512
+
+
+def places_of(memory: UnlearningMemory, points: TrainingPoints) -> Tensor:
+    """The row (n,) of each training point in today's data set, in one pass over it.
+
+    Raises:
+        RemovalError: a point that is left has no row; all of them are named.
+    """
+    places = memory.known.places(points.digests(memory.key, range(len(points))))
+    left = memory.remaining
+    refuse_missing([i for i in left if places.rows[i] < 0], len(left), "left")
+    if places.new:
+        warnings.warn(
+            f"{places.new} rows of the data set are new since training: the memory does not know "
+            "them, and they have no part in corrector, bound or Retrain",
+            stacklevel=4,
+        )
+    return places.rows
 
 
 @dataclass(frozen=True)
@@ -27,19 +48,18 @@ class RemainingPoints:
 
     A bound or a correction over rows that were blanked or replaced since training would be one of
     another problem.
+
+    Attributes:
+        memory: that forgot the others.
+        points: today's data set.
+        places: the row (n,) of each training point in it.
+        group: the processes.
     """
 
     memory: UnlearningMemory
     points: TrainingPoints
+    places: Tensor
     group: Group
-
-    def check(self) -> None:
-        """Read every row once, before anything is computed from them.
-
-        Raises:
-            RemovalError: rows are not what the memory was built on; all of them are named.
-        """
-        refuse_changed([i for block, x, y in self._read() for i in self._changed(block, x, y)])
 
     def batches(self, view: ModelView) -> Iterator[Batch]:
         """The rows where, and in the precision that, the module computes.
@@ -60,12 +80,28 @@ class RemainingPoints:
         problem = self.memory.settings.problem()
         return RobustObjective(view, problem, lambda: self.batches(view), self.group)
 
+    def numbered(self, view: ModelView, key: bytes) -> Remaining:
+        """The remaining points in the order of their rows, their digests under a new key."""
+        memory = self.memory
+        order = sorted(memory.remaining, key=self.places.tolist().__getitem__)
+        rows = [one for _, x, y in self._blocks(order) for one in digests_of(key, x, y)]
+        digests = torch.frombuffer(bytearray(b"".join(rows)), dtype=torch.uint8)
+        return Remaining(
+            batches=lambda: self.batches(view),
+            digests=digests.reshape(len(order), -1),
+            weights=memory.weights[order],
+            key=key,
+            ids=None if memory.ids is None else memory.ids[order],
+        )
+
     def _read(self) -> Iterator[tuple[list[int], Tensor, Tensor]]:
-        mine = self.group.share(self.memory.remaining)
-        for first in range(0, len(mine), _BATCH):
-            block = mine[first : first + _BATCH]
+        return self._blocks(self.group.share(self.memory.remaining))
+
+    def _blocks(self, points: list[int]) -> Iterator[tuple[list[int], Tensor, Tensor]]:
+        for first in range(0, len(points), _BATCH):
+            block = points[first : first + _BATCH]
             with torch.inference_mode(False):
-                x, targets = self.points.batch(block)
+                x, targets = self.points.batch(self.places[block].tolist())
             yield block, x, targets
 
     def _changed(self, block: list[int], x: Tensor, targets: Tensor) -> list[int]:

@@ -2,45 +2,161 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
-from torch.utils.data import DataLoader, IterableDataset
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from lightning_muter.errors import RemovalError
 from lightning_muter.lightning.data import RemovalDataModule, TrainingPoints
 from lightning_muter.memory.memory import UnlearningMemory
-from lightning_muter.memory.points import check_free, check_range, listing
+from lightning_muter.memory.points import check_batch, check_free, check_named, digests_of, listing
 
-__all__ = ["check_removals", "check_served", "removal_batches"]
+__all__ = [
+    "Asked",
+    "check_removals",
+    "check_served",
+    "points_in",
+    "refuse_missing",
+    "removal_batches",
+]
 
 _BLOCK = 512
 
 
-def check_removals(memory: UnlearningMemory, removals: RemovalDataModule) -> TrainingPoints:
-    """Refuse the whole call before its first request; the training points otherwise.
+@dataclass(frozen=True)
+class Asked:
+    """What a call asks to forget, as far as it is known before its batches are read.
+
+    Attributes:
+        removals: what is read.
+        points: today's data set, where there is one.
+        indices: the training indices that are asked for, those passed over left out.
+        already: those that are passed over.
+        places: the row (n,) of each training point in today's data set, where it was looked for.
+    """
+
+    removals: Any
+    points: TrainingPoints | None = None
+    indices: tuple[int, ...] = ()
+    already: tuple[int, ...] = ()
+    places: Tensor | None = None
+
+
+def check_removals(
+    memory: UnlearningMemory, removals: RemovalDataModule, passed_over: Tensor
+) -> Asked:
+    """Refuse the whole call before its first request; what it asks for otherwise.
 
     Contents come before what was forgotten already: a data set that lost rows since has other
-    points at the same positions, and that is what is wrong then.
+    points at the same positions.
+
+    Args:
+        memory: that is asked.
+        removals: the request.
+        passed_over: points (n,) that are left out where they are asked for.
 
     Raises:
         RemovalError: with the offending indices.
     """
-    check_range(removals.indices, memory.n)
     points = removals.training_points()
-    if len(points) != memory.n:
+    if removals.ids is not None:
+        names = memory.owned(removals.ids)
+        positions = _positions(memory, points, names)
+    else:
+        positions = removals.indices
+        names = _names(memory, points, positions)
+        _check_fixed(memory, removals, positions, names)
+    over = passed_over.cpu()[names].tolist()
+    indices = [i for i, out in zip(names, over, strict=True) if not out]
+    check_free(indices, memory.removed, memory.weights)
+    already = [i for i, out in zip(names, over, strict=True) if out]
+    return Asked(removals.located(points, positions, names), points, tuple(indices), tuple(already))
+
+
+def _names(memory: UnlearningMemory, points: TrainingPoints, positions: Sequence[int]) -> list[int]:
+    """The training indices of rows of today's data set."""
+    points.check_positions(positions)
+    check_named(positions)
+    rows: list[bytes] = []
+    for first in range(0, len(positions), _BLOCK):
+        x, targets = points.batch(positions[first : first + _BLOCK])
+        check_batch(x, targets)
+        rows += digests_of(memory.key, x, targets)
+    names = memory.known.named(rows, positions)
+    if not memory.known.repeated(names):
+        return names
+    # a forgotten point lay there, and an equal one is left: which of them the row is, all rows tell
+    everyone = range(len(points))
+    found = memory.known.match(points.digests(memory.key, everyone), everyone, memory.known.living)
+    better = [found.indices[i] for i in positions]
+    return [i if new is None else new for i, new in zip(names, better, strict=True)]
+
+
+def _check_fixed(
+    memory: UnlearningMemory,
+    removals: RemovalDataModule,
+    positions: Sequence[int],
+    names: Sequence[int],
+) -> None:
+    """Refuse rows that moved because the data set is split or shuffled by chance.
+
+    Raises:
+        RemovalError: set up once more, the data set has other rows at these positions.
+    """
+    moved = [(i, name) for i, name in zip(positions, names, strict=True) if i != name]
+    if not moved or not isinstance(removals.source, pl.LightningDataModule):
+        return
+    again = removals.training_points()
+    rows = [i for i, _ in moved if i < len(again)]
+    expected = memory.digests[[name for i, name in moved if i < len(again)]].cpu().numpy()
+    found = again.digests(memory.key, rows)
+    if len(rows) < len(moved) or any(
+        a.tobytes() != b for a, b in zip(expected, found, strict=True)
+    ):
         raise RemovalError(
-            f"the data set has {len(points)} points, the memory was built on {memory.n}: give the "
-            "data set of training, with the forgotten points still in it"
+            f"indices {listing([i for i, _ in moved])} are other points each time that it is set "
+            "up: the datamodule splits or shuffles by chance; give random_split a generator with "
+            "a seed, or name the points themselves"
         )
-    for first in range(0, len(removals.indices), _BLOCK):
-        indices = removals.indices[first : first + _BLOCK]
-        memory.check_content(indices, *points.batch(indices))
-    check_free(removals.indices, memory.removed, memory.weights)
-    return points
+
+
+def _positions(memory: UnlearningMemory, points: TrainingPoints, names: Sequence[int]) -> list[int]:
+    """A row of today's data set for each training point.
+
+    Raises:
+        RemovalError: a point has none.
+    """
+    rows = points.digests(memory.key, range(len(points)))
+    where: dict[bytes, int] = {one: row for row, one in enumerate(rows)}
+    wanted = memory.digests[list(names)].cpu().numpy()
+    found = [where.get(one.tobytes()) for one in wanted]
+    refuse_missing(
+        [i for i, row in zip(names, found, strict=True) if row is None], len(names), "asked for"
+    )
+    return [row for row in found if row is not None]
+
+
+def refuse_missing(indices: Sequence[int], total: int, which: str) -> None:
+    """Raise where training points have no row.
+
+    Raises:
+        RemovalError: with the points and their number.
+    """
+    if indices:
+        raise RemovalError(
+            f"training points {listing(indices)} have no row in the data set as they were trained "
+            f"({len(indices)} of {total} that are {which}): they were deleted or changed since; "
+            "give the data set with them"
+        )
 
 
 @contextmanager
@@ -92,19 +208,36 @@ def _whole(loader: DataLoader[Any]) -> Iterator[Any]:
     return iter(loader)
 
 
-def check_served(removals: Any, served: list[int]) -> None:
+def check_served(asked: Asked, served: list[int], already: list[int]) -> None:
     """Refuse a call that served other points than it was asked for.
 
     Raises:
         RemovalError: with the points that are missing or too many.
     """
-    if not served:
+    if not served and not already:
         raise RemovalError("the removal data had no batch: name at least one point to forget")
-    if isinstance(removals, RemovalDataModule) and served != removals.indices:
-        missing = sorted(set(removals.indices) - set(served))
-        added = sorted(set(served) - set(removals.indices))
+    if isinstance(asked.removals, RemovalDataModule) and tuple(served) != asked.indices:
+        missing = sorted(set(asked.indices) - set(served))
+        added = sorted(set(served) - set(asked.indices))
         raise RemovalError(
             f"the request served other points than it names: missing {listing(missing)}, not "
             f"asked for {listing(added)}; nothing was changed. Its predict_dataloader must yield "
             "each index once, in order"
         )
+
+
+def points_in(path: Path, batch_size: int | None) -> DataLoader[Any]:
+    """The points of a safetensors file with the tensors x (m, ...) and target (m, ...).
+
+    Raises:
+        RemovalError: the file has no such tensors, or cannot be read.
+    """
+    try:
+        tensors = load_file(path)
+        dataset = TensorDataset(tensors["x"], tensors["target"])
+    except (OSError, SafetensorError, KeyError, AssertionError) as error:
+        raise RemovalError(
+            f"{path} holds no points ({type(error).__name__}: {error}): give a safetensors file "
+            'with the tensors "x" and "target", one row a point, as training received them'
+        ) from error
+    return DataLoader(dataset, batch_size=len(dataset) if batch_size is None else batch_size)

@@ -6,8 +6,10 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytorch_lightning as pl
+import torch
 from pytorch_lightning.utilities import rank_zero_info
 
 from lightning_muter.errors import StateError
@@ -43,10 +45,15 @@ class Rescue:
         if self._ahead:
             self._save()
 
-    def done(self, path: Path | None) -> None:
-        """Leave the model at ``path`` alone; what was written for the case of a failure goes."""
-        if path is not None and self.path != path:
-            self._trainer.save_checkpoint(path, weights_only=True)
+    def checkpoint(self) -> dict[str, Any] | None:
+        """The model as `keep` wrote it, where that is one file."""
+        if not self._saved or not self.path.is_file():
+            return None
+        found: dict[str, Any] = torch.load(self.path, map_location="cpu", weights_only=False)
+        return found
+
+    def done(self) -> None:
+        """What was written for the case of a failure goes."""
         if self._temporary and self._saved and self._trainer.is_global_zero:
             self.path.unlink(missing_ok=True)
 

@@ -13,8 +13,9 @@ from torch.utils.data import DataLoader, Subset
 from lightning_muter.curvature.removed import RemovedPoints
 from lightning_muter.errors import ConfigurationError, StateError
 from lightning_muter.lightning.commit import Destination
-from lightning_muter.lightning.data import RemovalDataModule, TrainingPoints
+from lightning_muter.lightning.data import TrainingPoints
 from lightning_muter.lightning.keeper import MemoryKeeper
+from lightning_muter.lightning.removals import Asked
 from lightning_muter.linalg.solution import Status
 from lightning_muter.memory.memory import UnlearningMemory
 from lightning_muter.models import ModelView
@@ -26,8 +27,7 @@ __all__ = ["serve_without_memory"]
 def serve_without_memory(
     trainer: pl.Trainer,
     keeper: MemoryKeeper | None,
-    removals: Any,
-    points: TrainingPoints | None,
+    asked: Asked,
     view: ModelView,
     memory: UnlearningMemory,
     destination: Destination,
@@ -38,24 +38,27 @@ def serve_without_memory(
         ConfigurationError: it needs a RemovalDataModule and the trainer's own callback.
     """
     method = memory.settings.method
-    if not isinstance(removals, RemovalDataModule) or keeper is None or points is None:
+    if asked.points is None or keeper is None:
         raise ConfigurationError(
             f"method={method!r} needs a RemovalDataModule and the trainer's own MUterCallback"
         )
     start = time.perf_counter()
     module = view.module
     before, state = view.get(), copy.deepcopy(module.state_dict())
-    indices = list(removals.indices)
+    indices = list(asked.indices)
+    if not indices:
+        view.set(memory.omega)
+        spent = time.perf_counter() - start
+        return UnlearningResult.unchanged(method, asked.already, memory.warnings, spent)
     try:
-        if method == "retrain":
-            gone = set(indices)
-            rest = Subset(points.dataset, [i for i in memory.remaining if i not in gone])
-            _retrain(trainer, keeper, rest, points, view)
+        if method == "retrain" and asked.places is not None:
+            rows = asked.places[memory.without(indices).remaining].tolist()
+            _retrain(trainer, keeper, Subset(asked.points.dataset, rows), asked.points, view)
         omega = view.get()
         entry = {"m": len(indices), "status": method}
         nothing = torch.zeros_like(memory.omega)
         after = memory.forget(indices, None, RemovedPoints(), nothing, omega, entry)
-        write = destination.commit(after, view)
+        committed = destination.commit(after, view)
     except BaseException:
         module.load_state_dict(state)
         raise
@@ -69,8 +72,9 @@ def serve_without_memory(
         status=Status.DOUBTFUL if memory.warnings else Status.CONVERGED,
         stationary=1.0,
         active=0.0,
-        seconds={"write": write, "total": time.perf_counter() - start},
+        seconds={"write": committed.seconds, "total": time.perf_counter() - start},
         warnings=memory.warnings,
+        already=asked.already,
     )
 
 
@@ -88,7 +92,7 @@ def _retrain(
     if keeper.initial is None:
         raise StateError("the callback has not seen a fit: there is no initial ω to retrain from")
     again = copy.copy(keeper)
-    again.memory, again.memory_dir = None, None
+    again.memory, again.memory_dir, again.ids = None, None, None
     view.set(keeper.initial)
     fresh = pl.Trainer(
         max_epochs=trainer.max_epochs,

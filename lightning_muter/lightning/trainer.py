@@ -1,16 +1,17 @@
-"""`Trainer`: pytorch_lightning's, with the verb ``unlearn``."""
+"""`Trainer`: pytorch_lightning's, with the verbs ``unlearn`` and ``rebase``."""
 
 from __future__ import annotations
 
 import os
-from typing import Any
+from typing import Any, Literal
 
 import pytorch_lightning as pl
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
+from lightning_muter.lightning.rebase import rebase
 from lightning_muter.lightning.unlearn import unlearn
 from lightning_muter.memory.memory import UnlearningMemory
-from lightning_muter.unlearning.result import UnlearningResult
+from lightning_muter.unlearning.result import RebaseResult, UnlearningResult
 
 __all__ = ["Trainer"]
 
@@ -26,6 +27,8 @@ class Trainer(pl.Trainer):
         noise_std: float = 0.0,
         corrector_steps: int = 0,
         bound: bool = False,
+        already: Literal["error", "skip"] = "error",
+        note: str = "",
     ) -> UnlearningResult:
         """Forget the points of ``datamodule``; the model carries ω^u afterwards.
 
@@ -43,6 +46,9 @@ class Trainer(pl.Trainer):
             corrector_steps: Newton steps on the remaining data afterwards (a pass each).
             bound: report ‖∇F_{-S}(ω^u)‖ / (λ(n-m)), which bounds the distance to a Retrain at
                 its optimum for a linear head, λ > 0 and the exact inner maximum (a pass).
+            already: "skip" passes over points that an earlier call forgot, and where none is left
+                puts the model at the memory's ω^u: a request that is repeated.
+            note: who or what asked, for the ledger and its report.
 
         Returns:
             The numbers of the requests.
@@ -53,4 +59,34 @@ class Trainer(pl.Trainer):
             RemovalError: points that cannot be forgotten, or remaining points that are not what
                 the memory was built on where corrector or bound read them; nothing was changed.
         """
-        return unlearn(self, datamodule, model, memory, noise_std, corrector_steps, bound)
+        return unlearn(
+            self, datamodule, model, memory, noise_std, corrector_steps, bound, already, note
+        )
+
+    def rebase(
+        self,
+        datamodule: pl.LightningDataModule | Dataset[Any],
+        model: pl.LightningModule | None = None,
+        memory: UnlearningMemory | str | os.PathLike[str] | None = None,
+        newton_steps: int = 10,
+    ) -> RebaseResult:
+        """Make ω^u the new expansion point, and erase what the memory knew of forgotten points.
+
+        A pass over the remaining points builds their memory anew, under a new key; afterwards
+        nothing in the folder depends on a forgotten point but through ω^u itself. The ledger keeps
+        commitments in the place of indices. Points are then known by their places among the
+        remaining ones. Source: ours (docs/theory.md).
+
+        Args:
+            datamodule: the training data; forgotten points in it are not used.
+            model: the trained module; the one of the last fit by default.
+            memory: an `UnlearningMemory` or its folder; the callback's by default.
+            newton_steps: the most that are taken until ‖∇F‖ of the remaining points is at the
+                level that training left; none with a horizon.
+
+        Raises:
+            StateError: before fit, or a model that is not the memory's.
+            RemovalError: remaining points that are missing or not what they were; nothing was
+                changed.
+        """
+        return rebase(self, datamodule, model, memory, newton_steps)

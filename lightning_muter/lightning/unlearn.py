@@ -6,10 +6,12 @@ import os
 import time
 import warnings
 from dataclasses import dataclass, replace
-from typing import Any
+from datetime import datetime, timezone
+from typing import Any, Literal
 
 import pytorch_lightning as pl
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_muter.errors import ConfigurationError, StateError
@@ -19,12 +21,12 @@ from lightning_muter.lightning.borrowed import (
     random_state_unless_done,
 )
 from lightning_muter.lightning.commit import Destination
-from lightning_muter.lightning.data import RemovalDataModule, TrainingPoints
+from lightning_muter.lightning.data import RemovalDataModule
 from lightning_muter.lightning.keeper import MemoryKeeper, keeper_of
 from lightning_muter.lightning.module import UnlearningModule
 from lightning_muter.lightning.process_group import process_group
-from lightning_muter.lightning.remaining import RemainingPoints
-from lightning_muter.lightning.removals import check_removals, check_served, removal_batches
+from lightning_muter.lightning.remaining import RemainingPoints, places_of
+from lightning_muter.lightning.removals import Asked, check_removals, check_served, removal_batches
 from lightning_muter.lightning.retrain import serve_without_memory
 from lightning_muter.memory.memory import UnlearningMemory
 from lightning_muter.memory.points import integer
@@ -36,7 +38,7 @@ from lightning_muter.unlearning.objective import Evaluation
 from lightning_muter.unlearning.result import UnlearningResult
 from lightning_muter.unlearning.serving import Server, check_noise, request_warnings, worst_status
 
-__all__ = ["unlearn"]
+__all__ = ["current_memory", "module_of", "unlearn"]
 
 
 def unlearn(
@@ -47,60 +49,80 @@ def unlearn(
     noise_std: float = 0.0,
     corrector_steps: int = 0,
     bound: bool = False,
+    already: Literal["error", "skip"] = "error",
+    note: str = "",
 ) -> UnlearningResult:
     """`Trainer.unlearn` for any trainer; a trainer with a `MUterCallback` has it as a method.
 
     Everything is checked before anything moves, the whole call is served in hand, and what it
     found is committed at its end, in one write: a call that fails changes nothing.
     """
-    extras = _Extras.of(noise_std, corrector_steps, bound)
+    extras = _Extras.of(noise_std, corrector_steps, bound, already, note)
     keeper = keeper_of(trainer)
-    module = _module(trainer, model)
-    state, folder = _memory(memory, keeper)
-    group = process_group(trainer)
-    destination = Destination(folder, keeper if memory is None else None, group)
-    start = time.perf_counter()
+    module = module_of(trainer, model)
+    destination = Destination.of(memory, keeper, process_group(trainer))
+    with destination.writing():
+        return _serve(trainer, module, keeper, destination, datamodule, extras)
+
+
+def _serve(
+    trainer: pl.Trainer,
+    module: pl.LightningModule,
+    keeper: MemoryKeeper | None,
+    destination: Destination,
+    datamodule: Any,
+    extras: _Extras,
+) -> UnlearningResult:
+    start, group = time.perf_counter(), destination.group
     with kept_random_state(group.device), group.together():
+        state = current_memory(destination, keeper)
         view = state.settings.view(module)
-        state.check_model(view)
-        points = _check(state, datamodule, extras, group)
+        destination.check_model(state, view)
+        asked = _check(state, datamodule, extras, group)
     if not METHODS[state.settings.method].has_memory:
-        return serve_without_memory(trainer, keeper, datamodule, points, view, state, destination)
+        return serve_without_memory(trainer, keeper, asked, view, state, destination)
     with random_state_unless_done(), borrowed(view, group.device):
-        server = Server(state.to(group.device), view, group)
+        server = Server(state.to(group.device), view, group, extras.passed_over(state))
         with kept_random_state(group.device):
-            with removal_batches(datamodule, trainer) as batches:
+            with removal_batches(asked.removals, trainer) as batches:
                 for batch in batches:
                     server.serve(batch)
             with group.together():
-                check_served(datamodule, server.served)
-            found = _correct(server, points, extras)
-        found = _publish(server, found, points, extras)
+                check_served(asked, server.served, server.already)
+            if not server.outcomes:  # a request that was committed before: the model may lack it
+                destination.adopt(state, view)
+                spent = time.perf_counter() - start
+                return UnlearningResult.unchanged(
+                    state.settings.method, server.already, state.warnings, spent
+                )
+            found = _correct(server, asked, extras)
+        found = _publish(server, found, asked, extras)
         for message in found.warnings:
             warnings.warn(message, stacklevel=3)
         update = torch.linalg.vector_norm(found.memory.omega - view.get())
-    write = destination.commit(found.memory.to(state.omega_star.device), view)
+    entry = _entry(server, found, extras)
+    after = found.memory.annotated(entry).to(state.omega_star.device)
+    committed = destination.commit(after, view)
     seconds = {
         "maximise_and_solve": sum(o.seconds for o in server.outcomes),
-        "write": write,
+        "write": committed.seconds,
         "total": time.perf_counter() - start,
     }
-    result = _result(server, found, float(update), seconds)
-    _log(trainer, result, len(found.memory.ledger))
+    due = committed.memory.rebase_policy.due(committed.memory.ledger, datetime.now(timezone.utc))
+    result = replace(_result(server, found, float(update), seconds), rebase_due=due)
+    _log(trainer, result, len(committed.memory.ledger))
     return result
 
 
-def _check(
-    memory: UnlearningMemory, removals: Any, extras: _Extras, group: Group
-) -> TrainingPoints | None:
-    """Refuse the whole call before its first request; the training points, where they are known."""
+def _check(memory: UnlearningMemory, removals: Any, extras: _Extras, group: Group) -> Asked:
+    """Refuse the whole call before its first request; what it asks for, as far as it is known."""
     extras.check(memory, removals)
     if not isinstance(removals, RemovalDataModule):
-        return None
-    points = check_removals(memory, removals)
-    if extras.reads_the_rest:
-        RemainingPoints(memory.without(removals.indices), points, group).check()
-    return points
+        return Asked(removals)
+    asked = check_removals(memory, removals, extras.passed_over(memory))
+    if asked.points is None or not (extras.reads_the_rest or memory.settings.method == "retrain"):
+        return asked
+    return replace(asked, places=places_of(memory.without(list(asked.indices)), asked.points))
 
 
 # --- arguments ----------------------------------------------------------------------------------
@@ -113,9 +135,13 @@ class _Extras:
     noise_std: float
     corrector_steps: int
     bound: bool
+    skips: bool
+    note: str
 
     @classmethod
-    def of(cls, noise_std: Any, corrector_steps: Any, bound: Any) -> _Extras:
+    def of(
+        cls, noise_std: Any, corrector_steps: Any, bound: Any, already: Any, note: Any
+    ) -> _Extras:
         steps = integer(corrector_steps)
         if steps is None or steps < 0:
             raise ConfigurationError(
@@ -123,7 +149,15 @@ class _Extras:
             )
         if not isinstance(bound, bool):
             raise ConfigurationError(f"bound={bound!r} must be True or False")
-        return cls(check_noise(noise_std), steps, bound)
+        if already not in ("error", "skip"):
+            raise ConfigurationError(f"already={already!r} must be 'error' or 'skip'")
+        if not isinstance(note, str):
+            raise ConfigurationError(f"note={note!r} must be a text for the ledger")
+        return cls(check_noise(noise_std), steps, bound, already == "skip", note)
+
+    def passed_over(self, memory: UnlearningMemory) -> Tensor:
+        """The points (n,) that are left out of the call, since an earlier one forgot them."""
+        return memory.removed & self.skips
 
     @property
     def reads_the_rest(self) -> bool:
@@ -148,7 +182,8 @@ class _Extras:
             )
 
 
-def _module(trainer: pl.Trainer, model: pl.LightningModule | None) -> pl.LightningModule:
+def module_of(trainer: pl.Trainer, model: pl.LightningModule | None) -> pl.LightningModule:
+    """The user's own module, without what a compiler or a predict loop wrapped around it."""
     module = model if model is not None else trainer.lightning_module
     if module is None:
         raise StateError("there is no model to unlearn in: fit first, or give model=...")
@@ -156,22 +191,12 @@ def _module(trainer: pl.Trainer, model: pl.LightningModule | None) -> pl.Lightni
     return module.model if isinstance(module, UnlearningModule) else module
 
 
-def _memory(
-    memory: UnlearningMemory | str | os.PathLike[str] | None, keeper: MemoryKeeper | None
-) -> tuple[UnlearningMemory, str | None]:
-    if isinstance(memory, UnlearningMemory):
-        return memory, None
-    if memory is not None:
-        settings = keeper.settings if keeper is not None else None
-        found = UnlearningMemory.load(memory, settings)
-        if keeper is not None:
-            _check_keeper(keeper, found)
-        return found, os.fspath(memory)
-    if keeper is None or keeper.memory is None:
-        raise StateError(
-            "there is no memory yet: fit with a MUterCallback first, or give memory='its folder'"
-        )
-    return keeper.memory, keeper.folder
+def current_memory(destination: Destination, keeper: MemoryKeeper | None) -> UnlearningMemory:
+    """The memory to serve from, of this very moment where a folder is kept."""
+    found = destination.newest(keeper)
+    if keeper is not None and destination.held is None:
+        _check_keeper(keeper, found)
+    return found
 
 
 def _check_keeper(keeper: MemoryKeeper, memory: UnlearningMemory) -> None:
@@ -202,13 +227,13 @@ class _Found:
     bound: Bound = Bound(None, "no certificate")
 
 
-def _correct(server: Server, points: TrainingPoints | None, extras: _Extras) -> _Found:
+def _correct(server: Server, asked: Asked, extras: _Extras) -> _Found:
     """The memory after the requests and the corrector steps, the module where it was."""
     memory, view = server.memory, server.view
     said = [*memory.warnings, *request_warnings(server.outcomes)]
-    if not extras.corrector_steps or points is None:
+    if not extras.corrector_steps or asked.points is None or asked.places is None:
         return _Found(memory, None, tuple(said))
-    objective = RemainingPoints(memory, points, server.group).objective(view)
+    objective = RemainingPoints(memory, asked.points, asked.places, server.group).objective(view)
     with view.at(memory.omega):
         correction = correct(memory, objective, extras.corrector_steps)
     if not correction.helped:
@@ -219,22 +244,36 @@ def _correct(server: Server, points: TrainingPoints | None, extras: _Extras) -> 
     return _Found(correction.memory, correction.after, tuple(said))
 
 
-def _publish(
-    server: Server, found: _Found, points: TrainingPoints | None, extras: _Extras
-) -> _Found:
+def _publish(server: Server, found: _Found, asked: Asked, extras: _Extras) -> _Found:
     """The noise, from the global generator as a seed promises, and the bound of what goes out."""
     memory, evaluation, group = found.memory, found.evaluation, server.group
     if extras.noise_std > 0:
         noise = group.broadcast(torch.randn(memory.p, dtype=torch.float64))
         memory = memory.at(memory.omega + extras.noise_std * noise.to(memory.omega))
         evaluation = None
-    if not extras.bound or points is None:
+    if not extras.bound or asked.points is None or asked.places is None:
         return replace(found, memory=memory)
     if evaluation is None:
-        remaining = RemainingPoints(memory, points, group)
+        remaining = RemainingPoints(memory, asked.points, asked.places, group)
         with kept_random_state(group.device), server.view.at(memory.omega):
             evaluation = remaining.objective(server.view).gradient()
     return replace(found, memory=memory, bound=strong_convexity_bound(memory, evaluation))
+
+
+def _entry(server: Server, found: _Found, extras: _Extras) -> dict[str, Any]:
+    """What the ledger says of a call's requests beside their own numbers."""
+    outcomes = server.outcomes
+    sums = sum((o.sums for o in outcomes[1:]), outcomes[0].sums)
+    return {
+        "stationary": sums.share(sums.stationary),
+        "active": sums.share(sums.active),
+        "noise_std": extras.noise_std,
+        "corrector_steps": extras.corrector_steps,
+        "bound": found.bound.value,
+        "certificate": found.bound.certificate,
+        "warnings": list(found.warnings),
+        "note": extras.note,
+    }
 
 
 def _result(
@@ -256,6 +295,7 @@ def _result(
         bound=found.bound.value,
         certificate=found.bound.certificate,
         warnings=found.warnings,
+        already=tuple(server.already),
     )
 
 

@@ -24,13 +24,14 @@ class FolderAccess:
 
     Args:
         folder: a memory's; it need not be there yet.
+        memory_id: of the memory that is expected; None takes the first that is read or created.
     """
 
-    def __init__(self, folder: str | os.PathLike[str]) -> None:
+    def __init__(self, folder: str | os.PathLike[str], memory_id: str | None = None) -> None:
         self.folder = Path(folder)
         self._database = self.folder / schema.NAME
         self._writer: tuple[int, int] | None = None  # the process and thread that hold the lock
-        self._memory_id: str | None = None
+        self._memory_id = memory_id
 
     @contextmanager
     def writing(self, timeout: float = 10.0) -> Iterator[None]:

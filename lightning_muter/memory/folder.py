@@ -46,6 +46,7 @@ class MemoryStore(FolderAccess):
 
     Args:
         folder: made by `create` where there is none.
+        memory_id: of the memory that is expected; None takes the first that is read or created.
     """
 
     def exists(self) -> bool:
@@ -101,6 +102,15 @@ class MemoryStore(FolderAccess):
                         "restore a backup"
                     ) from error
                 gone = meta.base
+
+    def newest(self) -> tuple[str, int]:
+        """The memory's id and generation, without reading the rest.
+
+        Raises:
+            MemoryFormatError: the database is missing, damaged or of another format.
+        """
+        meta = self._meta()
+        return meta.memory_id, meta.generation
 
     def model_generation(self) -> int | None:
         """The generation that model.ckpt is of, None where the memory never had one.

@@ -3,48 +3,29 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+import platform
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_muter.curvature.dense import DenseCurvature
 from lightning_muter.curvature.removed import RemovedPoints
-from lightning_muter.errors import ConfigurationError, MemoryFormatError, StateError
+from lightning_muter.errors import MemoryFormatError, MuterError, StateError
+from lightning_muter.memory import ids as point_ids
 from lightning_muter.memory import points
 from lightning_muter.memory.fingerprint import fingerprint
-from lightning_muter.memory.store import Content, TensorSpec, read, write
+from lightning_muter.memory.folder import MemoryStore
+from lightning_muter.memory.kept_model import BASE, CURRENT, named
+from lightning_muter.memory.known_points import KnownPoints
+from lightning_muter.memory.rebase_policy import RebasePolicy
+from lightning_muter.memory.records import Content, Request
 from lightning_muter.models import ModelView
-from lightning_muter.spec import Settings
+from lightning_muter.spec import Settings, agreed
 
-__all__ = ["Start", "UnlearningMemory", "size_estimate"]
-
-_VECTOR = TensorSpec(torch.float64, ("p",))
-_TENSORS = {
-    "omega_star": _VECTOR,
-    "omega": _VECTOR,
-    "matrix": TensorSpec(torch.float64, ("p", "p"), optional=True),
-    "gradient": _VECTOR,
-    "residual_gradient": _VECTOR,
-    "digests": TensorSpec(torch.uint8, ("n", str(points.DIGEST_BYTES))),
-    "removed": TensorSpec(torch.bool, ("n",)),
-    "weights": TensorSpec(torch.float64, ("n",)),
-    "initial": replace(_VECTOR, optional=True),
-    "retraced": replace(_VECTOR, optional=True),
-}
-_OPTIONAL = [name for name, spec in _TENSORS.items() if spec.optional]
-
-
-def size_estimate(p: int) -> str:
-    """How large a dense memory of p parameters is, for a person.
-
-    Example:
-        >>> size_estimate(6410)
-        'p = 6,410: 329 MB'
-    """
-    return f"p = {p:,}: {8 * p * p / 1e6:,.0f} MB"
+__all__ = ["Start", "UnlearningMemory"]
 
 
 @dataclass(frozen=True)
@@ -66,9 +47,13 @@ class UnlearningMemory:
     Immutable: `forget` returns the memory after a request, so that a failure changes nothing.
     ``curvature`` is None for the methods that keep none, ``start`` where there is no horizon.
     ``weights`` (n,) is how much each point counted in training, 0 for one that it never saw.
+    ``pending`` is what requests took out of the curvature since the last write, ``parameters`` the
+    names and shapes of ω. ``memory_id`` and ``generation`` say which memory of which folder it is.
 
     All tensors are float64 but ``digests`` (n, 16) uint8 and ``removed`` (n,) bool. ``warnings``
-    says what was found wrong when the memory was built; every result repeats it.
+    says what was found wrong when the memory was built; every result repeats it. ``ids`` (n, 16)
+    uint8 are keyed digests of the user's own keys of the points, where there are any, under
+    ``ids_key`` or, where that is empty, under ``key``.
 
     Source: the paper's Algorithm 1 and Corollary 1 (ω* stays the expansion point).
     """
@@ -89,6 +74,12 @@ class UnlearningMemory:
     ledger: tuple[dict[str, Any], ...] = ()
     warnings: tuple[str, ...] = ()
     pending: tuple[RemovedPoints, ...] = ()
+    parameters: tuple[tuple[str, tuple[int, ...]], ...] = ()
+    memory_id: str = field(default_factory=lambda: os.urandom(16).hex())
+    generation: int = 0
+    ids: Tensor | None = None
+    ids_key: bytes = b""
+    rebase_policy: RebasePolicy = RebasePolicy()
 
     def __repr__(self) -> str:
         return (
@@ -112,15 +103,6 @@ class UnlearningMemory:
         """The indices that were trained on and have not been forgotten."""
         indices: list[int] = torch.nonzero(~self.removed & (self.weights > 0)).flatten().tolist()
         return indices
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Every tensor that the memory has, by its name in a file."""
-        found = {name: getattr(self, name) for name in _TENSORS if name not in _OPTIONAL}
-        if self.curvature is not None:
-            found["matrix"] = self.curvature.matrix
-        if self.start is not None:
-            found |= {"initial": self.start.initial, "retraced": self.start.retraced}
-        return found
 
     def to(self, device: torch.device | str) -> UnlearningMemory:
         """The memory with what it computes with on another device; its points stay."""
@@ -166,6 +148,16 @@ class UnlearningMemory:
             pending=(*self.pending, removed),
         )
 
+    def annotated(self, more: Mapping[str, Any]) -> UnlearningMemory:
+        """The memory with more said of the requests since the last write."""
+        first = len(self.ledger) - len(self.pending)
+        entries = ({**entry, **more} for entry in self.ledger[first:])
+        return replace(self, ledger=(*self.ledger[:first], *entries))
+
+    def dated(self, time: str) -> UnlearningMemory:
+        """The memory whose last line of the ledger happened at a time."""
+        return replace(self, ledger=(*self.ledger[:-1], {**self.ledger[-1], "time": time}))
+
     def at(self, omega: Tensor) -> UnlearningMemory:
         """The memory with another current ω^u (p,), as corrector steps leave it."""
         return replace(self, omega=omega.to(self.omega))
@@ -178,37 +170,59 @@ class UnlearningMemory:
 
     # --- checks -----------------------------------------------------------------------------
 
-    def check_indices(self, indices: list[int]) -> None:
-        """Refuse an empty request, a double, an unknown or a forgotten index.
-
-        Raises:
-            RemovalError: with the offending values; nothing was changed.
-        """
-        points.check_range(indices, self.n)
-        points.check_free(indices, self.removed, self.weights)
-
-    def check_content(self, indices: list[int], x: Tensor, targets: Tensor) -> None:
-        """Refuse a point that is not the one the memory was built on, and one with NaN.
-
-        Raises:
-            RemovalError: with the offending indices.
-        """
-        points.check_content(self.key, self.digests, indices, x, targets)
-
     def changed(self, indices: list[int], x: Tensor, targets: Tensor) -> list[int]:
         """Those of ``indices`` whose content is not what the memory was built on."""
         return points.changed(self.key, self.digests, indices, x, targets)
 
-    def find(self, x: Tensor, targets: Tensor) -> list[int]:
-        """The indices of points given by content.
+    @property
+    def known(self) -> KnownPoints:
+        """The training points by content."""
+        return KnownPoints(self.digests, self.removed, self.weights)
+
+    def find(self, x: Tensor, targets: Tensor, positions: Sequence[int] = ()) -> list[int]:
+        """The training indices of points given by content; forgotten ones where no equal is left.
+
+        Args:
+            x: inputs (m, ...).
+            targets: (m, ...).
+            positions: of the points (m,), where they come from a data set: the point at i with the
+                content of training point i is that point.
 
         Raises:
-            RemovalError: a point was never trained on, or is gone already.
+            RemovalError: a point was never trained on, or is one more than there are of it.
         """
-        return points.find(self.key, self.digests, self.removed, self.weights, x, targets)
+        return self.known.named(points.digests_of(self.key, x, targets), positions)
+
+    def owned(self, ids: list[str]) -> list[int]:
+        """The training indices of all points that keys own, in the order of the keys.
+
+        A key's points that training never saw are left out where it has others.
+
+        Raises:
+            RemovalError: a key that owns no point, or a memory without keys.
+        """
+        key = self.ids_key or self.key
+        return point_ids.owned(key, self.ids, self.weights, ids)
 
     def check_model(self, view: ModelView) -> None:
         """Refuse a module that is not the memory's: architecture, frozen weights, head.
+
+        Raises:
+            StateError: with what differs.
+        """
+        self.check_architecture(view)
+        now = view.get().to(self.omega.device)
+        expected = [w.to(view.dtype).double() for w in (self.omega, self.omega_star)]
+        if not any(torch.allclose(now, w, rtol=1e-6, atol=1e-8) for w in expected):
+            distance = float(torch.linalg.vector_norm(now - expected[0]))
+            raise StateError(
+                f"the model's parameters are {distance:.3g} away from the memory's: it was "
+                "trained on or edited since; put the memory's own back (memory.restore(model), or "
+                "load model.ckpt from its folder), or rebuild the memory"
+            )
+
+    def check_architecture(self, view: ModelView) -> None:
+        """Refuse a module whose names, shapes, dtype or frozen weights are not the memory's.
 
         Raises:
             StateError: with what differs.
@@ -224,40 +238,68 @@ class UnlearningMemory:
                 f"computes in {view.dtype}): load the checkpoint that was saved when the "
                 "memory was built, in the precision of training"
             )
-        now = view.get().to(self.omega.device)
-        expected = [w.to(view.dtype).double() for w in (self.omega, self.omega_star)]
-        if not any(torch.allclose(now, w, rtol=1e-6, atol=1e-8) for w in expected):
-            distance = float(torch.linalg.vector_norm(now - expected[0]))
-            raise StateError(
-                f"the model's parameters are {distance:.3g} away from the memory's: it was "
-                "trained on or edited since; rebuild the memory, or load the right checkpoint"
-            )
+
+    # --- the module -------------------------------------------------------------------------
+
+    def restore(self, module: nn.Module) -> None:
+        """Put the current ω^u into a module whose other weights are the memory's.
+
+        Raises:
+            StateError: it is of another architecture, precision or frozen part.
+        """
+        view = self.settings.view(module)
+        self.check_architecture(view)
+        view.set(self.omega)
+
+    def state(self) -> dict[str, Tensor]:
+        """The current ω^u by the names and shapes of the module's parameters."""
+        return named(self.omega, self.parameters)
 
     # --- disk -------------------------------------------------------------------------------
 
-    def save(self, directory: str | os.PathLike[str]) -> None:
-        """Write the memory to a folder; the manifest is replaced last, in one step.
+    def save(
+        self,
+        directory: str | os.PathLike[str],
+        model: Mapping[str, Any] | None = None,
+        overwrite: bool = False,
+    ) -> UnlearningMemory:
+        """Write the memory to a new folder, and return it as it is kept there.
 
-        A reader sees the state before or the state after, never one in between.
+        Args:
+            directory: made where there is none.
+            model: the checkpoint of its model, which becomes ``model.ckpt``.
+            overwrite: take the place of a memory that is there.
+
+        Raises:
+            StateError: the folder holds a memory, or cannot be written.
         """
-        tensors: dict[str, Tensor] = {}
-        places: set[int] = set()
-        for name, tensor in self.tensors().items():
-            value = tensor.detach().cpu().contiguous()
-            shared = value.data_ptr() in places  # ω may be ω*: a file keeps two of them
-            tensors[name] = value.clone() if shared else value
-            places.add(value.data_ptr())
-        content = Content(
-            tensors=tensors,
-            ledger=self.ledger,
-            settings=self.settings.to_dict(),
-            key=self.key,
-            fingerprint=self.fingerprint,
-            summary=self.summary,
-            warnings=self.warnings,
-            sizes={"p": self.p, "n": self.n},
-        )
-        write(directory, content)
+        kept = replace(self, pending=(), generation=0)
+        MemoryStore(directory).create(kept._content(), model, overwrite)
+        return kept
+
+    def commit(self, store: MemoryStore) -> UnlearningMemory:
+        """Append the requests since the last write to a folder, in one step.
+
+        Raises:
+            StateError: another process changed the folder meanwhile; nothing was changed.
+        """
+        new = self.ledger[len(self.ledger) - len(self.pending) :]
+        requests = [
+            Request(entry, [removed.facts()], removed.tensors())
+            for entry, removed in zip(new, self.pending, strict=True)
+        ]
+        current = {name: getattr(self, name) for name in CURRENT}
+        generation = store.commit(self.generation, current, requests)
+        return replace(self, pending=(), generation=generation)
+
+    def replace_in(self, store: MemoryStore) -> UnlearningMemory:
+        """Take the place of all that a folder holds of this memory.
+
+        Raises:
+            StateError: another process changed the folder meanwhile; nothing was changed.
+        """
+        generation = store.replace(self.generation, self._content())
+        return replace(self, pending=(), generation=generation)
 
     @classmethod
     def load(
@@ -275,48 +317,86 @@ class UnlearningMemory:
             MemoryFormatError: missing, truncated, altered or of another format version.
             ConfigurationError: ``settings`` are not those of the memory.
         """
-        content = read(directory, _TENSORS)
+        return cls.read(MemoryStore(directory), settings)
+
+    @classmethod
+    def read(cls, store: MemoryStore, settings: Settings | None = None) -> UnlearningMemory:
+        """`load` from a store at hand."""
+        content = store.read(BASE, CURRENT)
+        try:
+            return cls._of(content, settings)
+        except MuterError:
+            raise
+        except (KeyError, TypeError, ValueError, IndexError, RuntimeError) as error:
+            raise MemoryFormatError(
+                f"{store.folder} is damaged ({type(error).__name__}: {error}): restore a backup"
+            ) from error
+
+    def _content(self) -> Content:
+        """Everything, with the forgotten points' factors gone into the matrix."""
+        base = {
+            name: getattr(self, name)
+            for name in ("omega_star", "residual_gradient", "digests", "weights")
+        }
+        if self.curvature is not None:
+            base["matrix"] = self.curvature.folded().base
+        if self.ids is not None:
+            base["ids"] = self.ids
+        if self.start is not None:
+            base |= {"initial": self.start.initial, "retraced": self.start.retraced}
+        facts = {
+            "ids_key": self.ids_key.hex(),
+            "rebase": self.rebase_policy.to_dict(),
+            "settings": self.settings.to_dict(),
+            "fingerprint": self.fingerprint,
+            "summary": self.summary,
+            "warnings": list(self.warnings),
+            "parameters": [[name, list(shape)] for name, shape in self.parameters],
+            "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        }
+        return Content(
+            base=base,
+            current={name: getattr(self, name) for name in CURRENT},
+            requests=tuple(Request(entry, [], {}) for entry in self.ledger),
+            facts=facts,
+            key=self.key,
+            sizes={"p": self.p, "n": self.n},
+            memory_id=self.memory_id,
+            generation=self.generation,
+        )
+
+    @classmethod
+    def _of(cls, content: Content, settings: Settings | None) -> UnlearningMemory:
+        base, facts = content.base, content.facts
+        curvature = DenseCurvature(base["matrix"]) if "matrix" in base else None
+        removed = torch.zeros(content.sizes["n"], dtype=torch.bool)
+        for request in content.requests:
+            removed[request.entry.get("indices", [])] = True
+            if curvature is not None:
+                for one in request.facts:
+                    factors = RemovedPoints.restore(one, request.tensors, base["omega_star"])
+                    curvature = curvature.without(factors)
+        start = Start(base["initial"], base["retraced"]) if "initial" in base else None
         return cls(
-            settings=_settings(content.settings, settings),
+            settings=agreed(facts["settings"], settings),
+            omega_star=base["omega_star"],
+            omega=content.current["omega"],
+            curvature=curvature,
+            gradient=content.current["gradient"],
+            residual_gradient=base["residual_gradient"],
+            digests=base["digests"],
+            removed=removed,
+            weights=base["weights"],
             key=content.key,
-            fingerprint=content.fingerprint,
-            summary=content.summary,
-            ledger=content.ledger,
-            warnings=content.warnings,
-            **_fields(content.tensors),
+            fingerprint=facts["fingerprint"],
+            start=start,
+            summary=facts["summary"],
+            ledger=tuple(request.entry for request in content.requests),
+            warnings=tuple(facts["warnings"]),
+            ids=base.get("ids"),
+            ids_key=bytes.fromhex(facts["ids_key"]),
+            rebase_policy=RebasePolicy(**facts["rebase"]),
+            parameters=tuple((name, tuple(shape)) for name, shape in facts["parameters"]),
+            memory_id=content.memory_id,
+            generation=content.generation,
         )
-
-
-def _fields(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Tensors by their names in a file as fields of a memory."""
-    found: dict[str, Any] = {name: tensors[name] for name in _TENSORS if name not in _OPTIONAL}
-    matrix, initial = tensors.get("matrix"), tensors.get("initial")
-    found["curvature"] = None if matrix is None else DenseCurvature(matrix)
-    found["start"] = None if initial is None else Start(initial, tensors["retraced"])
-    return found
-
-
-def _settings(saved: dict[str, Any], given: Settings | None) -> Settings:
-    if given is None:
-        return Settings.from_dict(saved)
-    decay: Any = given.weight_decay or saved.get("weight_decay")
-    horizon = saved.get("horizon") if given.horizon is None else given.horizon
-    try:
-        trained = given.trained(decay, horizon)
-    except (TypeError, ValueError) as error:
-        raise MemoryFormatError(
-            f"the memory says weight_decay={decay!r} and horizon={horizon!r} ({error}): restore a "
-            "backup"
-        ) from error
-    different = trained.differences(saved)
-    if different:
-        said = "; ".join(
-            f"{name}: {before!r} (memory), {now!r} (callback)"
-            for name, (before, now) in different.items()
-        )
-        raise ConfigurationError(
-            f"the callback is not the one that built the memory: {said}. Use the memory's "
-            "settings, with functions and classes whose code is as it was, in the same Python "
-            "version; or rebuild the memory"
-        )
-    return trained

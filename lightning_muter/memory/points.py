@@ -1,4 +1,4 @@
-"""Training points by index and by content: digests, look-ups, and what a request may name."""
+"""Training points by index and by content: digests, and what a request may name."""
 
 from __future__ import annotations
 
@@ -14,13 +14,17 @@ from torch import Tensor
 from lightning_muter.errors import RemovalError
 
 __all__ = [
-    "check_content",
+    "DIGEST_BYTES",
+    "changed",
+    "check_batch",
     "check_free",
+    "check_named",
     "check_range",
     "digest",
-    "find",
+    "digests_of",
     "integer",
     "listing",
+    "refuse_changed",
     "training_indices",
 ]
 
@@ -33,13 +37,30 @@ def digest(key: bytes, x: Tensor, target: Tensor) -> bytes:
 
     Floating-point values count as float64: a point is the same in single and double precision.
     """
-    state = hashlib.blake2b(key=key, digest_size=DIGEST_BYTES)
-    for tensor in (x, target):
-        value = tensor.detach().cpu().contiguous()
-        value = value.double() if value.is_floating_point() else value
-        state.update(f"{value.dtype}{tuple(value.shape)}".encode())
-        state.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
-    return state.digest()
+    return digests_of(key, x[None], target[None])[0]
+
+
+def digests_of(key: bytes, x: Tensor, targets: Tensor) -> list[bytes]:
+    """The digest of each point of a batch x (m, ...) with its targets (m, ...)."""
+    columns = [_serialised(tensor) for tensor in (x, targets)]
+    fresh = hashlib.blake2b(key=key, digest_size=DIGEST_BYTES)
+    found = []
+    for parts in zip(*columns, strict=True):
+        state = fresh.copy()
+        for part in parts:
+            state.update(part)
+        found.append(state.digest())
+    return found
+
+
+def _serialised(tensor: Tensor) -> list[bytes]:
+    """Each row's dtype, shape and values as bytes."""
+    value = tensor.detach().cpu()
+    value = value.double() if value.is_floating_point() else value
+    head = f"{value.dtype}{tuple(value.shape[1:])}".encode()
+    whole = value.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    width = len(whole) // max(len(value), 1)
+    return [head + whole[k * width : (k + 1) * width] for k in range(len(value))]
 
 
 def listing(values: Sequence[Any]) -> str:
@@ -103,23 +124,32 @@ def training_indices(values: Iterable[Any]) -> list[int]:
     return [index for index in indices if index is not None]
 
 
-def check_range(indices: Sequence[int], n: int) -> None:
-    """Refuse an empty request, an unknown index and a double.
+def check_named(indices: Sequence[int]) -> None:
+    """Refuse an empty request and an index that is named twice.
 
     Raises:
         RemovalError: with the offending values.
     """
     if not indices:
         raise RemovalError("the request is empty: name at least one training index to forget")
+    twice = sorted(i for i, times in Counter(indices).items() if times > 1)
+    if twice:
+        raise RemovalError(f"indices {listing(twice)} occur twice in the request: name each once")
+
+
+def check_range(indices: Sequence[int], n: int) -> None:
+    """Refuse an empty request, an unknown index and a double.
+
+    Raises:
+        RemovalError: with the offending values.
+    """
     outside = [i for i in indices if not 0 <= i < n]
     if outside:
         raise RemovalError(
             f"indices {listing(outside)} are out of range: the memory was built on {n} points, "
             f"0 to {n - 1}"
         )
-    twice = sorted(i for i, times in Counter(indices).items() if times > 1)
-    if twice:
-        raise RemovalError(f"indices {listing(twice)} occur twice in the request: name each once")
+    check_named(indices)
 
 
 def check_free(indices: Sequence[int], removed: Tensor, weights: Tensor) -> None:
@@ -143,7 +173,10 @@ def check_free(indices: Sequence[int], removed: Tensor, weights: Tensor) -> None
         )
     gone = chosen[flags[chosen]].tolist()
     if gone:
-        raise RemovalError(f"indices {listing(gone)} were forgotten already: leave them out")
+        raise RemovalError(
+            f"indices {listing(gone)} were forgotten already: leave them out, or give "
+            "already='skip', which passes over them as a request that is repeated needs it"
+        )
     if len(indices) >= int((~flags & seen).sum()):
         raise RemovalError(
             f"the request would forget all {len(indices)} remaining points: there is no model "
@@ -151,31 +184,30 @@ def check_free(indices: Sequence[int], removed: Tensor, weights: Tensor) -> None
         )
 
 
+def check_batch(x: Tensor, targets: Tensor, indices: Sequence[int] | None = None) -> None:
+    """Refuse a removal batch that is not one of each for every point, and one with NaN.
+
+    Raises:
+        RemovalError: with the sizes.
+    """
+    sizes = {len(x), len(targets), len(x if indices is None else indices)}
+    if len(sizes) > 1:
+        named = "" if indices is None else f" and {len(indices)} indices"
+        raise RemovalError(
+            f"a removal batch has {len(x)} inputs, {len(targets)} targets{named}: give one of each "
+            "for every point"
+        )
+    if x.is_floating_point() and not bool(torch.isfinite(x).all()):
+        raise RemovalError("the removal batch has NaN or infinite inputs: mend the data set")
+
+
 def changed(
     key: bytes, digests: Tensor, indices: Sequence[int], x: Tensor, targets: Tensor
 ) -> list[int]:
     """Those of ``indices`` whose x (m, ...) and targets (m,) are not what the digests are of."""
     known = digests[list(indices)].cpu().numpy()
-    rows = zip(indices, known, x, targets, strict=True)
-    return [i for i, row, point, y in rows if digest(key, point, y) != row.tobytes()]
-
-
-def check_content(
-    key: bytes, digests: Tensor, indices: Sequence[int], x: Tensor, targets: Tensor
-) -> None:
-    """Refuse a point that is not the one the memory was built on, and one with NaN.
-
-    Raises:
-        RemovalError: with the offending indices.
-    """
-    if not len(indices) == len(x) == len(targets):
-        raise RemovalError(
-            f"a removal batch has {len(x)} inputs, {len(targets)} targets and {len(indices)} "
-            "indices: give one of each for every point"
-        )
-    if x.is_floating_point() and not bool(torch.isfinite(x).all()):
-        raise RemovalError("the removal batch has NaN or infinite inputs: mend the data set")
-    refuse_changed(changed(key, digests, indices, x, targets))
+    rows = zip(indices, known, digests_of(key, x, targets), strict=True)
+    return [i for i, row, found in rows if found != row.tobytes()]
 
 
 def refuse_changed(indices: Sequence[int]) -> None:
@@ -190,37 +222,3 @@ def refuse_changed(indices: Sequence[int]) -> None:
             "changed, or the points pass through a random transform; give the points as they were "
             "trained"
         )
-
-
-def find(
-    key: bytes, digests: Tensor, removed: Tensor, weights: Tensor, x: Tensor, targets: Tensor
-) -> list[int]:
-    """The indices of points given by content; among equal points the first that is left.
-
-    Raises:
-        RemovalError: a point was never trained on, or is gone already.
-    """
-    wanted = [digest(key, point, target) for point, target in zip(x, targets, strict=True)]
-    matching: dict[bytes, list[int]] = {one: [] for one in wanted}
-    trained = (weights > 0).tolist()
-    stored = digests.cpu().contiguous().numpy().tobytes()
-    for i, first in enumerate(range(0, len(stored), DIGEST_BYTES)):
-        same = matching.get(stored[first : first + DIGEST_BYTES])
-        if same is not None and trained[i]:
-            same.append(i)
-    gone = removed.tolist()
-    free = {one: iter([i for i in same if not gone[i]]) for one, same in matching.items()}
-    found: list[int] = []
-    for position, one in enumerate(wanted):
-        if not matching[one]:
-            raise RemovalError(
-                f"point {position} of the batch was never trained on: no training point has "
-                "its content (same values, dtype and shape)"
-            )
-        index = next(free[one], None)
-        if index is None:
-            raise RemovalError(
-                f"point {position} of the batch was forgotten already: {listing(matching[one])}"
-            )
-        found.append(index)
-    return found

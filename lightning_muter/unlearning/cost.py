@@ -11,7 +11,15 @@ import torch
 
 from lightning_muter.errors import ConfigurationError
 
-__all__ = ["Cost", "check_fits", "free_bytes", "memory_bytes", "request_bytes", "solve_seconds"]
+__all__ = [
+    "Cost",
+    "check_fits",
+    "free_bytes",
+    "memory_bytes",
+    "request_bytes",
+    "size_estimate",
+    "solve_seconds",
+]
 
 _PROBE = 400
 #: (p, p) matrices that a request holds beside the memory: the points' sum, its factor, a vector's
@@ -26,6 +34,16 @@ def memory_bytes(p: int) -> int:
         328704800
     """
     return 8 * p * p
+
+
+def size_estimate(p: int) -> str:
+    """How large a dense memory of p parameters is, for a person.
+
+    Example:
+        >>> size_estimate(6410)
+        'p = 6,410: 329 MB'
+    """
+    return f"p = {p:,}: {8 * p * p / 1e6:,.0f} MB"
 
 
 def request_bytes(p: int) -> int:

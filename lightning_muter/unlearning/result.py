@@ -2,12 +2,58 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from lightning_muter.linalg.solution import Status
 
-__all__ = ["UnlearningResult"]
+__all__ = ["Opening", "RebaseResult", "UnlearningResult"]
+
+
+@dataclass(frozen=True)
+class Opening:
+    """What proves of a ledger's commitment which points it is of; the folder does not keep it.
+
+    ``commitment`` is blake2b(salt + the request's sorted indices as JSON), 32 bytes, as hex.
+    """
+
+    request: int
+    indices: tuple[int, ...]
+    salt: str
+    commitment: str
+
+
+@dataclass(frozen=True)
+class RebaseResult:
+    """The numbers of one call of ``trainer.rebase``.
+
+    Attributes:
+        points: how many points the memory has now.
+        gradient_before: ‖∇F‖ of the remaining points at ω^u.
+        gradient: the same at the new expansion point.
+        gradient_of_training: what training had left, of all points.
+        newton_steps: how many were taken.
+        seconds: wall time of the call.
+        openings: for each request before it, what proves which points its commitment is of; file
+            them where they belong, or lose them: the folder does not keep them.
+        warnings: what is in doubt of the new memory, one sentence each.
+    """
+
+    points: int
+    gradient_before: float
+    gradient: float
+    gradient_of_training: float
+    newton_steps: int
+    seconds: float
+    openings: tuple[Opening, ...]
+    warnings: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, ready for JSON; without the openings, which are secrets."""
+        data = asdict(self)
+        data.pop("openings")
+        return data | {"warnings": list(self.warnings)}
 
 
 @dataclass(frozen=True)
@@ -30,6 +76,8 @@ class UnlearningResult:
         certificate: "no certificate", or what ``bound`` rests on.
         warnings: what is in doubt, one sentence each with its remedy: of the memory, then of the
             requests. With any, ``status`` is "doubtful" or worse.
+        already: the points that were asked for and passed over, since an earlier call forgot them.
+        rebase_due: why ``trainer.rebase`` is due by the callback's rebase_every and rebase_after.
     """
 
     method: str
@@ -45,10 +93,32 @@ class UnlearningResult:
     bound: float | None = None
     certificate: str = "no certificate"
     warnings: tuple[str, ...] = ()
+    already: tuple[int, ...] = ()
+    rebase_due: str = ""
+
+    @classmethod
+    def unchanged(
+        cls, method: str, already: Sequence[int], warnings: tuple[str, ...], seconds: float
+    ) -> UnlearningResult:
+        """The answer to a call whose points had all been forgotten before."""
+        return cls(
+            method=method,
+            indices=(),
+            requests=0,
+            update_norm=0.0,
+            residual=0.0,
+            iterations=0,
+            status=Status.DOUBTFUL if warnings else Status.CONVERGED,
+            stationary=1.0,
+            active=0.0,
+            seconds={"maximise_and_solve": 0.0, "write": 0.0, "total": seconds},
+            warnings=warnings,
+            already=tuple(already),
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, ready for JSON."""
         data = asdict(self)
-        data |= {"indices": list(self.indices), "warnings": list(self.warnings)}
+        data |= {name: list(data[name]) for name in ("indices", "warnings", "already")}
         data["status"] = str(self.status)
         return data

@@ -13,7 +13,7 @@ from torch import Tensor
 from lightning_muter.errors import ConfigurationError, RemovalError
 from lightning_muter.linalg.solution import Status
 from lightning_muter.memory.memory import UnlearningMemory
-from lightning_muter.memory.points import check_free, check_range, training_indices
+from lightning_muter.memory.points import check_batch, check_free, check_named, training_indices
 from lightning_muter.models import ModelView
 from lightning_muter.parallel import Group
 from lightning_muter.unlearning.request import Outcome, forget
@@ -24,22 +24,29 @@ __all__ = ["Server", "check_noise", "request_warnings", "worst_status"]
 class Server:
     """Serves removal batches (input, target[, index]); a batch is a request.
 
-    Only ``memory`` and ``outcomes`` of this object move: the module, the memory that it started
-    from and the disk are as they were, until the caller commits ``memory``.
+    Only ``memory``, ``outcomes`` and ``already`` of this object move: the module, the memory that
+    it started from and the disk are as they were, until the caller commits ``memory``.
 
     Args:
         memory: the memory to start from, on the module's device.
         view: of the module in the user's hands.
         group: the processes that serve the same batches.
+        passed_over: points (n,) that are left out of every batch; none by default.
     """
 
     def __init__(
-        self, memory: UnlearningMemory, view: ModelView, group: Group | None = None
+        self,
+        memory: UnlearningMemory,
+        view: ModelView,
+        group: Group | None = None,
+        passed_over: Tensor | None = None,
     ) -> None:
         self.memory = memory
         self.view = view
         self.group = group or Group()
         self.outcomes: list[Outcome] = []
+        self.already: list[int] = []
+        self._passed_over = None if passed_over is None else passed_over.cpu()
 
     @property
     def served(self) -> list[int]:
@@ -47,8 +54,8 @@ class Server:
         entries = self.memory.ledger[len(self.memory.ledger) - len(self.outcomes) :]
         return [index for entry in entries for index in entry["indices"]]
 
-    def serve(self, batch: Any) -> Outcome:
-        """Stages II and III for the points of one batch.
+    def serve(self, batch: Any) -> None:
+        """Stages II and III for the points of one batch, if any of them is not passed over.
 
         Raises:
             RemovalError: points that cannot be forgotten.
@@ -62,6 +69,8 @@ class Server:
                     "batches, in the same order; use a RemovalDataModule, or a loader without a "
                     "sampler that shuffles or splits"
                 )
+            if not indices:
+                return
             parameter = self.view.parameters[0]
             outcome = forget(
                 self.memory,
@@ -73,16 +82,26 @@ class Server:
             )
         self.memory = outcome.memory
         self.outcomes.append(outcome)
-        return outcome
 
     def _checked(self, batch: Any) -> tuple[Tensor, Tensor, list[int]]:
         x, targets = _tensors(batch)
-        memory = self.memory
-        indices = training_indices(batch[2]) if len(batch) > 2 else memory.find(x, targets)
-        check_range(indices, memory.n)
-        memory.check_content(indices, x, targets)
-        check_free(indices, memory.removed, memory.weights)
-        return x, targets, indices
+        positions = training_indices(batch[2]) if len(batch) > 2 else None
+        check_batch(x, targets, positions)
+        if positions is not None:
+            check_named(positions)
+        named = self.memory.find(x, targets, positions or ())
+        rows = self._left(named)
+        indices = [named[k] for k in rows]
+        check_free(indices, self.memory.removed, self.memory.weights)
+        return (x, targets, indices) if len(rows) == len(x) else (x[rows], targets[rows], indices)
+
+    def _left(self, named: list[int]) -> list[int]:
+        """The rows of a batch that are not passed over."""
+        if self._passed_over is None:
+            return list(range(len(named)))
+        over = self._passed_over[named].tolist()
+        self.already += [index for index, out in zip(named, over, strict=True) if out]
+        return [k for k, out in enumerate(over) if not out]
 
 
 def _tensors(batch: Any) -> tuple[Tensor, Tensor]:

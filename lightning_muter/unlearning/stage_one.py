@@ -131,6 +131,10 @@ def _memory(
         start=start,
         summary=summary,
         warnings=warnings,
+        parameters=tuple(
+            (name.replace("_orig_mod.", ""), tuple(one.shape))
+            for name, one in zip(view.names, view.parameters, strict=True)
+        ),
     )
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import pickle
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from lightning_muter import ConfigurationError, RemovalError, UnlearningMemory
 from lightning_muter.lightning.cli import main
@@ -54,24 +57,69 @@ def test_fit_then_unlearn(
     main(["unlearn", *CONFIG, *removal, *named, "--indices", "[3,17]"])
     assert "no certificate" in capsys.readouterr().out
     main(["unlearn", *CONFIG, *removal, "--indices", "[5]"])  # from the memory's own model.ckpt
-    again = ["--ckpt_path", "runs/memory/unlearned.ckpt"]
+    again = ["--ckpt_path", "runs/memory/model.ckpt"]
     main(["unlearn", *CONFIG, *removal, *again, "--indices", "[6]"])
-    lines = Path("runs/memory/ledger.jsonl").read_text().splitlines()
-    assert [json.loads(line)["indices"] for line in lines] == [[3, 17], [5], [6]]
+    ledger = UnlearningMemory.load("runs/memory").ledger
+    assert [entry["indices"] for entry in ledger] == [[3, 17], [5], [6]]
+    main(["verify", "runs/memory"])
+    assert "3 requests, 4 points forgotten: whole" in capsys.readouterr().out
+    main(["report", "runs/memory", "--output", "report.html"])
+    assert "4 training points in" in " ".join(Path("report.html").read_text().split())
+    main(["export", "--memory", "runs/memory", "--output", "exported.ckpt"])
     weights = [
         torch.load(path, weights_only=True)["state_dict"]["classifier.weight"]
-        for path in ("runs/last.ckpt", "forgotten.ckpt", "runs/memory/unlearned.ckpt")
+        for path in ("runs/last.ckpt", "forgotten.ckpt", "exported.ckpt")
     ]
     assert not torch.equal(weights[0], weights[1])
     last = UnlearningMemory.load("runs/memory").omega[: weights[2].numel()]
     torch.testing.assert_close(weights[2].flatten(), last.to(weights[2]))
-    before = {path.name: path.read_bytes() for path in Path("runs/memory").iterdir()}
-    with pytest.raises(ConfigurationError, match="cannot be saved"):
+    passing = (".lock", "-wal", "-shm")
+    folder = Path("runs/memory")
+    kept = sorted(path for path in folder.iterdir() if not path.name.endswith(passing))
+    before = [path.read_bytes() for path in kept]
+    with pytest.raises(ConfigurationError, match="nothing can be saved"):
         main(
             ["unlearn", *CONFIG, *removal, *again, "--output", "no/where.ckpt", "--indices", "[7]"]
         )
     with pytest.raises(RemovalError, match="forgotten already"):
         main(["unlearn", *CONFIG, *removal, *again, "--indices", "[6]"])
-    assert {path.name: path.read_bytes() for path in Path("runs/memory").iterdir()} == before
+    assert [path.read_bytes() for path in kept] == before
+    main(["unlearn", *CONFIG, *removal, *again, "--indices", "6", "--already", "skip"])
+    assert "already: [6]" in capsys.readouterr().out
+    assert [path.read_bytes() for path in kept] == before
+    for named in ("p17", "[p17,p4]", "17"):
+        with pytest.raises(RemovalError, match="keeps no ids"):
+            main(["unlearn", *CONFIG, *removal, *again, "--ids", named])
     with pytest.raises(ConfigurationError, match="no checkpoint"):
         main(["unlearn", *CONFIG, *removal, "--ckpt_path", "nowhere.ckpt", "--indices", "[7]"])
+    with pytest.raises(RemovalError, match="holds no points"):
+        main(["unlearn", *CONFIG, *removal, "--points", "config.yaml"])
+    data = importlib.import_module("examples.digits").DigitsData()
+    data.setup("fit")
+    x, target = data.train_dataloader().dataset[:2]
+    save_file({"x": x, "target": target}, "points.safetensors")
+    with pytest.raises(ConfigurationError, match="give one of"):
+        main(["unlearn", *CONFIG, *removal, "--points", "points.safetensors", "--indices", "9"])
+    main(["unlearn", *CONFIG, *removal, "--points", "points.safetensors"])
+    main(["rebase", *CONFIG, *removal, "--newton_steps", "0", "--openings", "openings.json"])
+    assert "points: " in capsys.readouterr().out
+    rebased = UnlearningMemory.load("runs/memory")
+    assert all("indices" not in entry for entry in rebased.ledger)
+    openings = json.loads(Path("openings.json").read_text())
+    assert [one["indices"] for one in openings][:3] == [[3, 17], [5], [6]]
+    assert len(openings[3]["indices"]) == 2
+    main(["unlearn", *CONFIG, *removal, "--indices", "7"])
+
+
+def test_a_checkpoint_and_a_config_of_the_users_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No code of the working directory runs because a checkpoint names it."""
+    monkeypatch.syspath_prepend(str(ROOT))
+    monkeypatch.chdir(tmp_path)
+    Path("evil.py").write_text("open('ran', 'w').close()\nclass Model: pass\n")
+    torch.save({"hyper_parameters": {"_class_path": "evil.Model"}, "state_dict": {}}, "evil.ckpt")
+    Path("config.yaml").write_text("mine")
+    with pytest.raises((RuntimeError, KeyError, pickle.UnpicklingError)):
+        main(["test", *CONFIG, "--ckpt_path", "evil.ckpt"])
+    assert not Path("ran").exists() and Path("config.yaml").read_text() == "mine"

@@ -247,7 +247,7 @@ def test_an_older_model_beside_a_memory_is_not_overwritten(
     fit(memory_dir=folder)
     before = (tmp_path / "memory" / "model.ckpt").read_bytes()
     monkeypatch.setattr(after_training, "build_memories", boom)
-    callback = MUterCallback(L2Ball(0.5), head="classifier", memory_dir=folder)
+    callback = MUterCallback(L2Ball(0.5), head="classifier", memory_dir=folder, overwrite=True)
     root = tmp_path / "root"
     trainer = Trainer(max_epochs=1, callbacks=[callback], default_root_dir=str(root), **QUIET)
     with pytest.raises(MuterError, match="root.*muter-trained"):
@@ -258,7 +258,7 @@ def test_an_older_model_beside_a_memory_is_not_overwritten(
 
 def test_a_success_leaves_no_spare_model(tmp_path: Path) -> None:
     for folder in (None, str(tmp_path / "memory"), str(tmp_path / "memory")):
-        callback = MUterCallback(L2Ball(0.5), head="classifier", memory_dir=folder)
+        callback = MUterCallback(L2Ball(0.5), head="classifier", memory_dir=folder, overwrite=True)
         trainer = Trainer(
             max_epochs=1, callbacks=[callback], default_root_dir=str(tmp_path), **QUIET
         )
@@ -369,7 +369,7 @@ def test_two_processes_keep_the_model_before_the_pass(
     rescue = Rescue(trainer, None)
     rescue.keep()
     assert rescue.path.exists()
-    rescue.done(None)
+    rescue.done()
     assert not rescue.path.exists()
 
 

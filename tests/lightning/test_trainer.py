@@ -29,7 +29,6 @@ from lightning_muter import (
     adversarial_influence,
     total_hessian,
 )
-from lightning_muter.memory.store import FORMAT_VERSION
 
 
 def test_training_ends_stationary_with_a_summary() -> None:
@@ -142,6 +141,12 @@ def test_memory_on_disk_serves_another_process(tmp_path: Any) -> None:
         Trainer(**QUIET).unlearn(RemovalDataModule(data, [2]), model=fresh, memory=folder)
 
 
+def contents(folder: Any) -> dict[str, bytes]:
+    """What a folder keeps, without who wrote last and what a reader leaves open."""
+    kept = (p for p in folder.iterdir() if not p.name.endswith((".lock", "-wal", "-shm")))
+    return {p.name: p.read_bytes() for p in kept}
+
+
 @pytest.mark.parametrize(
     ("indices", "message"),
     [([99], "out of range"), ([1, 1], "twice"), ([2], "forgotten already"), (None, "all")],
@@ -153,11 +158,11 @@ def test_bad_requests_change_nothing(
     trainer.unlearn(RemovalDataModule(data, [2]))
     indices = [i for i in range(41) if i != 2] if indices is None else indices
     state = {k: v.clone() for k, v in model.state_dict().items()}
-    before, files = memory_of(callback), {p: p.read_bytes() for p in tmp_path.iterdir()}
+    before, files = memory_of(callback), contents(tmp_path)
     with pytest.raises(RemovalError, match=message):
         trainer.unlearn(RemovalDataModule(data, indices))
     assert memory_of(callback) is before
-    assert {p: p.read_bytes() for p in tmp_path.iterdir()} == files
+    assert contents(tmp_path) == files
     assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
 
 
@@ -186,31 +191,59 @@ def test_a_failed_write_changes_nothing(tmp_path: Any, monkeypatch: pytest.Monke
     def fail(*args: Any) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr("os.replace", fail)
-    with pytest.raises(OSError, match="disk full"):
+    monkeypatch.setattr("lightning_muter.memory.database.append", fail)
+    with pytest.raises(StateError, match="could not be written.*disk full"):
         trainer.unlearn(RemovalDataModule(data, [3]))
     monkeypatch.undo()
     assert memory_of(callback) is before and UnlearningMemory.load(tmp_path).ledger == ()
     assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
 
 
-@pytest.mark.parametrize("damage", ["truncate", "alter", "version", "missing"])
+def test_a_model_file_that_cannot_be_written_is_mended_at_the_next_opening(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer, callback, model, data = fit(memory_dir=str(tmp_path))
+
+    def fail(*args: Any) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr("lightning_muter.memory.model_file.prepare", fail)
+    with pytest.warns(UserWarning, match="is committed, but model.ckpt"):
+        trainer.unlearn(RemovalDataModule(data, [3]))
+    monkeypatch.undo()
+    assert UnlearningMemory.load(tmp_path).remaining == memory_of(callback).remaining
+    trainer.unlearn(RemovalDataModule(data, [4]))
+    kept = torch.load(tmp_path / "model.ckpt", weights_only=True)["state_dict"]
+    assert all(torch.equal(v, kept[k]) for k, v in model.state_dict().items())
+
+
+def test_the_folder_is_ahead_of_a_process_that_slept(tmp_path: Any) -> None:
+    """Another process forgets 5; this one then forgets 7: both stay forgotten."""
+    trainer, callback, model, data = fit(memory_dir=str(tmp_path))
+    other = Net().double()
+    other.load_state_dict(model.state_dict())
+    Trainer(**QUIET).unlearn(RemovalDataModule(data, [5]), model=other, memory=tmp_path)
+    trainer.unlearn(RemovalDataModule(data, [7]))
+    assert [e["indices"] for e in memory_of(callback).ledger] == [[5], [7]]
+    memory = memory_of(callback)
+    assert torch.equal(memory.settings.view(model).get(), memory.omega)
+    assert torch.equal(UnlearningMemory.load(tmp_path).omega, memory.omega)
+
+
+@pytest.mark.parametrize("damage", ["truncate", "alter", "older", "missing"])
 def test_damaged_memories_are_refused(damage: str, tmp_path: Any) -> None:
     _, _, model, data = fit(memory_dir=str(tmp_path))
-    state = next(tmp_path.glob("state-*.safetensors"))
-    content = state.read_bytes()
-    manifest = tmp_path / "manifest.json"
+    base, database = next(tmp_path.glob("base-*")), tmp_path / "memory.sqlite"
+    content = base.read_bytes()
     if damage == "truncate":
-        state.write_bytes(content[:-9])
+        base.write_bytes(content[:-9])
     elif damage == "alter":
-        state.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-    elif damage == "version":
-        text = manifest.read_text()
-        manifest.write_text(
-            text.replace(f'"format_version": {FORMAT_VERSION}', '"format_version": 99')
-        )
+        base.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    elif damage == "older":
+        database.unlink()
+        (tmp_path / "manifest.json").write_text('{"format_version": 2}')
     else:
-        manifest.unlink()
+        database.unlink()
     with pytest.raises(MemoryFormatError):
         Trainer(**QUIET).unlearn(RemovalDataModule(data, [1]), model=model, memory=tmp_path)
 

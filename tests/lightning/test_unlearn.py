@@ -203,7 +203,7 @@ def _points(case: Case, indices: list[int], **options: Any) -> Any:
         (lambda c: Later(c.data, [3, 4], 1), {}, OSError, "the disk is gone"),
         (_blanked, {"bound": True}, RemovalError, r"\[20, 30\]"),
         (_blanked, {"corrector_steps": 1}, RemovalError, r"\[20, 30\]"),
-        (_without_last, {}, RemovalError, "40 points"),
+        (_without_last, {"bound": True}, RemovalError, r"\[40\].*1 of 40"),
         (lambda c: _points(c, [3, 4, 3], batch_size=2), {}, RemovalError, "forgotten already"),
         (lambda c: _points(c, [3, 4, 5], batch_size=2, drop_last=True), {}, RemovalError, "out of"),
         (lambda c: _points(c, [3]), {"bound": True}, ConfigurationError, "RemovalDataModule"),

@@ -12,15 +12,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, RandomSampler, Sampler, WeightedRandomSampler
 
 from lightning_muter.errors import ConfigurationError
-from lightning_muter.memory.points import digest
 
-__all__ = ["PointCount", "Sampling", "digests_of", "sampling_of"]
-
-
-def digests_of(key: bytes, x: Tensor, targets: Tensor) -> list[bytes]:
-    """A keyed digest of each point of a batch."""
-    points = zip(x.detach().cpu(), targets.detach().cpu(), strict=True)
-    return [digest(key, point, target) for point, target in points]
+__all__ = ["PointCount", "Sampling", "sampling_of"]
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,9 @@ from lightning_muter.lightning.fidelity.flow import StepWatch, holds
 from lightning_muter.lightning.fidelity.frozen import FrozenPart
 from lightning_muter.lightning.fidelity.gradient import GradientWatch
 from lightning_muter.lightning.fidelity.outputs import head_outputs
-from lightning_muter.lightning.fidelity.points import PointCount, digests_of, sampling_of
+from lightning_muter.lightning.fidelity.points import PointCount, sampling_of
 from lightning_muter.lightning.kept_state import untouched
+from lightning_muter.memory.points import digests_of
 from lightning_muter.models import ModelView, measuring
 from lightning_muter.objectives.targets import check_targets
 

@@ -1,0 +1,101 @@
+"""The commands of the command line that take a memory's folder: export, report, verify."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from jsonargparse import ArgumentParser
+
+from lightning_muter.errors import ConfigurationError, MemoryFormatError
+from lightning_muter.memory import model_file
+from lightning_muter.memory.evidence import evidence
+from lightning_muter.memory.folder import MemoryStore
+from lightning_muter.memory.kept_model import bring_model_up_to_date, verified
+from lightning_muter.memory.report import write_report
+
+__all__ = ["MEMORY_COMMANDS", "check_target", "write_checkpoint"]
+
+
+def check_target(target: Path | None) -> None:
+    """Refuse a place that cannot be written, before the points are forgotten.
+
+    Raises:
+        ConfigurationError: with the place.
+    """
+    if target is None:
+        return
+    folder = target.parent
+    if target.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise ConfigurationError(
+            f"nothing can be saved as {target}: say --output with a file in a folder that "
+            "exists and can be written"
+        )
+
+
+def write_checkpoint(checkpoint: Mapping[str, Any], target: Path) -> None:
+    """Write a checkpoint in one step."""
+    partial = target.with_suffix(target.suffix + ".new")
+    try:
+        torch.save(dict(checkpoint), partial)
+        os.replace(partial, target)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    print(f"saved: {target}")
+
+
+def export(args: Sequence[str]) -> None:
+    """Write the current model of a memory as a checkpoint of its own."""
+    parser = ArgumentParser(
+        prog="lightning-muter export",
+        description="Write a memory's current model, without what was forgotten, as a checkpoint.",
+    )
+    parser.add_argument("--memory", type=str, required=True, help="the memory's folder")
+    parser.add_argument("--output", type=str, required=True, help="the checkpoint to write")
+    given: Any = parser.parse_args(list(args))
+    store, target = MemoryStore(given.memory), Path(given.output)
+    check_target(target)
+    if store.model_generation() is None:
+        raise MemoryFormatError(
+            f"{given.memory} was kept without a model: load the model's own checkpoint and put the "
+            "current parameters into it with UnlearningMemory.load(folder).restore(module)"
+        )
+    bring_model_up_to_date(store)
+    write_checkpoint(model_file.read(store.folder), target)
+
+
+def verify(args: Sequence[str]) -> None:
+    """Check every byte of a memory's folder and the chain of its ledger."""
+    parser = ArgumentParser(
+        prog="lightning-muter verify",
+        description="Check every field of a memory, and that its ledger is as it was written.",
+    )
+    parser.add_argument("memory", type=str, help="the memory's folder")
+    given: Any = parser.parse_args(list(args))
+    print(verified(MemoryStore(given.memory)))
+
+
+def report(args: Sequence[str]) -> None:
+    """Write what was forgotten when, with which evidence, as a page and as JSON."""
+    parser = ArgumentParser(
+        prog="lightning-muter report",
+        description="Write a memory's ledger and evidence as one page, and as JSON beside it.",
+    )
+    parser.add_argument("memory", type=str, help="the memory's folder")
+    parser.add_argument("--output", type=str, default="report.html", help="the page to write")
+    given: Any = parser.parse_args(list(args))
+    output = Path(given.output)
+    check_target(output)
+    for path in write_report(evidence(MemoryStore(given.memory)), output):
+        print(f"saved: {path}")
+
+
+MEMORY_COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
+    "export": export,
+    "report": report,
+    "verify": verify,
+}

@@ -1,0 +1,79 @@
+"""`rebase`: the verb that makes forgetting final, for any trainer."""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch.utils.data import Dataset
+
+from lightning_muter.errors import ConfigurationError
+from lightning_muter.lightning.borrowed import borrowed, kept_random_state
+from lightning_muter.lightning.commit import Destination
+from lightning_muter.lightning.data import training_points
+from lightning_muter.lightning.keeper import keeper_of
+from lightning_muter.lightning.process_group import process_group
+from lightning_muter.lightning.remaining import RemainingPoints, places_of
+from lightning_muter.lightning.unlearn import current_memory, module_of
+from lightning_muter.memory.memory import UnlearningMemory
+from lightning_muter.models import ModelView
+from lightning_muter.unlearning.methods import METHODS
+from lightning_muter.unlearning.rebase import Rebased
+from lightning_muter.unlearning.rebase import rebase as rebased
+from lightning_muter.unlearning.result import RebaseResult
+
+__all__ = ["rebase"]
+
+
+def rebase(
+    trainer: pl.Trainer,
+    datamodule: pl.LightningDataModule | Dataset[Any],
+    model: pl.LightningModule | None = None,
+    memory: UnlearningMemory | str | os.PathLike[str] | None = None,
+    newton_steps: int = 10,
+) -> RebaseResult:
+    """`Trainer.rebase` for any trainer."""
+    start, keeper = time.perf_counter(), keeper_of(trainer)
+    module = module_of(trainer, model)
+    destination = Destination.of(memory, keeper, process_group(trainer))
+    group = destination.group
+    with destination.writing():
+        with kept_random_state(group.device), group.together():
+            state = current_memory(destination, keeper)
+            if not METHODS[state.settings.method].has_memory:
+                raise ConfigurationError(
+                    f"method={state.settings.method!r} keeps no curvature: there is nothing to "
+                    "rebase"
+                )
+            view = state.settings.view(module)
+            destination.check_model(state, view)
+            points = training_points(datamodule)
+            rest = RemainingPoints(state, points, places_of(state, points), group)
+        with kept_random_state(group.device), borrowed(view, group.device):
+            found = _measured(state.to(group.device), view, rest, newton_steps)
+        committed = destination.replace(found.memory.to(state.omega_star.device), view)
+    return RebaseResult(
+        points=committed.n,
+        gradient_before=found.before.residual,
+        gradient=found.residual,
+        gradient_of_training=found.level,
+        newton_steps=found.steps,
+        seconds=time.perf_counter() - start,
+        openings=found.openings,
+        warnings=committed.warnings,
+    )
+
+
+def _measured(
+    state: UnlearningMemory, view: ModelView, rest: RemainingPoints, steps: int
+) -> Rebased:
+    """The new memory; the module is where it was."""
+    before = view.get()
+    try:
+        with torch.inference_mode(False):
+            return rebased(state, view, rest.numbered(view, os.urandom(16)), rest.group, steps)
+    finally:
+        view.set(before)

@@ -1,0 +1,165 @@
+"""Which training points the rows of a data set are, by their content."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lightning_muter.errors import RemovalError
+from lightning_muter.memory.points import DIGEST_BYTES, listing, refuse_changed
+
+__all__ = ["KnownPoints", "Match", "Places"]
+
+
+@dataclass(frozen=True)
+class Match:
+    """The training index of each row, or None.
+
+    Attributes:
+        indices: of the rows, no index twice.
+        unknown: rows whose content no training point has.
+        surplus: rows whose content training points have, all of which are other rows.
+    """
+
+    indices: list[int | None]
+    unknown: list[int]
+    surplus: list[int]
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where the training points lie in a data set.
+
+    Attributes:
+        rows: the row (n,) of each training point, -1 where it has none.
+        new: how many rows are no training point's.
+    """
+
+    rows: Tensor
+    new: int
+
+
+@dataclass(frozen=True)
+class KnownPoints:
+    """The training points by content; every look-up is linear, whatever is equal to what.
+
+    Attributes:
+        digests: of the points (n, 16).
+        removed: which of them were forgotten (n,).
+        weights: how much each counted in training (n,).
+    """
+
+    digests: Tensor
+    removed: Tensor
+    weights: Tensor
+
+    @property
+    def living(self) -> Tensor:
+        """Which points were trained on and are left (n,)."""
+        return ~self.removed.cpu() & (self.weights.cpu() > 0)
+
+    def match(
+        self, rows: Sequence[bytes], positions: Sequence[int] = (), fixed: Tensor | None = None
+    ) -> Match:
+        """The training points that rows are.
+
+        A row at position i with the content of point i is that point. Any other row is, among the
+        points of its content that no row is yet, the first that is left, else the first forgotten.
+
+        Args:
+            rows: their digests.
+            positions: of the rows in their data set; they say nothing where there are none.
+            fixed: which points (n,) a position can name; all by default.
+        """
+        found = self._in_place(rows, positions, fixed)
+        others = [k for k, index in enumerate(found) if index is None]
+        taken = {index for index in found if index is not None}
+        free = self._free({rows[k] for k in others}, taken)
+        unknown, surplus = [], []
+        for k in others:
+            same = free[rows[k]]
+            if same is None:
+                unknown.append(k)
+            elif same:
+                found[k] = same.pop()
+            else:
+                surplus.append(k)
+        return Match(found, unknown, surplus)
+
+    def _in_place(
+        self, rows: Sequence[bytes], positions: Sequence[int], fixed: Tensor | None
+    ) -> list[int | None]:
+        found: list[int | None] = [None] * len(rows)
+        n = len(self.digests)
+        inside = [(k, i) for k, i in enumerate(positions) if 0 <= i < n]
+        held = self.digests[[i for _, i in inside]].cpu().numpy()
+        can = [True] * n if fixed is None else fixed.tolist()
+        for (k, i), digest in zip(inside, held, strict=True):
+            if can[i] and digest.tobytes() == rows[k]:
+                found[k] = i
+        return found
+
+    def _free(self, wanted: set[bytes], taken: set[int]) -> dict[bytes, list[int] | None]:
+        """The points of some contents that are not taken, the first choice at the end."""
+        free: dict[bytes, list[int] | None] = dict.fromkeys(wanted)
+        if not wanted:
+            return free
+        stored = self.digests.cpu().contiguous().numpy().tobytes()
+        for i in range(len(self.digests)):
+            one = stored[i * DIGEST_BYTES : (i + 1) * DIGEST_BYTES]
+            if one in free:
+                same = free[one] or []
+                free[one] = same
+                if i not in taken:
+                    same.append(i)
+        trained = (self.weights.cpu() > 0).long()
+        rank = (trained + trained * ~self.removed.cpu()).tolist()  # never trained on: 0, left: 2
+        for same_or_none in free.values():
+            if same_or_none is not None:
+                same_or_none.sort(key=lambda i: (rank[i], -i))
+        return free
+
+    def named(self, rows: Sequence[bytes], positions: Sequence[int] = ()) -> list[int]:
+        """The training index of each row of a request, forgotten ones among them.
+
+        Raises:
+            RemovalError: a row is no training point, or one more than there are of its content.
+        """
+        found = self.match(rows, positions)
+        if found.unknown and positions:
+            refuse_changed([positions[k] for k in found.unknown])
+        if found.unknown:
+            raise RemovalError(
+                f"point {found.unknown[0]} of the batch was never trained on: no training point "
+                "has its content (same values, dtype and shape)"
+            )
+        if found.surplus:
+            k = found.surplus[0]
+            name = f"index {positions[k]}" if positions else f"point {k} of the batch"
+            same = self.match([rows[k]] * len(self.digests)).indices
+            have = sorted(i for i in same if i is not None)
+            raise RemovalError(
+                f"{name} was forgotten already, or named twice: no other training points than "
+                f"{listing(have)} have its content; name each once"
+            )
+        return [index for index in found.indices if index is not None]
+
+    def repeated(self, indices: Sequence[int]) -> bool:
+        """Whether a forgotten one among the points has an equal that is left."""
+        gone = self.removed.cpu()[list(indices)]
+        forgotten = self.digests[list(indices)].cpu()[gone].numpy()
+        left = self.match(list({row.tobytes() for row in forgotten})).indices
+        return any(bool(self.living[i]) for i in left if i is not None)
+
+    def places(self, rows: Sequence[bytes]) -> Places:
+        """Where the points lie in a data set of these rows, those that are left first of all."""
+        found = self.match(rows, range(len(rows)), fixed=self.living)
+        where = torch.full((len(self.digests),), -1, dtype=torch.long)
+        held = [(i, row) for row, i in enumerate(found.indices) if i is not None]
+        if held:
+            pairs = torch.tensor(held)
+            where[pairs[:, 0]] = pairs[:, 1]
+        return Places(where, len(found.unknown) + len(found.surplus))
