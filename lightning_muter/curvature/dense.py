@@ -13,7 +13,7 @@ from lightning_muter.curvature.point import PointCurvature
 from lightning_muter.curvature.removed import RemovedPoints
 from lightning_muter.linalg.cg import conjugate_gradients
 from lightning_muter.linalg.cholesky import DenseSolver
-from lightning_muter.linalg.solution import Solution, Status
+from lightning_muter.linalg.solution import Solution, Status, relative_residual
 
 __all__ = ["DenseCurvature", "DowndatedSolver", "Solver"]
 
@@ -146,10 +146,11 @@ class DenseCurvature:
 
 
 class DowndatedSolver:
-    """Solves M x = b with M_0's factor as the preconditioner of conjugate gradients.
+    """Solves M x = b by conjugate gradients, with M_0 = L Lᵀ as the preconditioner.
 
-    M is M_0 less a little, so that a few iterations end at rounding. Where M_0 or M is not positive
-    definite, or is too far from M_0, M is formed and treated as `DenseSolver` treats a matrix.
+    They run on I - L⁻¹ (Σ_S D_i) L⁻ᵀ, which is the identity less a little: a few iterations end at
+    rounding, and none of them multiplies by M_0. Where M_0 or M is not positive definite, or is too
+    far from M_0, M is formed and treated as `DenseSolver` treats a matrix.
     """
 
     def __init__(self, curvature: DenseCurvature) -> None:
@@ -167,12 +168,18 @@ class DowndatedSolver:
             SolverError: the solution is not finite.
         """
         if self._base.definite:
-            found = conjugate_gradients(
-                self.curvature.matvec, rhs, self._base.inverse, _TOL, _ITERATIONS
-            )
+            start = self._base.half(rhs)
+            found = conjugate_gradients(self._preconditioned, start, None, _TOL, _ITERATIONS)
             if found.status is Status.CONVERGED:
-                return found
+                value = self._base.other_half(found.value)
+                residual = relative_residual(self.curvature.matvec(value) - rhs, rhs)
+                return Solution(value, residual, found.iterations, found.status)
         return self._own.solve(rhs)
+
+    def _preconditioned(self, v: Tensor) -> Tensor:
+        """v - L⁻¹ (Σ_S D_i) L⁻ᵀ v (p,)."""
+        removed = self.curvature.removed.matvec(self._base.other_half(v))
+        return v - self._base.half(removed)
 
 
 #: what `DenseCurvature.solver` returns

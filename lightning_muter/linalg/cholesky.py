@@ -44,7 +44,7 @@ class DenseSolver:
         pivots = torch.diagonal(factor)
         definite = int(info) == 0
         definite = definite and float(pivots.min()) ** 2 > _SINGULAR * float(pivots.max()) ** 2
-        self._factor = factor if definite else None
+        self._factor: Tensor | None = factor if definite else None
 
     @property
     def definite(self) -> bool:
@@ -64,21 +64,34 @@ class DenseSolver:
         """
         if self._factor is None:
             return self._indefinite(rhs) or self._spectral(rhs)
-        value = self.inverse(rhs)
+        value = self.other_half(self.half(rhs))
         residual = relative_residual(self.matrix @ value - rhs, rhs)
         return finite(Solution(value, residual, 0, Status.CONVERGED))
 
-    def inverse(self, rhs: Tensor) -> Tensor:
-        """A⁻¹ b (p,) of a definite A, without its residual: a preconditioner's product.
+    def half(self, rhs: Tensor) -> Tensor:
+        """L⁻¹ b (p,) of a definite A = L Lᵀ.
 
         Raises:
             SolverError: A is not positive definite.
         """
+        factor, column = self._cholesky().mT, rhs.unsqueeze(1)
+        found: Tensor = torch.linalg.solve_triangular(factor, column, upper=False).squeeze(1)
+        return found
+
+    def other_half(self, rhs: Tensor) -> Tensor:
+        """L⁻ᵀ b (p,) of a definite A = L Lᵀ.
+
+        Raises:
+            SolverError: A is not positive definite.
+        """
+        factor, column = self._cholesky(), rhs.unsqueeze(1)
+        found: Tensor = torch.linalg.solve_triangular(factor, column, upper=True).squeeze(1)
+        return found
+
+    def _cholesky(self) -> Tensor:
         if self._factor is None:
             raise SolverError("the matrix is not positive definite: it has no Cholesky factor")
-        half = torch.linalg.solve_triangular(self._factor.mT, rhs.unsqueeze(1), upper=False)
-        found: Tensor = torch.linalg.solve_triangular(self._factor, half, upper=True).squeeze(1)
-        return found
+        return self._factor
 
     def _indefinite(self, rhs: Tensor) -> Solution | None:
         """By LDLᵀ, where A is large and regular: not positive definite, it is then indefinite."""
