@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from jsonargparse import ActionConfigFile, ArgumentParser  # type: ignore[attr-defined]
-from pytorch_lightning.loggers import Logger
 
 from lightning_muter.evaluation.experiment import Experiment
 from lightning_muter.evaluation.markdown import render, update_tables
 from lightning_muter.evaluation.plots import plot_comparison, plot_pareto
 from lightning_muter.evaluation.results_table import Cell, Table
 from lightning_muter.evaluation.runner import run
+from lightning_muter.lightning.flavour import pl
 
 __all__ = ["COMMANDS", "DATA_VARIABLE"]
 
@@ -34,7 +34,10 @@ def evaluate(args: Sequence[str]) -> None:
     parser.add_argument("--output", type=str, required=True, help="a folder of its own")
     parser.add_argument("--data", type=str | None, default=None, help="the folder of data files")
     parser.add_argument(
-        "--logger", type=Logger | None, default=None, help="a Lightning logger for live metrics"
+        "--logger",
+        type=pl.loggers.Logger | None,
+        default=None,
+        help="a Lightning logger for live metrics",
     )
     config = parser.parse_args(list(args))
     if config.data is not None:
@@ -47,7 +50,7 @@ def evaluate(args: Sequence[str]) -> None:
     print(render(table, "distance_relative", table.removals(), table.methods()))
 
 
-def _live(logger: Logger | None) -> Callable[[list[Cell]], None] | None:
+def _live(logger: pl.loggers.Logger | None) -> Callable[[list[Cell]], None] | None:
     if logger is None:
         return None
 

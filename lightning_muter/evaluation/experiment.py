@@ -6,10 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
-import pytorch_lightning as pl
-
 from lightning_muter.errors import ConfigurationError
 from lightning_muter.evaluation.judge import Attacks
+from lightning_muter.lightning.flavour import pl
 from lightning_muter.objectives.losses import resolve_loss
 from lightning_muter.spec import Settings
 from lightning_muter.threats import Threat

@@ -15,7 +15,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import pytorch_lightning as pl
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -30,6 +29,7 @@ from lightning_muter.evaluation.results_table import Cell, Table
 from lightning_muter.evaluation.run_folder import claim
 from lightning_muter.lightning.callback import MUterCallback
 from lightning_muter.lightning.data import RemovalDataModule, training_points
+from lightning_muter.lightning.flavour import pl
 from lightning_muter.lightning.trainer import Trainer
 from lightning_muter.memory.memory import UnlearningMemory
 from lightning_muter.memory.points import digest
@@ -90,7 +90,7 @@ def run(
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    logger = logging.getLogger("pytorch_lightning")
+    logger = logging.getLogger(pl.__name__)
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
-import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 from torchmetrics import MeanMetric, SumMetric
@@ -17,6 +16,7 @@ from lightning_muter.adversary.ascent import (
 )
 from lightning_muter.adversary.attack_library import Attack
 from lightning_muter.errors import ConfigurationError, MuterError
+from lightning_muter.lightning.flavour import pl
 from lightning_muter.models import evaluating
 from lightning_muter.objectives.losses import LossFunction, resolve_loss
 from lightning_muter.threats import Threat

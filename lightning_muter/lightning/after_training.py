@@ -7,14 +7,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-import pytorch_lightning as pl
 import torch
-from pytorch_lightning.utilities import rank_zero_info
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from lightning_muter.errors import ConfigurationError
 from lightning_muter.lightning.data import TrainingPoints
+from lightning_muter.lightning.flavour import pl, rank_zero_info
 from lightning_muter.lightning.preflight import Preflight, rehearse, time_pass
 from lightning_muter.lightning.process_group import process_group
 from lightning_muter.lightning.rescue import check_not_stopped

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
-import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
@@ -25,6 +24,7 @@ from lightning_muter.lightning.fidelity.averaging import check_order
 from lightning_muter.lightning.fidelity.decay import check_held, decay_of, declared_penalty
 from lightning_muter.lightning.fidelity.flow import check_rates
 from lightning_muter.lightning.fidelity.watch import TrainingWatch
+from lightning_muter.lightning.flavour import pl, refuse_other
 from lightning_muter.lightning.folder import check_free, create, model_path, rewritten
 from lightning_muter.lightning.keeper import MemoryKeeper
 from lightning_muter.lightning.kept_state import KeptState
@@ -193,6 +193,7 @@ class MUterCallback(MemoryKeeper, AdversarialTraining):
     # --- before training ------------------------------------------------------------------------
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        refuse_other(trainer=trainer, model=pl_module)
         if not hasattr(trainer, "unlearn"):
             trainer.unlearn = types.MethodType(unlearn, trainer)  # type: ignore[attr-defined]
         if stage != "fit":

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import pytorch_lightning as pl
 import torch
-from pytorch_lightning.cli import ArgsType, LightningCLI
 from torch.utils.data import DataLoader
 
 from lightning_muter.errors import ConfigurationError
 from lightning_muter.evaluation.commands import COMMANDS
 from lightning_muter.lightning.data import RemovalDataModule
+from lightning_muter.lightning.flavour import pl
 from lightning_muter.lightning.memory_commands import (
     MEMORY_COMMANDS,
     check_target,
@@ -30,6 +30,13 @@ from lightning_muter.memory.kept_model import bring_model_up_to_date
 from lightning_muter.unlearning.result import RebaseResult, UnlearningResult
 
 __all__ = ["CLITrainer", "MUterCLI", "main"]
+
+
+if TYPE_CHECKING:
+    from pytorch_lightning.cli import ArgsType, LightningCLI
+else:
+    _cli = importlib.import_module(f"{pl.__name__}.cli")
+    ArgsType, LightningCLI = _cli.ArgsType, _cli.LightningCLI
 
 
 class CLITrainer(Trainer):

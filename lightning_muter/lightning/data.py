@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
-import pytorch_lightning as pl
 import torch
 from torch import Tensor
 from torch.utils.data import (
@@ -21,6 +20,7 @@ from torch.utils.data import (
 )
 
 from lightning_muter.errors import ConfigurationError, RemovalError
+from lightning_muter.lightning.flavour import pl, refuse_other
 from lightning_muter.memory.ids import id_texts
 from lightning_muter.memory.points import digests_of, integer, listing, training_indices
 from lightning_muter.unlearning.points import Batch, unweighted
@@ -221,6 +221,7 @@ class RemovalDataModule(pl.LightningDataModule):
         super().__init__()
         if (indices is None) == (ids is None):
             raise RemovalError("give one of indices=[...] and ids=[...]: they name the points")
+        refuse_other(datamodule=datamodule_or_dataset)
         self.source = datamodule_or_dataset
         self.indices = [] if indices is None else training_indices(indices)
         self.ids = None if ids is None else _keys(ids)

@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from pytorch_lightning.utilities import rank_zero_only
-
 from lightning_muter.errors import ConfigurationError
+from lightning_muter.lightning.flavour import rank_zero_only
 from lightning_muter.lightning.rescue import Rescue
 from lightning_muter.memory import model_file
 from lightning_muter.memory.folder import MemoryStore

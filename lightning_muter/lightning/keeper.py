@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Literal
 
-import pytorch_lightning as pl
 from torch import Tensor
 
+from lightning_muter.lightning.flavour import pl
 from lightning_muter.lightning.point_ids import Ids
 from lightning_muter.memory.memory import UnlearningMemory
 from lightning_muter.spec import Settings

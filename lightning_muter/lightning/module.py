@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import pytorch_lightning as pl
 import torch
 
 from lightning_muter.errors import StateError
 from lightning_muter.lightning.commit import Destination
+from lightning_muter.lightning.flavour import pl
 from lightning_muter.lightning.keeper import MemoryKeeper
 from lightning_muter.lightning.process_group import process_group
 from lightning_muter.memory.folder import MemoryStore

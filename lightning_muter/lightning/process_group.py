@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
 from lightning_muter.errors import ConfigurationError
+from lightning_muter.lightning.flavour import pl
 from lightning_muter.parallel import Group
 
 __all__ = ["process_group"]

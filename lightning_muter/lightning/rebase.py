@@ -6,7 +6,6 @@ import os
 import time
 from typing import Any
 
-import pytorch_lightning as pl
 import torch
 from torch.utils.data import Dataset
 
@@ -14,6 +13,7 @@ from lightning_muter.errors import ConfigurationError
 from lightning_muter.lightning.borrowed import borrowed, kept_random_state
 from lightning_muter.lightning.commit import Destination
 from lightning_muter.lightning.data import training_points
+from lightning_muter.lightning.flavour import pl
 from lightning_muter.lightning.keeper import keeper_of
 from lightning_muter.lightning.process_group import process_group
 from lightning_muter.lightning.remaining import RemainingPoints, places_of

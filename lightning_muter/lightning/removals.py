@@ -9,7 +9,6 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import pytorch_lightning as pl
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -17,6 +16,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from lightning_muter.errors import RemovalError
 from lightning_muter.lightning.data import RemovalDataModule, TrainingPoints
+from lightning_muter.lightning.flavour import pl
 from lightning_muter.memory.memory import UnlearningMemory
 from lightning_muter.memory.points import check_batch, check_free, check_named, digests_of, listing
 

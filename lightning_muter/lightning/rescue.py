@@ -8,11 +8,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import pytorch_lightning as pl
 import torch
-from pytorch_lightning.utilities import rank_zero_info
 
 from lightning_muter.errors import StateError
+from lightning_muter.lightning.flavour import pl, rank_zero_info
 
 __all__ = ["Rescue", "check_not_stopped"]
 

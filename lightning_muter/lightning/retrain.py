@@ -6,7 +6,6 @@ import copy
 import time
 from typing import Any
 
-import pytorch_lightning as pl
 import torch
 from torch.utils.data import DataLoader, Subset
 
@@ -14,6 +13,7 @@ from lightning_muter.curvature.removed import RemovedPoints
 from lightning_muter.errors import ConfigurationError, StateError
 from lightning_muter.lightning.commit import Destination
 from lightning_muter.lightning.data import TrainingPoints
+from lightning_muter.lightning.flavour import pl
 from lightning_muter.lightning.keeper import MemoryKeeper
 from lightning_muter.lightning.removals import Asked
 from lightning_muter.linalg.solution import Status

@@ -1,13 +1,15 @@
-"""`Trainer`: pytorch_lightning's, with the verbs ``unlearn`` and ``rebase``."""
+"""`Trainer`: Lightning's, with the verbs ``unlearn`` and ``rebase``."""
 
 from __future__ import annotations
 
+import functools
 import os
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import Any, Literal, ParamSpec, TypeVar
 
-import pytorch_lightning as pl
 from torch.utils.data import DataLoader, Dataset
 
+from lightning_muter.lightning.flavour import pl, refuse_other
 from lightning_muter.lightning.rebase import rebase
 from lightning_muter.lightning.unlearn import unlearn
 from lightning_muter.memory.memory import UnlearningMemory
@@ -15,9 +17,32 @@ from lightning_muter.unlearning.result import RebaseResult, UnlearningResult
 
 __all__ = ["Trainer"]
 
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def _of_one_package(verb: Callable[P, R]) -> Callable[P, R]:
+    """A verb of Lightning's trainer that refuses what is of the other one of its packages."""
+
+    @functools.wraps(verb)
+    def checked(*args: P.args, **kwargs: P.kwargs) -> R:
+        trainer: Any = args[0]
+        for one in (*args, *kwargs.values(), *trainer.callbacks):
+            refuse_other(object=one)
+        return verb(*args, **kwargs)
+
+    return checked
+
 
 class Trainer(pl.Trainer):
-    """``pytorch_lightning.Trainer`` that can also forget training points."""
+    """Lightning's ``Trainer`` that can also forget training points.
+
+    Raises:
+        ConfigurationError: a callback, model or datamodule is of the other one of Lightning's
+            packages.
+    """
+
+    fit = _of_one_package(pl.Trainer.fit)
 
     def unlearn(
         self,

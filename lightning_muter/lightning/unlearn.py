@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from typing import Any, Literal
 
-import pytorch_lightning as pl
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -22,6 +21,7 @@ from lightning_muter.lightning.borrowed import (
 )
 from lightning_muter.lightning.commit import Destination
 from lightning_muter.lightning.data import RemovalDataModule
+from lightning_muter.lightning.flavour import pl, refuse_other
 from lightning_muter.lightning.keeper import MemoryKeeper, keeper_of
 from lightning_muter.lightning.module import UnlearningModule
 from lightning_muter.lightning.process_group import process_group
@@ -184,6 +184,7 @@ class _Extras:
 
 def module_of(trainer: pl.Trainer, model: pl.LightningModule | None) -> pl.LightningModule:
     """The user's own module, without what a compiler or a predict loop wrapped around it."""
+    refuse_other(model=model)
     module = model if model is not None else trainer.lightning_module
     if module is None:
         raise StateError("there is no model to unlearn in: fit first, or give model=...")

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import pytorch_lightning as pl
-
 from lightning_muter.errors import ConfigurationError
+from lightning_muter.lightning.flavour import pl
 
 __all__ = ["check_order"]
 

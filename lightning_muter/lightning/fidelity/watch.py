@@ -7,9 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import pytorch_lightning as pl
 import torch
-from pytorch_lightning.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -21,6 +19,7 @@ from lightning_muter.lightning.fidelity.frozen import FrozenPart
 from lightning_muter.lightning.fidelity.gradient import GradientWatch
 from lightning_muter.lightning.fidelity.outputs import head_outputs
 from lightning_muter.lightning.fidelity.points import PointCount, sampling_of
+from lightning_muter.lightning.flavour import pl, rank_zero_info
 from lightning_muter.lightning.kept_state import untouched
 from lightning_muter.memory.points import digests_of
 from lightning_muter.models import ModelView, measuring
