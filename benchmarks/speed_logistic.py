@@ -12,7 +12,7 @@ from common import Logistic, arguments, one_or_seven
 from lightning_muter import L2Ball
 from lightning_muter.memory.memory import UnlearningMemory
 from lightning_muter.models import LinearHead, measuring
-from lightning_muter.objectives.losses import resolve_loss
+from lightning_muter.objectives.resolve import resolve_loss
 from lightning_muter.spec import Settings
 from lightning_muter.unlearning.objective import RobustObjective
 from lightning_muter.unlearning.points import unweighted

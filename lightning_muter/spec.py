@@ -12,7 +12,9 @@ from torch import nn
 from lightning_muter.errors import ConfigurationError, MemoryFormatError
 from lightning_muter.identity import fingerprint_of, identify, import_path
 from lightning_muter.models import ModelView, view_of
-from lightning_muter.objectives.losses import LOSSES, LossFunction, PointLoss, resolve_loss
+from lightning_muter.objectives.losses import LOSSES, LossFunction, PointLoss
+from lightning_muter.objectives.resolve import as_value, resolve_loss
+from lightning_muter.objectives.torch_losses import TorchLoss
 from lightning_muter.responses import resolve_response
 from lightning_muter.threats import L2Ball, LinfBall, Threat
 from lightning_muter.unlearning.methods import resolve_method
@@ -40,7 +42,7 @@ class Settings:
     threat: Threat
     head: str | None
     parameters: tuple[str, ...] | None
-    loss: str | LossFunction
+    loss: str | LossFunction | TorchLoss
     response: str
     inverse: str
     neumann_order: int
@@ -53,6 +55,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         resolve_method(self.method)
+        object.__setattr__(self, "loss", as_value(self.loss))
         resolve_loss(self.loss)
         resolve_response(self.response, self.inverse, self.neumann_order, self.sketch)
         if not isinstance(self.threat, Threat):
@@ -127,7 +130,11 @@ class Settings:
                     "a file's word is not enough to run one: give the trainer the MUterCallback "
                     "that built this memory"
                 )
-            values = {**data, "threat": _THREATS[threat.pop("own")](**threat), "loss": loss["own"]}
+            values = {
+                **data,
+                "threat": _THREATS[threat.pop("own")](**threat),
+                "loss": _loss_of(loss),
+            }
             if values["parameters"] is not None:
                 values["parameters"] = tuple(values["parameters"])
             found = cls(**values)
@@ -153,11 +160,19 @@ class Settings:
         return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 
 
-def _loss_identity(loss: str | LossFunction | PointLoss) -> dict[str, Any]:
+def _loss_identity(loss: str | LossFunction | PointLoss | TorchLoss) -> dict[str, Any]:
     if isinstance(loss, str):
         return {"own": loss}
+    if isinstance(loss, TorchLoss):
+        return loss.to_dict()
     own = [name for name, one in LOSSES.items() if one is loss]
     return {"own": own[0]} if own else {**identify(loss)}
+
+
+def _loss_of(data: Mapping[str, Any]) -> str | TorchLoss:
+    """The inverse of `_loss_identity`, for losses that no code of the user's makes."""
+    name: str | TorchLoss = TorchLoss.from_dict(data) if "torch" in data else data["own"]
+    return name
 
 
 def _threat_identity(threat: Threat) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Literal
 from lightning_muter.errors import ConfigurationError
 from lightning_muter.evaluation.judge import Attacks
 from lightning_muter.lightning.flavour import pl
-from lightning_muter.objectives.losses import resolve_loss
+from lightning_muter.objectives.resolve import resolve_loss
 from lightning_muter.spec import Settings
 from lightning_muter.threats import Threat
 

@@ -18,7 +18,7 @@ from lightning_muter.adversary.attack_library import Attack
 from lightning_muter.errors import ConfigurationError, MuterError
 from lightning_muter.lightning.flavour import pl
 from lightning_muter.models import evaluating
-from lightning_muter.objectives.losses import LossFunction, resolve_loss
+from lightning_muter.objectives.resolve import AnyLoss, resolve_loss
 from lightning_muter.threats import Threat
 
 __all__ = ["AdversarialTraining"]
@@ -46,7 +46,7 @@ class AdversarialTraining(pl.Callback):
         self,
         threat: Threat,
         attack: Attack | None = None,
-        loss: str | LossFunction = "cross_entropy",
+        loss: AnyLoss = "cross_entropy",
         attack_steps: int = 10,
         attack_step_size: float | None = None,
         random_start: bool = True,

@@ -36,7 +36,7 @@ from lightning_muter.memory.ids import id_digests
 from lightning_muter.memory.memory import UnlearningMemory
 from lightning_muter.memory.rebase_policy import RebasePolicy
 from lightning_muter.models.names import listed
-from lightning_muter.objectives.losses import LossFunction
+from lightning_muter.objectives.resolve import AnyLoss, as_value
 from lightning_muter.options import Ascent, Options, flat
 from lightning_muter.spec import Settings
 from lightning_muter.threats import Threat
@@ -71,7 +71,8 @@ class MUterCallback(MemoryKeeper, AdversarialTraining):
         threat: the constraint set.
         head: dotted name of the linear layer that is trained.
         parameters: names of the trained parameters instead of a head.
-        loss: "cross_entropy", "logistic", "squared", or a callable (outputs, targets) -> (n,).
+        loss: "cross_entropy", "logistic", "squared"; a loss module of torch by its own arguments,
+            ``nn.CrossEntropyLoss(label_smoothing=0.1)``; or a callable (outputs, targets) -> (n,).
         method: a row of ``METHODS``.
         attack: the training attack: an `Attack` of a library, or an `Ascent`; None for the threat's
             own ascent as the three keywords below describe it.
@@ -118,7 +119,7 @@ class MUterCallback(MemoryKeeper, AdversarialTraining):
         threat: Threat,
         head: str | None = None,
         parameters: Sequence[str] | None = None,
-        loss: str | LossFunction = "cross_entropy",
+        loss: AnyLoss = "cross_entropy",
         method: str = "muter",
         attack: Attack | Ascent | None = None,
         response: str | Options = "constrained",
@@ -151,7 +152,7 @@ class MUterCallback(MemoryKeeper, AdversarialTraining):
             threat=threat,
             head=head,
             parameters=listed(parameters),
-            loss=loss,
+            loss=as_value(loss),
             weight_decay=weight_decay or 0.0,
             horizon=None if horizon == "training" else horizon,
             **keywords,

@@ -11,7 +11,8 @@ from lightning_muter.models.autodiff import Autodiff
 from lightning_muter.models.base import ModelView
 from lightning_muter.models.linear_head import FeatureHead, LinearHead
 from lightning_muter.models.names import listed
-from lightning_muter.objectives.losses import LossFunction, PointLoss, resolve_loss
+from lightning_muter.objectives.losses import PointLoss
+from lightning_muter.objectives.resolve import AnyLoss, resolve_loss
 
 __all__ = ["view_of"]
 
@@ -21,7 +22,7 @@ _HEADS: dict[str, type[LinearHead]] = {"input": LinearHead, "features": FeatureH
 
 def view_of(
     module: nn.Module,
-    loss: str | LossFunction | PointLoss,
+    loss: AnyLoss | PointLoss,
     head: str | None = None,
     parameters: Sequence[str] | None = None,
     space: str = "input",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -14,9 +15,11 @@ from lightning_muter.errors import ConfigurationError
 from lightning_muter.linalg.rows import own_scale
 from lightning_muter.objectives.link import IDENTITY, SOFTPLUS, Link
 
-__all__ = ["LOG_ODDS", "LOSSES", "LossFunction", "PointLoss", "Slope", "resolve_loss"]
+__all__ = ["LOG_ODDS", "LOSSES", "LossFunction", "PointLoss", "Slope", "TargetKind"]
 
 LossFunction = Callable[[Tensor, Tensor], Tensor]
+#: what the targets of a loss are: numbers of classes, 0 or 1, shares in [0, 1], any numbers
+TargetKind = Literal["classes", "binary", "shares", "numbers"]
 
 
 def _cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
@@ -119,6 +122,7 @@ class PointLoss:
     r (n, C) and S (n, C, C); without it both come from ``torch.func`` point by point. ``level``
     maps them to what an adversary ascends in the loss's place, and ``link`` that to the loss;
     without it the loss itself is ascended. ``classifies``: outputs are logits of classes.
+    ``target_kind`` says what its targets have to be.
     """
 
     name: str
@@ -128,6 +132,7 @@ class PointLoss:
     level: LossFunction | None = None
     link: Link = IDENTITY
     classifies: bool = True
+    target_kind: TargetKind = "numbers"
 
     def __call__(self, outputs: Tensor, targets: Tensor) -> Tensor:
         if self.one_output and outputs.numel() != len(outputs):
@@ -179,6 +184,8 @@ class PointLoss:
             return None
         if outputs.ndim == 1 or outputs.shape[1] == 1:
             return (outputs.reshape(-1) > 0) == (targets.reshape(-1) > 0.5)
+        if targets.shape == outputs.shape:  # several labels a point: all of them
+            return ((outputs > 0) == (targets > 0.5)).all(dim=1)
         return outputs.argmax(dim=1) == targets
 
 
@@ -189,6 +196,7 @@ LOSSES: dict[str, PointLoss] = {
         _cross_entropy_derivatives,
         level=_class_odds,
         link=SOFTPLUS,
+        target_kind="classes",
     ),
     "logistic": PointLoss(
         "logistic",
@@ -197,6 +205,7 @@ LOSSES: dict[str, PointLoss] = {
         one_output=True,
         level=_sign_odds,
         link=SOFTPLUS,
+        target_kind="binary",
     ),
     "squared": PointLoss(
         "squared", _squared, _squared_derivatives, one_output=True, classifies=False
@@ -205,23 +214,3 @@ LOSSES: dict[str, PointLoss] = {
 
 #: what an attack on a classifier's accuracy ascends, whatever it was trained with
 LOG_ODDS = PointLoss("log_odds", _log_odds)
-
-
-def resolve_loss(loss: str | LossFunction | PointLoss) -> PointLoss:
-    """The `PointLoss` for a name of ``LOSSES`` or a callable (outputs, targets) -> (n,).
-
-    Raises:
-        ConfigurationError: the name is unknown or the value is not callable.
-    """
-    if isinstance(loss, PointLoss):
-        return loss
-    if isinstance(loss, str):
-        if loss not in LOSSES:
-            raise ConfigurationError(
-                f"loss={loss!r} is unknown; expected one of {sorted(LOSSES)} or a callable "
-                "(outputs, targets) -> per-point losses"
-            )
-        return LOSSES[loss]
-    if not callable(loss):
-        raise ConfigurationError(f"loss={loss!r} is neither a name nor a callable")
-    return PointLoss(getattr(loss, "__name__", type(loss).__name__), loss)

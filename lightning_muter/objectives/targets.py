@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_muter.errors import ConfigurationError
-from lightning_muter.objectives.losses import LOSSES, PointLoss
+from lightning_muter.objectives.losses import PointLoss, TargetKind
 
 __all__ = ["check_targets"]
 
@@ -20,34 +20,44 @@ def _shown(values: Tensor) -> str:
     return shown + (", ..." if len(distinct) > 5 else "")
 
 
-def _classes(targets: Tensor, width: int) -> None:
+def _classes(name: str, targets: Tensor, width: int) -> None:
     bad = targets[(targets < 0) | (targets >= width) | (targets != targets.floor())]
     if bad.numel():
         raise ConfigurationError(
-            f"loss='cross_entropy' with {width} outputs needs integer classes 0 to {width - 1}, "
+            f"loss={name!r} with {width} outputs needs integer classes 0 to {width - 1}, "
             f"{bad.numel()} targets are others: {_shown(bad)}; relabel them, or take points "
             "without a class (as -100) out of the training data set"
         )
 
 
-def _zero_or_one(targets: Tensor, width: int) -> None:
+def _zero_or_one(name: str, targets: Tensor, width: int) -> None:
     bad = targets[(targets != 0) & (targets != 1)]
     if bad.numel():
         raise ConfigurationError(
-            f"loss='logistic' needs targets 0 or 1, {bad.numel()} targets are others: "
+            f"loss={name!r} needs targets 0 or 1, {bad.numel()} targets are others: "
             f"{_shown(bad)}; labels -1 and +1 become 0 and 1 by (y + 1) / 2 in the data set, with "
             "torch's binary_cross_entropy_with_logits in training_step"
         )
 
 
-def _any_number(targets: Tensor, width: int) -> None:
+def _shares(name: str, targets: Tensor, width: int) -> None:
+    bad = targets[(targets < 0) | (targets > 1)]
+    if bad.numel():
+        raise ConfigurationError(
+            f"loss={name!r} needs targets in [0, 1], {bad.numel()} targets are others: "
+            f"{_shown(bad)}; mend the labels in the data set"
+        )
+
+
+def _any_number(name: str, targets: Tensor, width: int) -> None:
     """Every finite number is a target."""
 
 
-_CHECKS: dict[PointLoss, Callable[[Tensor, int], None]] = {
-    LOSSES["cross_entropy"]: _classes,
-    LOSSES["logistic"]: _zero_or_one,
-    LOSSES["squared"]: _any_number,
+_CHECKS: dict[TargetKind, Callable[[str, Tensor, int], None]] = {
+    "classes": _classes,
+    "binary": _zero_or_one,
+    "shares": _shares,
+    "numbers": _any_number,
 }
 
 
@@ -63,8 +73,9 @@ def check_targets(loss: PointLoss, targets: Tensor, width: int) -> None:
         ConfigurationError: NaN, infinite, or values that the loss has no meaning for.
 
     Example:
+        >>> from lightning_muter.objectives.losses import LOSSES
         >>> check_targets(LOSSES["logistic"], torch.tensor([0.0, 1.0]), 1)
     """
     if targets.is_floating_point() and not bool(torch.isfinite(targets).all()):
         raise ConfigurationError("training targets are NaN or infinite: mend the data set")
-    _CHECKS.get(loss, _any_number)(targets, width)
+    _CHECKS[loss.target_kind](loss.name, targets, width)

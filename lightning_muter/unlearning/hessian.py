@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from lightning_muter.curvature.dense import DenseCurvature
 from lightning_muter.models import measuring, view_of
-from lightning_muter.objectives.losses import LossFunction
+from lightning_muter.objectives.resolve import AnyLoss
 from lightning_muter.responses import resolve_response
 from lightning_muter.threats import Threat
 from lightning_muter.unlearning.point_problem import PointProblem
@@ -24,7 +24,7 @@ def total_hessian(
     *,
     head: str | None = None,
     parameters: Sequence[str] | None = None,
-    loss: str | LossFunction = "cross_entropy",
+    loss: AnyLoss = "cross_entropy",
     response: str = "constrained",
     inverse: str = "neumann",
     neumann_order: int = 3,

@@ -11,7 +11,7 @@ from lightning_muter.adversary import maximiser as inner_module
 from lightning_muter.adversary.acceleration import Anderson
 from lightning_muter.adversary.maximiser import InnerMaximum, maximise
 from lightning_muter.models import view_of
-from lightning_muter.objectives.losses import resolve_loss
+from lightning_muter.objectives.resolve import resolve_loss
 from lightning_muter.responses import Constrained
 from lightning_muter.unlearning.point_problem import PointProblem
 from lightning_muter.unlearning.points import unweighted

@@ -15,7 +15,8 @@ from lightning_muter.adversary.attack_library import Attack
 from lightning_muter.adversary.maximiser import InnerMaximum, maximise
 from lightning_muter.evaluation.judge import strongest_loss
 from lightning_muter.models import view_of
-from lightning_muter.objectives.losses import LOG_ODDS, resolve_loss
+from lightning_muter.objectives.losses import LOG_ODDS
+from lightning_muter.objectives.resolve import resolve_loss
 from lightning_muter.responses import Constrained
 from lightning_muter.unlearning.point_problem import PointProblem
 from lightning_muter.unlearning.points import unweighted

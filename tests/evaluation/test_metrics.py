@@ -20,7 +20,7 @@ from lightning_muter.evaluation import (
 )
 from lightning_muter.evaluation.judge import gaps, strongest_loss
 from lightning_muter.evaluation.metrics import confidence
-from lightning_muter.objectives.losses import resolve_loss
+from lightning_muter.objectives.resolve import resolve_loss
 
 
 @pytest.fixture(autouse=True)

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_muter import AdversarialTraining, ConfigurationError, L2Ball, LinfBall
 from lightning_muter.adversary.ascent import projected_gradient_ascent
-from lightning_muter.objectives.losses import resolve_loss
+from lightning_muter.objectives.resolve import resolve_loss
 
 
 class Validated(Net):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lightning_muter import L2Ball, LinfBall, Threat
 from lightning_muter.models import LinearHead
-from lightning_muter.objectives.losses import resolve_loss
+from lightning_muter.objectives.resolve import resolve_loss
 from lightning_muter.responses import Constrained
 from lightning_muter.unlearning.objective import HALVINGS, RobustObjective, line_search, newton
 from lightning_muter.unlearning.point_problem import PointProblem

@@ -1,0 +1,178 @@
+"""Torch's loss modules as losses of a point: closed forms, what is refused, and whole runs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from cases import QUIET, memory_of
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_muter import (
+    ConfigurationError,
+    L2Ball,
+    MUterCallback,
+    RemovalDataModule,
+    Trainer,
+    UnlearningMemory,
+    total_hessian,
+)
+from lightning_muter.objectives.resolve import resolve_loss
+from lightning_muter.objectives.torch_losses import TorchLoss
+
+N, D, C = 60, 5, 3
+
+
+def targets(kind: str) -> Tensor:
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(N, C, generator=generator, dtype=torch.float64)
+    return {"classes": x.argmax(dim=1), "labels": (x > 0.3).double(), "numbers": x}[kind]
+
+
+CASES: dict[str, tuple[nn.Module, str]] = {
+    "smoothed": (nn.CrossEntropyLoss(label_smoothing=0.2), "classes"),
+    "cross entropy": (nn.CrossEntropyLoss(), "classes"),
+    "labels": (nn.BCEWithLogitsLoss(), "labels"),
+    "weighted labels": (nn.BCEWithLogitsLoss(pos_weight=torch.tensor([1.0, 2.0, 0.5])), "labels"),
+    "several outputs": (nn.MSELoss(), "numbers"),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_mean_of_point_losses_with_its_derivatives(case: str) -> None:
+    module, kind = CASES[case]
+    y, loss = targets(kind), resolve_loss(module)
+    z = torch.randn(N, C, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    torch.testing.assert_close(loss(z, y).mean(), module.double()(z, y), rtol=1e-12, atol=0)
+    r, s = loss.derivatives(z, y)
+    for i in range(4):
+
+        def one(point: Tensor, i: int = i) -> Tensor:
+            return module(point[None], y[i : i + 1])
+
+        gradient = torch.autograd.functional.jacobian(one, z[i])
+        hessian = torch.autograd.functional.hessian(one, z[i])
+        torch.testing.assert_close(r[i], gradient, rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(s[i], hessian, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_value_that_is_read_back(case: str) -> None:
+    value = TorchLoss.of(CASES[case][0])
+    assert TorchLoss.from_dict(value.to_dict()) == value
+    with pytest.raises((ValueError, KeyError)):
+        TorchLoss.from_dict({**value.to_dict(), "other": 1})
+
+
+@pytest.mark.parametrize(
+    ("module", "message"),
+    [
+        (nn.CrossEntropyLoss(weight=torch.ones(3)), "no sum over points"),
+        (nn.CrossEntropyLoss(reduction="sum"), "reduction='mean'"),
+        (nn.MSELoss(reduction="none"), "reduction='mean'"),
+        (nn.HuberLoss(), "expected one of"),
+        (nn.BCELoss(), "expected one of"),
+    ],
+)
+def test_what_is_no_mean_over_points_is_refused(module: nn.Module, message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        MUterCallback(L2Ball(0.3), head="head", loss=module)
+
+
+class Net(pl.LightningModule):
+    """A linear head on what it is given, trained with a loss object of its own."""
+
+    def __init__(self, criterion: nn.Module) -> None:
+        super().__init__()
+        self.criterion, self.head = criterion, nn.Linear(D, C)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(x)
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        return self.criterion(self(batch[0]), batch[1])
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.head.parameters(), lr=0.05, weight_decay=2e-2)
+
+
+def data(kind: str, gone: tuple[int, ...] = ()) -> TensorDataset:
+    x = torch.randn(N, D, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    kept = [i for i in range(N) if i not in gone]
+    return TensorDataset(x[kept], targets(kind)[kept])
+
+
+def trained(case: str, gone: tuple[int, ...] = (), **options: Any) -> tuple[Any, ...]:
+    module, kind = CASES[case]
+    torch.manual_seed(0)
+    net, points = Net(module).double(), data(kind, gone)
+    threat = L2Ball(0.2, temperature=0.05) if case == "several outputs" else L2Ball(0.2)
+    callback = MUterCallback(threat, head="head", loss=module, newton_steps=25, **options)
+    trainer = Trainer(max_epochs=1, callbacks=[callback], **QUIET)
+    trainer.fit(net, DataLoader(points, batch_size=20))
+    return trainer, callback, net, points
+
+
+@pytest.mark.parametrize("case", ["smoothed", "labels", "weighted labels", "several outputs"])
+def test_a_run_ends_near_its_retrain(case: str, tmp_path: Any) -> None:
+    gone = (3,)
+    trainer, callback, net, points = trained(case, memory_dir=str(tmp_path))
+    truth = memory_of(trained(case, gone)[1]).omega
+    none = torch.linalg.vector_norm(memory_of(callback).omega - truth)
+    trainer.unlearn(RemovalDataModule(points, indices=list(gone)))
+    left = torch.linalg.vector_norm(memory_of(callback).omega - truth)
+    assert left < 0.1 * none
+    found = UnlearningMemory.load(tmp_path)  # the loss is rebuilt from its own arguments
+    assert found.settings == memory_of(callback).settings
+
+
+@pytest.mark.parametrize("case", ["smoothed", "labels", "weighted labels"])
+def test_the_total_hessian_is_that_of_the_robust_loss(case: str) -> None:
+    """Central differences of the robust gradient, δ* solved again on both sides."""
+    module, kind = CASES[case][0].double(), CASES[case][1]
+    torch.manual_seed(0)
+    net, points = Net(module).double(), data(kind)
+    batch = points[:8]
+
+    def robust_gradient(omega: Tensor) -> Tensor:
+        with torch.no_grad():
+            net.head.weight.copy_(omega[: C * D].reshape(C, D))
+            net.head.bias.copy_(omega[C * D :])
+        x, y = batch
+        delta = torch.zeros_like(x)
+        for _ in range(500):
+            inputs = (x + delta).requires_grad_(True)
+            (g,) = torch.autograd.grad(module(net(inputs), y) * len(x), inputs)
+            delta = 0.2 * g / torch.linalg.vector_norm(g, dim=1, keepdim=True)
+        loss = module(net(x + delta), y) * len(x)
+        found = torch.autograd.grad(loss, [net.head.weight, net.head.bias])
+        return torch.cat([one.reshape(-1) for one in found])
+
+    omega = torch.cat([net.head.weight.detach().reshape(-1), net.head.bias.detach()])
+    v = torch.randn(len(omega), generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    step = 1e-5
+    numeric = (robust_gradient(omega + step * v) - robust_gradient(omega - step * v)) / (2 * step)
+    robust_gradient(omega)
+    matrix = total_hessian(net, batch, L2Ball(0.2), head="head", loss=module)
+    torch.testing.assert_close(matrix @ v, numeric, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("value", [2.0, -1.0])
+def test_labels_that_are_no_shares_are_refused(value: float) -> None:
+    net, points = Net(CASES["labels"][0]).double(), data("labels")
+    points.tensors[1][5, 1] = value
+    callback = MUterCallback(L2Ball(0.2), head="head", loss=CASES["labels"][0])
+    trainer = Trainer(max_epochs=1, callbacks=[callback], **QUIET)
+    with pytest.raises(ConfigurationError, match=r"in \[0, 1\]"):
+        trainer.fit(net, DataLoader(points, batch_size=20))
+
+
+def test_another_smoothing_than_training_s_is_refused() -> None:
+    net, points = Net(CASES["smoothed"][0]).double(), data("classes")
+    callback = MUterCallback(L2Ball(0.2), head="head", loss=nn.CrossEntropyLoss())
+    trainer = Trainer(max_epochs=1, callbacks=[callback], **QUIET)
+    with pytest.raises(ConfigurationError, match="gradient"):
+        trainer.fit(net, DataLoader(points, batch_size=20))
