@@ -51,9 +51,9 @@ class Points(pl.LightningDataModule):
 class Logistic(pl.LightningModule):
     """Logistic regression without a bias."""
 
-    def __init__(self, lr: float = 0.1, weight_decay: float = 1e-3) -> None:
+    def __init__(self, lr: float = 0.1, weight_decay: float = 1e-3, features: int = 784) -> None:
         super().__init__()
-        self.head = nn.Linear(784, 1, bias=False)
+        self.head = nn.Linear(features, 1, bias=False)
         self.lr, self.weight_decay = lr, weight_decay
 
     def forward(self, x: Tensor) -> Tensor:
