@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
@@ -114,16 +114,25 @@ class Destination:
         view.set(newest.omega)
 
     def commit(self, memory: UnlearningMemory, view: ModelView) -> Committed:
-        """Make a memory the current one and put its ω into the model.
+        """Append a memory's requests to the folder, and put its ω into the model."""
+        return self._keep(memory.annotated({"time": _now()}), UnlearningMemory.commit, view)
 
-        The disk comes first, as the only step that can fail: a failed write changes nothing.
-        """
+    def replace(self, memory: UnlearningMemory, view: ModelView) -> Committed:
+        """Put a rebased memory into the place of the one it came from, and ω into the model."""
+        return self._keep(memory.dated(_now()), UnlearningMemory.replace_in, view)
+
+    def _keep(
+        self,
+        memory: UnlearningMemory,
+        write: Callable[[UnlearningMemory, MemoryStore], UnlearningMemory],
+        view: ModelView,
+    ) -> Committed:
+        """The disk comes first, as the only step that can fail: a failed write changes nothing."""
         start = time.perf_counter()
         generation = memory.generation
-        memory = memory.annotated({"time": _now()})
         with self.group.together():
             if self.store is not None and self.group.first:
-                generation = memory.commit(self.store).generation
+                generation = write(memory, self.store).generation
         memory = replace(memory, pending=(), generation=self.group.broadcast(generation))
         if self.store is not None and self.group.first:
             self._refresh_model(self.store, memory)
@@ -131,30 +140,14 @@ class Destination:
         self.adopt(memory, view)
         return Committed(memory, seconds)
 
-    def replace(self, memory: UnlearningMemory, view: ModelView) -> UnlearningMemory:
-        """Put a rebased memory into the place of the one that it came from, and ω into the model.
-
-        The disk comes first, as the only step that can fail: a failed write changes nothing.
-        """
-        generation = memory.generation
-        memory = memory.dated(_now())
-        with self.group.together():
-            if self.store is not None and self.group.first:
-                generation = memory.replace_in(self.store).generation
-        memory = replace(memory, pending=(), generation=self.group.broadcast(generation))
-        if self.store is not None and self.group.first:
-            self._refresh_model(self.store, memory)
-        self.adopt(memory, view)
-        return memory
-
     def _refresh_model(self, store: MemoryStore, memory: UnlearningMemory) -> None:
-        """The folder's model.ckpt follows the memory; the request is committed whatever happens."""
+        """The folder's model.ckpt follows the memory, which is committed whatever happens here."""
         try:
             store.repair_model(memory.state())
         except MuterError as error:
             warnings.warn(
-                f"the request was served and is committed, but model.ckpt beside the memory is "
-                f"still the model before it: {error}",
+                "the memory is committed, but model.ckpt beside it is still the model before: "
+                f"{error}",
                 stacklevel=4,
             )
 

@@ -54,7 +54,8 @@ def rebase(
             rest = RemainingPoints(state, points, places_of(state, points), group)
         with kept_random_state(group.device), borrowed(view, group.device):
             found = _measured(state.to(group.device), view, rest, newton_steps)
-        committed = destination.replace(found.memory.to(state.omega_star.device), view)
+        after = found.memory.to(state.omega_star.device)
+        committed = destination.replace(after, view).memory
     return RebaseResult(
         points=committed.n,
         gradient_before=found.before.residual,

@@ -208,7 +208,7 @@ def test_a_model_file_that_cannot_be_written_is_mended_at_the_next_opening(
         raise OSError("disk full")
 
     monkeypatch.setattr("lightning_muter.memory.model_file.prepare", fail)
-    with pytest.warns(UserWarning, match="is committed, but model.ckpt"):
+    with pytest.warns(UserWarning, match="memory is committed, but model.ckpt"):
         trainer.unlearn(RemovalDataModule(data, [3]))
     monkeypatch.undo()
     assert UnlearningMemory.load(tmp_path).remaining == memory_of(callback).remaining
