@@ -17,9 +17,13 @@ AnyLoss = Union[str, LossFunction, nn.Module, TorchLoss]  # noqa: UP007 - read b
 
 
 def as_value(loss: Any) -> Any:
-    """A loss module of torch's as the value that it is, anything else as it comes."""
+    """A loss module of torch's as the value that it is, anything else as it comes.
+
+    One with ``reduction="none"`` gives the losses of the points itself, as a function does.
+    """
     own = isinstance(loss, nn.Module) and type(loss).__module__.startswith("torch.nn.")
-    return TorchLoss.of(loss) if own else loss
+    reduced = own and getattr(loss, "reduction", None) != "none"
+    return TorchLoss.of(loss) if reduced else loss
 
 
 def resolve_loss(loss: AnyLoss | PointLoss) -> PointLoss:

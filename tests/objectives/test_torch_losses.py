@@ -72,7 +72,6 @@ def test_a_value_that_is_read_back(case: str) -> None:
     [
         (nn.CrossEntropyLoss(weight=torch.ones(3)), "no sum over points"),
         (nn.CrossEntropyLoss(reduction="sum"), "reduction='mean'"),
-        (nn.MSELoss(reduction="none"), "reduction='mean'"),
         (nn.HuberLoss(), "expected one of"),
         (nn.BCELoss(), "expected one of"),
     ],
@@ -80,6 +79,13 @@ def test_a_value_that_is_read_back(case: str) -> None:
 def test_what_is_no_mean_over_points_is_refused(module: nn.Module, message: str) -> None:
     with pytest.raises(ConfigurationError, match=message):
         MUterCallback(L2Ball(0.3), head="head", loss=module)
+
+
+def test_a_module_that_reduces_nothing_is_a_function() -> None:
+    y = targets("classes")
+    z = torch.randn(N, C, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    loss = resolve_loss(nn.CrossEntropyLoss(reduction="none"))
+    torch.testing.assert_close(loss(z, y), resolve_loss("cross_entropy")(z, y))
 
 
 class Net(pl.LightningModule):
