@@ -217,8 +217,9 @@ class UnlearningMemory:
             distance = float(torch.linalg.vector_norm(now - expected[0]))
             raise StateError(
                 f"the model's parameters are {distance:.3g} away from the memory's: it was "
-                "trained on or edited since; put the memory's own back (memory.restore(model), or "
-                "load model.ckpt from its folder), or rebuild the memory"
+                "trained on or edited since, or another process served a request meanwhile; put "
+                "the memory's own back (memory.restore(model), or load model.ckpt from its "
+                "folder), or rebuild the memory"
             )
 
     def check_architecture(self, view: ModelView) -> None:
