@@ -32,7 +32,7 @@ from lightning_muter.lightning.point_ids import Ids, ids_of
 from lightning_muter.lightning.process_group import process_group
 from lightning_muter.lightning.rescue import Rescue
 from lightning_muter.lightning.unlearn import unlearn
-from lightning_muter.memory.ids import id_digests
+from lightning_muter.memory.ids import id_digests, ids_key
 from lightning_muter.memory.memory import UnlearningMemory
 from lightning_muter.memory.rebase_policy import RebasePolicy
 from lightning_muter.models.names import listed
@@ -355,9 +355,12 @@ class MUterCallback(MemoryKeeper, AdversarialTraining):
         with rescue.guarding("Stage I"):
             memory = after.stage_one(settings, weights, watch.digests, watch.key, self.initial)
         texts = self._id_texts
-        keys = None if texts is None else id_digests(watch.key, texts)
+        own = ids_key(watch.key)
+        keys = None if texts is None else id_digests(own, texts)
         said = (*memory.warnings, *self.findings)
-        self.memory = replace(memory, warnings=said, ids=keys, rebase_policy=self.rebase_policy)
+        self.memory = replace(
+            memory, warnings=said, ids=keys, ids_key=own, rebase_policy=self.rebase_policy
+        )
         create(self.memory, self.folder, rescue, self.overwrite)
         rescue.done()
         report(memory)

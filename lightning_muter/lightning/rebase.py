@@ -32,10 +32,15 @@ def rebase(
     trainer: pl.Trainer,
     datamodule: pl.LightningDataModule | Dataset[Any],
     model: pl.LightningModule | None = None,
-    memory: UnlearningMemory | str | os.PathLike[str] | None = None,
+    memory: str | os.PathLike[str] | None = None,
     newton_steps: int = 10,
 ) -> RebaseResult:
     """`Trainer.rebase` for any trainer."""
+    if isinstance(memory, UnlearningMemory):
+        raise ConfigurationError(
+            "memory=UnlearningMemory(...) has no place where the rebased one could go: give its "
+            "folder, or none for the memory of the trainer's own callback"
+        )
     start, keeper = time.perf_counter(), keeper_of(trainer)
     module = module_of(trainer, model)
     destination = Destination.of(memory, keeper, process_group(trainer))

@@ -92,7 +92,7 @@ class Trainer(pl.Trainer):
         self,
         datamodule: pl.LightningDataModule | Dataset[Any],
         model: pl.LightningModule | None = None,
-        memory: UnlearningMemory | str | os.PathLike[str] | None = None,
+        memory: str | os.PathLike[str] | None = None,
         newton_steps: int = 10,
     ) -> RebaseResult:
         """Make ω^u the new expansion point, and erase what the memory knew of forgotten points.
@@ -105,12 +105,14 @@ class Trainer(pl.Trainer):
         Args:
             datamodule: the training data; forgotten points in it are not used.
             model: the trained module; the one of the last fit by default.
-            memory: an `UnlearningMemory` or its folder; the callback's by default.
+            memory: its folder; the callback's memory by default.
             newton_steps: the most that are taken until ‖∇F‖ of the remaining points is at the
                 level that training left; none with a horizon.
 
         Raises:
             StateError: before fit, or a model that is not the memory's.
+            ConfigurationError: a memory without a folder or a callback, or of a method that keeps
+                no curvature.
             RemovalError: remaining points that are missing or not what they were; nothing was
                 changed.
         """

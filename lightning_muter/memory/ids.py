@@ -12,7 +12,7 @@ from torch import Tensor
 from lightning_muter.errors import RemovalError
 from lightning_muter.memory.points import DIGEST_BYTES, integer, listing
 
-__all__ = ["id_digests", "id_texts", "owned"]
+__all__ = ["id_digests", "ids_key", "id_texts", "owned"]
 
 _PERSON = b"muter point id"  # so that no key has the digest of a content
 
@@ -39,6 +39,11 @@ def _text(value: Any) -> str | None:
         return str(value)
     number = integer(value)
     return None if number is None else str(number)
+
+
+def ids_key(key: bytes) -> bytes:
+    """A key for the digests of keys, which does not give away the one of the contents' digests."""
+    return hashlib.blake2b(key=key, person=_PERSON, digest_size=DIGEST_BYTES).digest()
 
 
 def id_digests(key: bytes, texts: Sequence[str]) -> Tensor:

@@ -52,8 +52,8 @@ class UnlearningMemory:
 
     All tensors are float64 but ``digests`` (n, 16) uint8 and ``removed`` (n,) bool. ``warnings``
     says what was found wrong when the memory was built; every result repeats it. ``ids`` (n, 16)
-    uint8 are keyed digests of the user's own keys of the points, where there are any, under
-    ``ids_key`` or, where that is empty, under ``key``.
+    uint8 are digests, keyed by ``ids_key``, of the user's own keys of the points, where there are
+    any.
 
     Source: the paper's Algorithm 1 and Corollary 1 (ω* stays the expansion point).
     """
@@ -201,8 +201,7 @@ class UnlearningMemory:
         Raises:
             RemovalError: a key that owns no point, or a memory without keys.
         """
-        key = self.ids_key or self.key
-        return point_ids.owned(key, self.ids, self.weights, ids)
+        return point_ids.owned(self.ids_key, self.ids, self.weights, ids)
 
     def check_model(self, view: ModelView) -> None:
         """Refuse a module that is not the memory's: architecture, frozen weights, head.

@@ -19,7 +19,6 @@ __all__ = [
     "check_batch",
     "check_free",
     "check_named",
-    "check_range",
     "digest",
     "digests_of",
     "integer",
@@ -135,21 +134,6 @@ def check_named(indices: Sequence[int]) -> None:
     twice = sorted(i for i, times in Counter(indices).items() if times > 1)
     if twice:
         raise RemovalError(f"indices {listing(twice)} occur twice in the request: name each once")
-
-
-def check_range(indices: Sequence[int], n: int) -> None:
-    """Refuse an empty request, an unknown index and a double.
-
-    Raises:
-        RemovalError: with the offending values.
-    """
-    outside = [i for i in indices if not 0 <= i < n]
-    if outside:
-        raise RemovalError(
-            f"indices {listing(outside)} are out of range: the memory was built on {n} points, "
-            f"0 to {n - 1}"
-        )
-    check_named(indices)
 
 
 def check_free(indices: Sequence[int], removed: Tensor, weights: Tensor) -> None:

@@ -110,7 +110,7 @@ def rebase(
         built,
         ledger=(*ledger, entry),
         ids=remaining.ids,
-        ids_key=memory.ids_key or memory.key,
+        ids_key=memory.ids_key,
         rebase_policy=memory.rebase_policy,
         warnings=tuple(dict.fromkeys((*memory.warnings, *built.warnings))),
         memory_id=memory.memory_id,

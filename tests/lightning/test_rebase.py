@@ -12,6 +12,7 @@ import torch
 from cases import QUIET, Data, Net, fit, memory_of
 
 from lightning_muter import (
+    ConfigurationError,
     RemovalDataModule,
     RemovalError,
     StateError,
@@ -99,7 +100,7 @@ def test_a_forgotten_point_is_read_off_the_folder_before_a_rebase_and_not_after(
     found = read_off(tmp_path)
     assert found is not None
     torch.testing.assert_close(found, features.expand(3, -1), rtol=1e-8, atol=1e-8)
-    secrets = [key, digest]
+    secrets = [key, key.hex().encode(), digest, digest.hex().encode()]
     assert traces(tmp_path, features, secrets)
     trainer.rebase(data)
     assert read_off(tmp_path) is None
@@ -178,6 +179,12 @@ def test_another_process_rebases_a_folder(tmp_path: Path) -> None:
     assert UnlearningMemory.load(tmp_path).n == 40
     result = trainer.unlearn(RemovalDataModule(without(3), [0]))  # in the first process again
     assert result.indices == (0,) and memory_of(callback).n == 40
+
+
+def test_a_memory_in_hand_has_no_place_for_a_rebased_one() -> None:
+    trainer, callback, model, data = fit()
+    with pytest.raises(ConfigurationError, match="give its folder"):
+        Trainer(**QUIET).rebase(data, model=model, memory=memory_of(callback))
 
 
 def test_results_ask_for_a_rebase(tmp_path: Path) -> None:

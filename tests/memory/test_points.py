@@ -55,11 +55,11 @@ def test_a_hundred_thousand_indices_take_no_time() -> None:
     indices = list(range(100_000))
     removed = torch.zeros(n, dtype=torch.bool)
     start = time.perf_counter()
-    points.check_range(indices, n)
+    points.check_named(indices)
     points.check_free(indices, removed, torch.ones(len(removed)))
     assert time.perf_counter() - start < 1.0
     with pytest.raises(RemovalError, match="twice") as caught:
-        points.check_range(indices * 2, n)
+        points.check_named(indices * 2)
     assert len(str(caught.value)) < 300
     removed[:] = True
     with pytest.raises(RemovalError, match="forgotten already") as caught:
