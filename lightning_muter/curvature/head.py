@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lightning_muter.curvature.kept import rows_joined
 from lightning_muter.curvature.point import AddBlock, KeptCurvature
+from lightning_muter.objectives.output_curvature import OutputCurvature, restored_output
 from lightning_muter.responses import Dense, DiagonalLowRank, restored
 
 __all__ = ["HeadHessian", "HeadPoints", "HeadTotal"]
@@ -18,14 +19,14 @@ __all__ = ["HeadHessian", "HeadPoints", "HeadTotal"]
 
 @dataclass(frozen=True)
 class HeadPoints:
-    """What a head's derivatives are made of: h̃ (n, F̃), r (n, C), S (n, C, C), W (C, F).
+    """What a head's derivatives are made of: h̃ (n, F̃), r (n, C), S of n points, W (C, F).
 
     ``features`` has a column of ones where the head has a bias; ``weights`` is (n,).
     """
 
     features: Tensor
     r: Tensor
-    s: Tensor
+    s: OutputCurvature
     weight: Tensor
     weights: Tensor
 
@@ -40,11 +41,12 @@ class HeadPoints:
         features, r = tensors["features"], tensors["r"]
         c, f = r.shape[1], features.shape[1] - int(biased)
         weight = omega[: c * f].reshape(c, f)
-        return cls(features, r, tensors["s"], weight, tensors["weights"])
+        return cls(features, r, restored_output(tensors), weight, tensors["weights"])
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything that has one row a point."""
-        return {"features": self.features, "r": self.r, "s": self.s, "weights": self.weights}
+        own = {"features": self.features, "r": self.r, "weights": self.weights}
+        return own | self.s.tensors()
 
     def matrix_form(self, v: Tensor) -> Tensor:
         """V (C, F̃) of a vector in the order of ω: the weight (C, F), flattened, then the bias."""
@@ -78,11 +80,12 @@ class HeadHessian(KeptCurvature):
         self.points = points
 
     def add_to(self, add: AddBlock) -> None:
-        points, c = self.points, self.points.s.shape[1]
-        h, s = points.features, points.s * points.weights[:, None, None]
+        points, c = self.points, self.points.r.shape[1]
+        h = points.features
         for a in range(c):
             for b in range(a, c):
-                points.place(a, b, h.T @ (h * s[:, a, b, None]), add)
+                weighted = points.s.entry(a, b) * points.weights
+                points.place(a, b, h.T @ (h * weighted.unsqueeze(1)), add)
 
     def kept(self) -> Sequence[KeptCurvature]:
         # h̃ may be the caller's own batch and W the module's live parameter
@@ -113,7 +116,7 @@ class HeadHessian(KeptCurvature):
     def _slopes(self, v: Tensor) -> Tensor:
         """S u with u = V h̃ (n, C): how r moves along v."""
         u = self.points.features @ self.points.matrix_form(v).T
-        return (self.points.s @ u.unsqueeze(2)).squeeze(2)
+        return self.points.s.apply(u)
 
     def direct(self, v: Tensor) -> Tensor:
         weighted = self._slopes(v) * self.points.weights.unsqueeze(1)
@@ -136,7 +139,7 @@ class HeadTotal(HeadHessian):
 
     def add_to(self, add: AddBlock) -> None:
         points, b = self.points, self.response
-        r, s, f = points.r, points.s, points.weight.shape[1]
+        r, s, f = points.r, points.s.dense(), points.weight.shape[1]
         sw = s @ points.weight  # (n, C, F): rows (S W)_a
         t = b.apply(sw.mT)  # (n, F, C): columns B (S W)_aᵀ
         # direct weight and h̃h̃ᵀ's indirect one
@@ -182,7 +185,7 @@ class HeadTotal(HeadHessian):
     def spread(self, alpha: Tensor) -> Tensor:
         points = self.points
         features = alpha.reshape(len(points.r), -1)
-        slopes = (points.s @ (features @ points.weight.T).unsqueeze(2)).squeeze(2)
+        slopes = points.s.apply(features @ points.weight.T)
         matrix = slopes.T @ points.features
         matrix[:, : points.weight.shape[1]] += points.r.T @ features
         return points.vector_form(matrix)

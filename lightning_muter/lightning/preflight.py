@@ -282,7 +282,8 @@ def _takes(loss: PointLoss, outputs: Tensor, target: Tensor) -> bool:
     try:
         if loss.closed_form is not None:  # on the CPU: a wrong class would end a GPU's process
             outputs, target = outputs.double().cpu(), target.cpu()
-            found = [loss(outputs, target), *loss.derivatives(outputs.reshape(1, -1), target)]
+            r, s = loss.derivatives(outputs.reshape(1, -1), target)
+            found = [loss(outputs, target), r, s.dense()]
         else:
             found = [loss(outputs, target)]
     except (RuntimeError, IndexError, ValueError):

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from lightning_muter.curvature.kept import OuterProducts
 from lightning_muter.curvature.point import PointCurvature
 from lightning_muter.errors import ConfigurationError
 from lightning_muter.models.names import suggest
@@ -94,6 +95,11 @@ class Linearisation(ABC):
     @abstractmethod
     def hessian(self) -> PointCurvature:
         """Σ weights_i ∂ωω l_i."""
+
+    def fisher(self) -> PointCurvature:
+        """Σ weights_i ∇_ω l_i ∇_ω l_iᵀ."""
+        usable = torch.ones_like(self.weights, dtype=torch.bool)
+        return OuterProducts(self.gradients() * self.weights.sqrt().unsqueeze(1), usable)
 
     @abstractmethod
     def total(self, geometry: Geometry, response: Response) -> PointCurvature:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from lightning_muter.errors import ConfigurationError
 from lightning_muter.models.base import Linearisation, ModelView
 from lightning_muter.models.names import linear_layers, suggest
 from lightning_muter.objectives.losses import PointLoss
+from lightning_muter.objectives.output_curvature import Outer
 from lightning_muter.responses import Dense, DiagonalLowRank, Response
 from lightning_muter.threats import Geometry
 
@@ -92,7 +94,7 @@ class LinearHead(ModelView):
         self, points: HeadLinearisation, geometry: Geometry, response: Response
     ) -> tuple[DiagonalLowRank | Dense, Tensor]:
         """B = J R Jᵀ (n, F, F), and which points (n,) had a usable K."""
-        w, s = points.head.weight, points.head.s
+        w, s = points.head.weight, points.head.s.dense()
         if points.reads_input:
             return response.low_rank(geometry, w.T.expand(len(points), -1, -1), s)
         x, targets = points.x, points.targets
@@ -168,7 +170,7 @@ class FeatureHead(LinearHead):
         self, points: HeadLinearisation, geometry: Geometry, response: Response
     ) -> tuple[DiagonalLowRank | Dense, Tensor]:
         """B = R (n, F, F) at the head's input."""
-        w, s = points.head.weight, points.head.s
+        w, s = points.head.weight, points.head.s.dense()
         return response.low_rank(geometry, w.T.expand(len(points), -1, -1), s)
 
 
@@ -203,6 +205,9 @@ class HeadLinearisation(Linearisation):
 
     def hessian(self) -> PointCurvature:
         return HeadHessian(self.head)
+
+    def fisher(self) -> PointCurvature:
+        return HeadHessian(replace(self.head, s=Outer(self.head.r)))
 
     def total(self, geometry: Geometry, response: Response) -> PointCurvature:
         return HeadTotal(self.head, *self.view.feature_response(self, geometry, response))

@@ -14,6 +14,12 @@ from torch.func import grad, hessian, vmap
 from lightning_muter.errors import ConfigurationError
 from lightning_muter.linalg.rows import own_scale
 from lightning_muter.objectives.link import IDENTITY, SOFTPLUS, Link
+from lightning_muter.objectives.output_curvature import (
+    Categorical,
+    Diagonal,
+    Full,
+    OutputCurvature,
+)
 
 __all__ = ["LOG_ODDS", "LOSSES", "LossFunction", "PointLoss", "Slope", "TargetKind"]
 
@@ -74,26 +80,24 @@ def _log_odds(outputs: Tensor, targets: Tensor) -> Tensor:
     return _sign_odds(outputs, targets) if one_logit else _class_odds(outputs, targets)
 
 
-def _cross_entropy_derivatives(z: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+def _cross_entropy_derivatives(z: Tensor, y: Tensor) -> tuple[Tensor, OutputCurvature]:
     q = z.softmax(dim=1)
     true = F.one_hot(y.long(), z.shape[1]).bool()
     # 1 - q_j is the sum of the others: a difference would lose it where q_j rounds to 1
     r = torch.where(true, -q.masked_fill(true, 0.0).sum(dim=1, keepdim=True), q)
-    outer = q.unsqueeze(2) * q.unsqueeze(1)
-    outer.diagonal(dim1=1, dim2=2).zero_()
-    return r, torch.diag_embed(outer.sum(dim=2)) - outer
+    return r, Categorical(q)
 
 
-def _logistic_derivatives(z: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+def _logistic_derivatives(z: Tensor, y: Tensor) -> tuple[Tensor, OutputCurvature]:
     logits = z.reshape(-1, 1)
     sign = _signs(logits.squeeze(1), y).unsqueeze(1)
     r = -sign * torch.sigmoid(-sign * logits)
-    return r, (torch.sigmoid(logits) * torch.sigmoid(-logits)).unsqueeze(2)
+    return r, Diagonal(torch.sigmoid(logits) * torch.sigmoid(-logits))
 
 
-def _squared_derivatives(z: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+def _squared_derivatives(z: Tensor, y: Tensor) -> tuple[Tensor, OutputCurvature]:
     r = z.reshape(-1, 1) - y.reshape(-1, 1).to(z)
-    return r, torch.ones_like(r).unsqueeze(2)
+    return r, Diagonal(torch.ones_like(r))
 
 
 @dataclass(frozen=True)
@@ -119,7 +123,7 @@ class PointLoss:
     """A per-point loss l(z, y) with first and second derivatives in z.
 
     ``function`` maps outputs (n, C) and targets to losses (n,). ``closed_form`` maps the same to
-    r (n, C) and S (n, C, C); without it both come from ``torch.func`` point by point. ``level``
+    r (n, C) and S; without it both come from ``torch.func`` point by point. ``level``
     maps them to what an adversary ascends in the loss's place, and ``link`` that to the loss;
     without it the loss itself is ascended. ``classifies``: outputs are logits of classes.
     ``target_kind`` says what its targets have to be.
@@ -127,7 +131,7 @@ class PointLoss:
 
     name: str
     function: LossFunction
-    closed_form: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
+    closed_form: Callable[[Tensor, Tensor], tuple[Tensor, OutputCurvature]] | None = None
     one_output: bool = False
     level: LossFunction | None = None
     link: Link = IDENTITY
@@ -148,15 +152,16 @@ class PointLoss:
             )
         return losses
 
-    def derivatives(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """r = ∂_z l (n, C) and S = ∂_zz l (n, C, C) at detached outputs (n, C)."""
+    def derivatives(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, OutputCurvature]:
+        """r = ∂_z l (n, C) and S = ∂_zz l at detached outputs (n, C)."""
         if self.closed_form is not None:
             return self.closed_form(outputs, targets)
 
         def one(z: Tensor, y: Tensor) -> Tensor:
             return self.function(z.unsqueeze(0), y.unsqueeze(0)).squeeze(0)
 
-        return vmap(grad(one))(outputs, targets), vmap(hessian(one))(outputs, targets)
+        s = vmap(hessian(one))(outputs, targets)
+        return vmap(grad(one))(outputs, targets), Full(s)
 
     def slope(self, module: Callable[[Tensor], Tensor], x: Tensor, targets: Tensor) -> Slope:
         """What an adversary ascends at inputs x (n, ...), in the module's own dtype.

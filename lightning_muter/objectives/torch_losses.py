@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lightning_muter.errors import ConfigurationError
 from lightning_muter.objectives.losses import LOSSES, PointLoss
+from lightning_muter.objectives.output_curvature import Diagonal, OutputCurvature
 
 __all__ = ["TorchLoss"]
 
@@ -109,7 +110,7 @@ def _cross_entropy(options: dict[str, Any]) -> PointLoss:
     def losses(outputs: Tensor, targets: Tensor) -> Tensor:
         return F.cross_entropy(outputs, targets.long(), reduction="none", label_smoothing=alpha)
 
-    def derivatives(z: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    def derivatives(z: Tensor, y: Tensor) -> tuple[Tensor, OutputCurvature]:
         r, s = own.derivatives(z, y)
         true = F.one_hot(y.long(), z.shape[1]).to(r)
         return r + alpha * (true - 1.0 / z.shape[1]), s
@@ -135,14 +136,14 @@ def _binary(options: dict[str, Any]) -> PointLoss:
         each = F.binary_cross_entropy_with_logits(z, labels, reduction="none", pos_weight=scale)
         return each.mean(dim=1)
 
-    def derivatives(z: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    def derivatives(z: Tensor, y: Tensor) -> tuple[Tensor, OutputCurvature]:
         z = z.reshape(len(z), -1)
         labels, weights = parts(z, y)
         # w y + 1 - y is the weight of a label's term, w y what pulls upwards
         upward = weights * labels
         r = (weights * torch.sigmoid(z) - upward) / z.shape[1]
         curvature = weights * torch.sigmoid(z) * torch.sigmoid(-z) / z.shape[1]
-        return r, torch.diag_embed(curvature)
+        return r, Diagonal(curvature)
 
     return PointLoss("BCEWithLogitsLoss", losses, derivatives, target_kind="shares")
 
@@ -154,10 +155,10 @@ def _squares(options: dict[str, Any]) -> PointLoss:
         z = outputs.reshape(len(outputs), -1)
         return (z - targets.reshape(z.shape).to(z)).square().mean(dim=1)
 
-    def derivatives(z: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    def derivatives(z: Tensor, y: Tensor) -> tuple[Tensor, OutputCurvature]:
         z = z.reshape(len(z), -1)
         r = 2.0 * (z - y.reshape(z.shape).to(z)) / z.shape[1]
-        return r, torch.diag_embed(torch.full_like(z, 2.0 / z.shape[1]))
+        return r, Diagonal(torch.full_like(z, 2.0 / z.shape[1]))
 
     return PointLoss("MSELoss", losses, derivatives, classifies=False)
 

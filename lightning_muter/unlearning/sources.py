@@ -38,12 +38,12 @@ def hessian(chunk: Chunk, response: Response, temperature: float | None) -> Poin
 
 def fisher(chunk: Chunk, response: Response, temperature: float | None) -> PointCurvature:
     """∇l ∇lᵀ, of a mixed adversary with its mean gradient."""
-    gradients, weights = chunk.linearisation.gradients(), chunk.linearisation.weights
-    if chunk.rival is not None:
-        other = chunk.rival.linearisation
-        mixed = chunk.mixing.unsqueeze(1) * gradients
-        gradients = mixed + chunk.rival.mixing.unsqueeze(1) * other.gradients()
-        weights = weights + other.weights
+    if chunk.rival is None:
+        return chunk.linearisation.fisher()
+    other = chunk.rival.linearisation
+    mixed = chunk.mixing.unsqueeze(1) * chunk.linearisation.gradients()
+    gradients = mixed + chunk.rival.mixing.unsqueeze(1) * other.gradients()
+    weights = chunk.linearisation.weights + other.weights
     usable = torch.ones_like(weights, dtype=torch.bool)
     return OuterProducts(gradients * weights.sqrt().unsqueeze(1), usable)
 
