@@ -12,8 +12,8 @@ from lightning_muter.objectives.output_curvature import (
     Categorical,
     Diagonal,
     Full,
-    OutputCurvature,
     Outer,
+    OutputCurvature,
     restored_output,
 )
 
