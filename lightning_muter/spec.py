@@ -7,8 +7,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+import torch
 from torch import nn
 
+from lightning_muter.curvature.base import CurvatureSum
+from lightning_muter.curvature.dense import DenseCurvature
+from lightning_muter.curvature.rows import RowsOptions, RowsSum
 from lightning_muter.errors import ConfigurationError, MemoryFormatError
 from lightning_muter.identity import fingerprint_of, identify, import_path
 from lightning_muter.models import ModelView, view_of
@@ -17,6 +21,7 @@ from lightning_muter.objectives.resolve import as_value, resolve_loss
 from lightning_muter.objectives.torch_losses import TorchLoss
 from lightning_muter.responses import resolve_response
 from lightning_muter.threats import L2Ball, LinfBall, Threat
+from lightning_muter.unlearning.cost import free_bytes
 from lightning_muter.unlearning.methods import resolve_method
 from lightning_muter.unlearning.point_problem import PointProblem
 
@@ -24,6 +29,15 @@ __all__ = ["Settings"]
 
 _THREATS: dict[str, type[Threat]] = {"L2Ball": L2Ball, "LinfBall": LinfBall}
 _SOLVERS = ("auto", "direct", "schur")
+_REPRESENTATIONS = ("auto", "dense", "rows")
+_ROW_DTYPES = {"float64": torch.float64, "float32": torch.float32}
+#: how a sum is kept and solved, not which one it is
+_MANNER = {"solver", "representation", "row_dtype", "solver_tol"}
+#: of these what a memory's tensors decide
+_KEPT = ("representation", "row_dtype")
+#: of the free memory that a preconditioner may take
+_SHARE = 0.25
+_BUDGET = 1 << 30  # bytes, where free memory is not known
 
 
 class _ByPath(ConfigurationError):
@@ -35,7 +49,8 @@ class Settings:
     """Method, threat, trained parameters, loss, response, λ and horizon of a memory.
 
     ``horizon`` is the time of the gradient flow after which training stopped, Σ lr / n; None where
-    it converged.
+    it converged. ``representation`` is how D_i are summed: "dense", "rows", or "auto" until the
+    sizes are known.
     """
 
     method: str
@@ -52,6 +67,9 @@ class Settings:
     weight_decay: float = 0.0
     sketch: int = 0
     horizon: float | None = None
+    representation: str = "dense"
+    row_dtype: str = "float64"
+    solver_tol: float | None = None
 
     def __post_init__(self) -> None:
         resolve_method(self.method)
@@ -77,6 +95,16 @@ class Settings:
             raise ConfigurationError(
                 f"horizon={self.horizon} must be positive, or None for training that converged"
             )
+        if self.representation not in _REPRESENTATIONS or self.row_dtype not in _ROW_DTYPES:
+            raise ConfigurationError(
+                f"representation={self.representation!r} must be one of {_REPRESENTATIONS} and "
+                f"row_dtype={self.row_dtype!r} one of {list(_ROW_DTYPES)}"
+            )
+        if self.solver_tol is not None and not 0 < self.solver_tol < 1:
+            raise ConfigurationError(
+                f"solver_tol={self.solver_tol} must be between 0 and 1, or None: it is the "
+                "relative residual at which a solve with rows stops"
+            )
         if self.solver not in _SOLVERS:
             raise ConfigurationError(f"solver={self.solver!r} is unknown; expected {_SOLVERS}")
         if not (0 <= self.damping < math.inf and 0 <= self.weight_decay < math.inf):
@@ -101,6 +129,19 @@ class Settings:
         """What a point contributes under these settings."""
         response = resolve_response(self.response, self.inverse, self.neumann_order, self.sketch)
         return PointProblem(self.method, self.threat, response, self.weight_decay)
+
+    def rows_options(self, device: torch.device) -> RowsOptions:
+        """How rows are kept and solved on a device."""
+        free = free_bytes(device)
+        budget = _BUDGET if free is None else int(_SHARE * free)
+        dtype = _ROW_DTYPES[self.row_dtype]
+        return RowsOptions(dtype=dtype, tol=self.solver_tol, budget=budget)
+
+    def empty_sum(self, view: ModelView) -> CurvatureSum:
+        """What the points' curvature is summed in."""
+        if self.representation == "rows":
+            return RowsSum(self.rows_options(view.device), view.p)
+        return DenseCurvature.zeros(view.p, view.device)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for the manifest.
@@ -152,10 +193,10 @@ class Settings:
     def differences(self, saved: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
         """Where these settings are not those of a manifest: field -> (the memory's, these).
 
-        ``solver`` says how a system is solved, not which one, and may differ.
+        How a system is kept and solved may differ.
         """
         given = self.to_dict()
-        names = (given.keys() | saved.keys()) - {"solver"}
+        names = (given.keys() | saved.keys()) - _MANNER
         pairs = {name: (saved.get(name), given.get(name)) for name in sorted(names)}
         return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 
@@ -226,4 +267,4 @@ def agreed(saved: dict[str, Any], given: Settings | None) -> Settings:
             "settings, with functions and classes whose code is as it was, in the same Python "
             "version; or rebuild the memory"
         )
-    return trained
+    return replace(trained, **{name: saved[name] for name in _KEPT if name in saved})

@@ -19,11 +19,12 @@ from lightning_muter import L2Ball, LinfBall, Threat
 from lightning_muter.curvature.dense import DenseCurvature
 from lightning_muter.curvature.kept import Materialised
 from lightning_muter.curvature.removed import RemovedPoints
+from lightning_muter.curvature.rows import RowsCurvature
 from lightning_muter.memory.memory import UnlearningMemory
 from lightning_muter.models import measuring
 from lightning_muter.spec import Settings
 from lightning_muter.unlearning.points import unweighted
-from lightning_muter.unlearning.request import forget
+from lightning_muter.unlearning.request import forget, forget_rows
 from lightning_muter.unlearning.stage_one import build_memories
 
 N, D, C, LAM, DAMPING = 9, 6, 3, 0.3, 0.05
@@ -228,7 +229,68 @@ def test_the_sum_is_the_brute_force_one(source: str, response: str, model: str) 
     assert known.memory.curvature is not None
     p = known.memory.p
     expected = sum(known.expected) + N * LAM * torch.eye(p, dtype=torch.float64)
+    assert isinstance(known.memory.curvature, DenseCurvature)
     assert relative(known.memory.curvature.matrix, expected) <= 1e-8
+
+
+#: what has rows: S, r and h̃ of a head, and a response that is a few vectors a point
+ROWS = [
+    (source, response, model)
+    for source, response, model in CASES
+    if model != "two layers" and (source != "total" or model == "linear" or response == "features")
+]
+
+
+def in_rows(known: Problem, **options: object) -> UnlearningMemory:
+    settings = replace(
+        known.settings,
+        representation="rows",
+        solver_tol=1e-12,
+        **options,  # type: ignore[arg-type]
+    )
+    digests = torch.zeros(N, 16, dtype=torch.uint8)
+    batches = [unweighted(known.x[some], known.y[some]) for some in (slice(4), slice(4, N))]
+    (memory,) = build_memories(known.module, [settings], batches, digests, bytes(16))
+    return memory
+
+
+@pytest.mark.parametrize(("source", "response", "model"), ROWS)
+def test_rows_are_the_brute_force_sum(source: str, response: str, model: str) -> None:
+    known = problem(source, response, model)
+    memory = in_rows(known)
+    assert isinstance(memory.curvature, RowsCurvature)
+    eye = torch.eye(memory.p, dtype=torch.float64)
+    expected = sum(known.expected) + N * LAM * eye
+    columns = torch.stack([memory.curvature.matvec(v) for v in eye], dim=1)
+    assert relative(columns, expected) <= 1e-8
+    assert relative(memory.curvature.base_diagonal(), expected.diagonal()) <= 1e-8
+    low, high = memory.curvature.extremes()
+    values = torch.linalg.eigvalsh(expected)
+    assert low == pytest.approx(float(values[0]), rel=1e-6)
+    assert high == pytest.approx(float(values[-1]), rel=1e-6)
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize(("source", "response", "model"), ROWS)
+def test_a_request_by_rows_moves_by_the_brute_force_step(
+    source: str, response: str, model: str, solver: str
+) -> None:
+    known = problem(source, response, model)
+    memory = in_rows(known, solver=solver)
+    if solver == "direct":
+        outcome = forget_rows(memory, GONE)
+    else:
+        view = memory.settings.view(known.module)
+        outcome = forget(memory, view, GONE, known.x[GONE], known.y[GONE])
+    omega, eye = memory.omega_star, torch.eye(memory.p, dtype=torch.float64)
+    kept = sum(known.expected[i] for i in range(N) if i not in GONE)
+    matrix = kept + ((N - len(GONE)) * LAM + DAMPING) * eye
+    rhs = known.gradients[GONE].sum(dim=0) + len(GONE) * LAM * omega
+    assert relative(outcome.memory.omega - omega, torch.linalg.solve(matrix, rhs)) <= 1e-8
+    assert outcome.memory.curvature is not None
+    columns = torch.stack([outcome.memory.curvature.matvec(v) for v in eye], dim=1)
+    assert relative(columns, matrix - DAMPING * eye) <= 1e-8
+    assert outcome.solution.residual <= 1e-8
 
 
 def removed_from(matrix: torch.Tensor, removed: RemovedPoints) -> torch.Tensor:
@@ -284,6 +346,6 @@ def test_a_request_moves_by_the_brute_force_step(
     rhs = known.gradients[GONE].sum(dim=0) + len(GONE) * LAM * omega
     step = torch.linalg.solve(matrix, rhs)
     assert relative(outcome.memory.omega - omega, step) <= 1e-8
-    assert outcome.memory.curvature is not None
+    assert isinstance(outcome.memory.curvature, DenseCurvature)
     assert relative(outcome.memory.curvature.matrix, matrix - DAMPING * eye) <= 1e-8
     assert outcome.solution.residual <= 1e-8

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from lightning_muter.curvature.base import Curvature, PointFacts
 from lightning_muter.curvature.point import PointCurvature
 from lightning_muter.curvature.removed import RemovedPoints
 from lightning_muter.linalg.cg import conjugate_gradients
 from lightning_muter.linalg.cholesky import DenseSolver
 from lightning_muter.linalg.solution import Solution, Status, relative_residual
+from lightning_muter.parallel import Group
 
-__all__ = ["DenseCurvature", "DowndatedSolver", "Solver"]
+__all__ = ["DenseCurvature", "DowndatedSolver"]
 
 _EIGEN_LIMIT = 2000
 #: factors of forgotten points that weigh more than this share of the matrix go into it
@@ -26,13 +27,13 @@ _ITERATIONS = 40
 
 
 @dataclass(frozen=True)
-class DenseCurvature:
+class DenseCurvature(Curvature):
     """M = M_0 - Σ_S D_i + damping · I, symmetric (p, p), float64. Source: ours (docs/theory.md).
 
     M_0 is kept as a matrix with its factorisation, computed once; what requests took out of it is
     kept as factors, so that a request costs neither a factorisation nor a write of p² numbers.
-    `add` and `add_identity` change M_0; they are for whoever builds the sum. Everything else leaves
-    it as it is.
+    `add`, `add_identity` and `finished` change M_0; they are for whoever builds the sum. Everything
+    else leaves it as it is.
 
     Attributes:
         base: M_0 (p, p).
@@ -52,12 +53,10 @@ class DenseCurvature:
 
     @property
     def p(self) -> int:
-        """How many parameters."""
         return len(self.base)
 
     @property
     def nbytes(self) -> int:
-        """Bytes that the sum takes."""
         return self.base.numel() * self.base.element_size() + self.removed.nbytes
 
     @property
@@ -71,14 +70,13 @@ class DenseCurvature:
         return matrix
 
     def to(self, device: torch.device | str, omega: Tensor) -> DenseCurvature:
-        """The sum on another device, where ω* (p,) is; itself on its own."""
         if self.base.device == omega.device:
             return self
         removed = self.removed.to(device, omega)
         return DenseCurvature(self.base.to(device), removed, self.damping)
 
-    def add(self, part: PointCurvature) -> None:
-        """Add the curvature of some points."""
+    def add(self, part: PointCurvature, facts: PointFacts | None = None) -> None:
+        """Add the curvature of some points; a matrix keeps no ``facts`` of theirs."""
         base = self.base
 
         def place(i: int, j: int, block: Tensor) -> None:
@@ -96,28 +94,30 @@ class DenseCurvature:
         heavy = rest.removed.nbytes > _FOLDED * self.base.numel() * self.base.element_size()
         return rest.folded() if heavy else rest
 
+    def kept(self) -> dict[str, Tensor]:
+        return {"matrix": self.folded().base}
+
     def folded(self) -> DenseCurvature:
         """The same sum with the forgotten points' factors gone into M_0."""
         matrix = replace(self, damping=0.0).matrix
         return DenseCurvature(matrix, damping=self.damping)
 
-    def reduced(self, reduce: Callable[[Tensor], Tensor]) -> DenseCurvature:
-        """The sum over processes."""
-        return DenseCurvature(reduce(self.base))
+    def finished(self, group: Group, weight: float, decay: float) -> DenseCurvature:
+        """The sum over processes, plus ``weight`` times ``decay`` times the identity."""
+        total = DenseCurvature(group.sum(self.base))
+        total.add_identity(weight * decay)
+        return total
 
     def damped(self, damping: float) -> DenseCurvature:
-        """The sum plus ``damping`` times the identity; itself at zero."""
         return self if damping == 0 else replace(self, damping=self.damping + damping)
 
     def matvec(self, v: Tensor) -> Tensor:
-        """Products with v (p,)."""
         return self.base @ v + self.damping * v - self.removed.matvec(v)
 
     def base_diagonal(self) -> Tensor:
-        """The diagonal of M_0 (p,), for a preconditioner."""
         return self.base.diagonal() + self.damping
 
-    def solver(self) -> Solver:
+    def solver(self) -> DenseSolver | DowndatedSolver:
         """What solves many systems; the factorisation of M_0 is computed once."""
         if self.removed.empty:
             return self.base_solver()
@@ -130,8 +130,13 @@ class DenseCurvature:
             self._solvers[self.damping] = DenseSolver(damped.matrix)
         return self._solvers[self.damping]
 
+    def estimate(self, rhs: Tensor) -> Solution:
+        if self.p <= _EIGEN_LIMIT:
+            return self.solver().solve(rhs)
+        inverse = self.base_diagonal().clamp(min=1e-300).reciprocal()
+        return conjugate_gradients(self.matvec, rhs, lambda v: inverse * v, 1e-3, 100)
+
     def extremes(self) -> tuple[float, float]:
-        """Smallest and largest eigenvalue; beyond some size by LOBPCG; NaN where not finite."""
         matrix = self.matrix
         if not bool(torch.isfinite(matrix).all()):
             return float("nan"), float("nan")
@@ -180,7 +185,3 @@ class DowndatedSolver:
         """v - L⁻¹ (Σ_S D_i) L⁻ᵀ v (p,)."""
         removed = self.curvature.removed.matvec(self._base.other_half(v))
         return v - self._base.half(removed)
-
-
-#: what `DenseCurvature.solver` returns
-Solver = DenseSolver | DowndatedSolver

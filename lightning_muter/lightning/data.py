@@ -102,7 +102,8 @@ class TrainingPoints:
         for start in range(0, len(indices), batch_size):
             some = list(indices[start : start + batch_size])
             x, targets = self.batch(some)
-            batch = unweighted(x.to(device), targets.to(device))
+            named = torch.tensor(some, device=device)
+            batch = replace(unweighted(x.to(device), targets.to(device)), indices=named)
             if weights is not None:
                 batch = replace(batch, weights=weights[some].to(batch.weights))
             yield batch

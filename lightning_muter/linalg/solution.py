@@ -74,12 +74,16 @@ class Status(str, Enum):
 
 @dataclass(frozen=True)
 class Solution:
-    """A solution with its evidence: ‖A x - b‖ / ‖b‖, iterations and how it ended."""
+    """A solution with its evidence: ‖A x - b‖ / ‖b‖, iterations and how it ended.
+
+    ``tol`` is the residual that was asked; None of a direct solve, which ends at rounding.
+    """
 
     value: Tensor
     residual: float
     iterations: int
     status: Status
+    tol: float | None = None
 
 
 def relative_residual(residual: Tensor, rhs: Tensor) -> float:

@@ -22,6 +22,7 @@ _OPTIONAL = replace(_VECTOR, optional=True)
 BASE = {
     "omega_star": _VECTOR,
     "matrix": TensorSpec(torch.float64, ("p", "p"), optional=True),
+    "rows.*": TensorSpec(torch.float64, (), optional=True),
     "residual_gradient": _VECTOR,
     "digests": TensorSpec(torch.uint8, ("n", str(points.DIGEST_BYTES))),
     "weights": TensorSpec(torch.float64, ("n",)),

@@ -11,8 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_muter.curvature.base import Curvature
 from lightning_muter.curvature.dense import DenseCurvature
 from lightning_muter.curvature.removed import RemovedPoints
+from lightning_muter.curvature.rows import RowsCurvature
 from lightning_muter.errors import MemoryFormatError, MuterError, StateError
 from lightning_muter.memory import ids as point_ids
 from lightning_muter.memory import points
@@ -61,7 +63,7 @@ class UnlearningMemory:
     settings: Settings
     omega_star: Tensor
     omega: Tensor
-    curvature: DenseCurvature | None
+    curvature: Curvature | None
     gradient: Tensor
     residual_gradient: Tensor
     digests: Tensor
@@ -119,7 +121,7 @@ class UnlearningMemory:
     def forget(
         self,
         indices: list[int],
-        remaining: DenseCurvature | None,
+        remaining: Curvature | None,
         removed: RemovedPoints,
         gradient: Tensor,
         omega: Tensor,
@@ -339,7 +341,7 @@ class UnlearningMemory:
             for name in ("omega_star", "residual_gradient", "digests", "weights")
         }
         if self.curvature is not None:
-            base["matrix"] = self.curvature.folded().base
+            base |= self.curvature.kept()
         if self.ids is not None:
             base["ids"] = self.ids
         if self.start is not None:
@@ -368,20 +370,16 @@ class UnlearningMemory:
     @classmethod
     def _of(cls, content: Content, settings: Settings | None) -> UnlearningMemory:
         base, facts = content.base, content.facts
-        curvature = DenseCurvature(base["matrix"]) if "matrix" in base else None
+        own = agreed(facts["settings"], settings)
         removed = torch.zeros(content.sizes["n"], dtype=torch.bool)
         for request in content.requests:
             removed[request.entry.get("indices", [])] = True
-            if curvature is not None:
-                for one in request.facts:
-                    factors = RemovedPoints.restore(one, request.tensors, base["omega_star"])
-                    curvature = curvature.without(factors)
         start = Start(base["initial"], base["retraced"]) if "initial" in base else None
         return cls(
-            settings=agreed(facts["settings"], settings),
+            settings=own,
             omega_star=base["omega_star"],
             omega=content.current["omega"],
-            curvature=curvature,
+            curvature=_curvature(content, own, torch.nonzero(removed).flatten().tolist()),
             gradient=content.current["gradient"],
             residual_gradient=base["residual_gradient"],
             digests=base["digests"],
@@ -400,3 +398,19 @@ class UnlearningMemory:
             memory_id=content.memory_id,
             generation=content.generation,
         )
+
+
+def _curvature(content: Content, settings: Settings, removed: list[int]) -> Curvature | None:
+    """M_r as a folder keeps it: M_0, less what requests took out of it."""
+    base, omega = content.base, content.base["omega_star"]
+    if RowsCurvature.found_in(base):
+        options = settings.rows_options(omega.device)
+        rows = RowsCurvature.restore(base, omega, settings.weight_decay, options)
+        return rows.without(removed)
+    if "matrix" not in base:
+        return None
+    dense = DenseCurvature(base["matrix"])
+    for request in content.requests:
+        for one in request.facts:
+            dense = dense.without(RemovedPoints.restore(one, request.tensors, omega))
+    return dense

@@ -91,11 +91,15 @@ def check_tensors(
 ) -> None:
     """Refuse tensors that are not those of the specs.
 
+    A spec named "rows.*" stands for any tensors of such names, which whoever reads them checks.
+
     Raises:
         MemoryFormatError: with the names of those that are missing, too many or of another kind.
     """
+    families = tuple(name.removesuffix("*") for name in specs if name.endswith("*"))
     needed = {name for name, spec in specs.items() if not spec.optional}
-    wrong = sorted((tensors.keys() - specs.keys()) | (needed - tensors.keys()))
+    own = {name for name in tensors if not (families and name.startswith(families))}
+    wrong = sorted((own - specs.keys()) | (needed - own))
     wrong += [n for n, s in specs.items() if n in tensors and not s.fits(tensors[n], sizes)]
     if wrong:
         raise MemoryFormatError(

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_muter.curvature.dense import DenseCurvature
+from lightning_muter.curvature.base import Curvature
 from lightning_muter.curvature.point import PointCurvature
 from lightning_muter.linalg.cg import conjugate_gradients
 from lightning_muter.linalg.minres import minres
@@ -35,7 +35,7 @@ class BlockSystem:
         max_iter: iterations of each solver at the most.
     """
 
-    curvature: DenseCurvature
+    curvature: Curvature
     parts: Sequence[PointCurvature]
     shift: float
     group: Group
@@ -71,10 +71,11 @@ class BlockSystem:
         return result
 
     def _preconditioner(self, p: int, inner: int, at: int) -> Tensor:
-        diagonal = self.curvature.base.new_zeros(p + inner)
+        own = self.curvature.base_diagonal()
+        diagonal = own.new_zeros(p + inner)
         for part in self.parts:
             diagonal[at : at + part.inner_size] = part.response_diagonal().abs()
             at += part.inner_size
         diagonal = self.group.sum(diagonal)
-        diagonal[:p] = self.curvature.base_diagonal().clamp(min=1e-12)
+        diagonal[:p] = own.clamp(min=1e-12)
         return torch.where(diagonal > 0, 1 / diagonal.clamp(min=1e-300), 1.0)

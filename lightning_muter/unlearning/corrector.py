@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from lightning_muter.curvature.base import Solver
 from lightning_muter.errors import SolverError, StateError
 from lightning_muter.memory.memory import UnlearningMemory
 from lightning_muter.unlearning.objective import (
@@ -53,7 +54,7 @@ def correct(memory: UnlearningMemory, objective: RobustObjective, steps: int) ->
     if memory.curvature is None:
         raise StateError(f"method={memory.settings.method!r} keeps no curvature to correct with")
     view, damping = objective.view, memory.settings.damping
-    solver = memory.curvature.damped(damping).solver()
+    solver: Solver = memory.curvature.damped(damping).solver()
     before = start = objective.gradient()
     slow = False
     for _ in range(steps):
@@ -65,8 +66,7 @@ def correct(memory: UnlearningMemory, objective: RobustObjective, steps: int) ->
             )
         if slow:
             start, curvature = objective.curvature()
-            curvature.add_identity(damping)
-            solver = curvature.solver()
+            solver = curvature.damped(damping).solver()
         omega = view.get()
         step = solver.solve(start.gradient.to(memory.omega)).value.to(omega)
         trial = line_search(objective, objective.problem, omega, step, start, HALVINGS)

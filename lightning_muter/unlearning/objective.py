@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from lightning_muter.curvature.dense import DenseCurvature, Solver
+from lightning_muter.curvature.base import Curvature, CurvatureSum, Solver
+from lightning_muter.curvature.dense import DenseCurvature
 from lightning_muter.models import ModelView, measuring
 from lightning_muter.parallel import Group
 from lightning_muter.unlearning.point_problem import PointProblem
@@ -30,6 +31,12 @@ HALVINGS = 20
 PATIENCE = 5
 
 Batches = Callable[[], Iterable[Batch]]
+#: a view -> the sum that its points' curvature goes into
+EmptySum = Callable[[ModelView], CurvatureSum]
+
+
+def _dense(view: ModelView) -> CurvatureSum:
+    return DenseCurvature.zeros(view.p, view.device)
 
 
 @dataclass(frozen=True)
@@ -74,27 +81,26 @@ class RobustObjective:
 
     Each process iterates its own share of the points; ``group`` sums tensors over processes.
     Every pass looks for δ* from the same start: one that began at the last pass's δ* would follow
-    a local maximum past the point where another one is higher.
+    a local maximum past the point where another one is higher. ``empty`` makes the sum of D_i.
     """
 
     view: ModelView
     problem: PointProblem
     batches: Batches
     group: Group = field(default_factory=Group)
+    empty: EmptySum = _dense
 
     def gradient(self, problem: PointProblem | None = None) -> Evaluation:
         """One pass for the value and gradient."""
         problem = problem or self.problem
         return self._pass(problem, lambda batch: problem.gradient(self.view, batch))
 
-    def curvature(self, problem: PointProblem | None = None) -> tuple[Evaluation, DenseCurvature]:
-        """One pass for the value, the gradient and Σ D_i (p, p)."""
+    def curvature(self, problem: PointProblem | None = None) -> tuple[Evaluation, Curvature]:
+        """One pass for the value, the gradient and Σ D_i."""
         problem = problem or self.problem
-        total = DenseCurvature.zeros(self.view.p, self.view.device)
+        total = self.empty(self.view)
         evaluation = self._pass(problem, lambda batch: problem.accumulate(self.view, batch, total))
-        total = total.reduced(self.group.sum)
-        total.add_identity(evaluation.weight * problem.weight_decay)
-        return evaluation, total
+        return evaluation, total.finished(self.group, evaluation.weight, problem.weight_decay)
 
     def _pass(self, problem: PointProblem, work: Callable[[Batch], Sums]) -> Evaluation:
         total = Sums.zero(self.view.p, self.view.device)
@@ -125,9 +131,8 @@ def newton(
         if start.residual <= tol * max(1.0, start.value) and widening == 1.0:
             history.append(start.residual)
             break
-        curvature.add_identity(damping)
         omega = view.get()
-        solver = curvature.solver()
+        solver = curvature.damped(damping).solver()
         history.append(_descend(objective, problem, solver, start, tol).residual)
         del curvature, solver
         stuck = torch.equal(view.get(), omega)

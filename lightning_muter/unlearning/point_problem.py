@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_muter.adversary.maximiser import InnerMaximum, InputGradient, inspect, maximise
 from lightning_muter.adversary.mixture import Mixture, mix
-from lightning_muter.curvature.dense import DenseCurvature
+from lightning_muter.curvature.base import CurvatureSum
 from lightning_muter.curvature.point import PointCurvature
 from lightning_muter.models import ModelView
 from lightning_muter.responses import Response
@@ -97,7 +97,9 @@ class PointProblem:
         origin = _flat(batch.x)
         linearisation = view.linearise(batch.x, batch.targets, batch.weights)
         ones = torch.ones_like(batch.weights)
-        return Chunk(origin, linearisation, unconstrained_geometry(origin), None, ones)
+        still = torch.zeros_like(ones)
+        geometry = unconstrained_geometry(origin)
+        return Chunk(origin, linearisation, geometry, None, ones, still, indices=batch.indices)
 
     def _chunk(self, view: ModelView, batch: Batch, inner: InnerMaximum, mixing: Tensor) -> Chunk:
         origin = _flat(batch.x)
@@ -107,7 +109,8 @@ class PointProblem:
             geometry = unconstrained_geometry(inner.delta)
         perturbed = (origin + inner.delta).reshape(batch.x.shape).to(batch.x)
         linearisation = view.linearise(perturbed, batch.targets, batch.weights * mixing)
-        return Chunk(origin, linearisation, geometry, inner, mixing)
+        active = self.threat.active(origin, inner.delta)
+        return Chunk(origin, linearisation, geometry, inner, mixing, active, indices=batch.indices)
 
     def _mixture(self, view: ModelView, batch: Batch, inner: InnerMaximum | None) -> Mixture | None:
         if inner is None or self.threat.temperature is None:
@@ -124,14 +127,14 @@ class PointProblem:
         self,
         view: ModelView,
         batch: Batch,
-        into: DenseCurvature,
+        into: CurvatureSum,
         inner: InnerMaximum | None = None,
     ) -> Sums:
         """Add the batch's Σ w_i D_i (without λI) and return its other sums."""
         total = Sums.zero(view.p, batch.x.device)
         for chunk in self.chunks(view, batch, inner):
             part = self.curvature(chunk)
-            into.add(part)
+            into.add(part, chunk.facts)
             total = total + self._sums(chunk, part.usable)
         return total
 
@@ -161,7 +164,7 @@ class PointProblem:
             losses = inner.losses + self.threat.merit(inner.delta, inner.grad)
             losses = losses if chunk.value is None else chunk.value
             stationary = inner.stationary.double().sum()
-            active = self.threat.active(chunk.origin, inner.delta).sum()
+            active = chunk.active.sum()
         if chunk.rival is not None:
             other = chunk.rival.linearisation
             gradient = gradient + other.gradient_sum()

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_muter.adversary.maximiser import InnerMaximum
+from lightning_muter.curvature.base import PointFacts
 from lightning_muter.models import Linearisation
 from lightning_muter.threats import Geometry
 
@@ -17,18 +18,23 @@ __all__ = ["Batch", "Chunk", "Sums", "unweighted"]
 
 @dataclass(frozen=True)
 class Batch:
-    """Points x (n, ...), their targets (n, ...), and the weight (n,) of each in every sum."""
+    """Points x (n, ...), their targets (n, ...), and the weight (n,) of each in every sum.
+
+    ``indices`` (n,) int64 say which training points they are, where that is known.
+    """
 
     x: Tensor
     targets: Tensor
     weights: Tensor
+    indices: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.x)
 
     def part(self, some: slice) -> Batch:
         """Some of the points."""
-        return Batch(self.x[some], self.targets[some], self.weights[some])
+        named = None if self.indices is None else self.indices[some]
+        return Batch(self.x[some], self.targets[some], self.weights[some], named)
 
 
 def unweighted(x: Tensor, targets: Tensor) -> Batch:
@@ -79,9 +85,10 @@ class Sums:
 class Chunk:
     """Some points at their perturbation: linearised there, with what the constraint does.
 
-    ``origin`` (n, d) is x, flat and float64. ``rival`` is the same points at a mixed adversary's
+    ``origin`` (n, d) is x, flat and float64, ``active`` (n,) each point's share of constraints that
+    are active. ``rival`` is the same points at a mixed adversary's
     second maximiser, ``mixing`` (n,) each one's share of the mixture and ``value`` its soft
-    maximum (n,).
+    maximum (n,). ``indices`` (n,) are the batch's own.
     """
 
     origin: Tensor
@@ -89,5 +96,17 @@ class Chunk:
     geometry: Geometry
     inner: InnerMaximum | None
     mixing: Tensor
+    active: Tensor
     rival: Chunk | None = None
     value: Tensor | None = None
+    indices: Tensor | None = None
+
+    @property
+    def facts(self) -> PointFacts | None:
+        """Which points they are and what is known of their maximisers, where they are named."""
+        if self.indices is None:
+            return None
+        if self.inner is None:
+            everyone = torch.ones_like(self.indices, dtype=torch.bool)
+            return PointFacts(self.indices, everyone, torch.zeros_like(self.mixing))
+        return PointFacts(self.indices, self.inner.stationary, self.active)

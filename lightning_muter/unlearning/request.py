@@ -8,8 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lightning_muter.curvature.base import Curvature
+from lightning_muter.curvature.dense import DenseCurvature
 from lightning_muter.curvature.point import PointCurvature
+from lightning_muter.curvature.point_rows import PointRows
 from lightning_muter.curvature.removed import RemovedPoints
+from lightning_muter.curvature.rows import RowsCurvature
 from lightning_muter.errors import StateError
 from lightning_muter.linalg.solution import Solution
 from lightning_muter.memory.memory import UnlearningMemory
@@ -21,7 +25,7 @@ from lightning_muter.unlearning.methods import METHODS
 from lightning_muter.unlearning.points import Batch, Sums
 from lightning_muter.unlearning.steps import FlowStep, NewtonStep, Step
 
-__all__ = ["Outcome", "forget"]
+__all__ = ["Outcome", "forget", "forget_rows"]
 
 _BLOCK_ITERATIONS = 1000
 #: parameters beyond which "auto" does not factorise: a minute and 3 GB at this size
@@ -39,6 +43,22 @@ class Outcome:
     warnings: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class _Gone:
+    """What leaves the sums with a request's points.
+
+    ``sums`` are over all processes, ``gradient`` is Σ_S (∇l_i + λω*) (p,), ``remaining`` M_r less
+    their curvature and ``removed`` the factors of it that the memory has to keep; ``decay`` is
+    their λ.
+    """
+
+    sums: Sums
+    gradient: Tensor
+    remaining: Curvature
+    removed: RemovedPoints
+    decay: float
+
+
 def forget(
     memory: UnlearningMemory,
     view: ModelView,
@@ -52,6 +72,7 @@ def forget(
     Solves (M_r - Σ_S D_i) Δω = G_r + Σ_S (∇l_i + λω*) and returns the memory of the remaining
     points with ω^u = ω* + Δω. The methods without a downdate solve with M_r. With a
     horizon Δω is what a gradient flow of that length would have done otherwise without them.
+    Where the memory keeps rows, and no block system is asked for, x and targets have no part in it.
 
     Args:
         memory: the memory before the request.
@@ -60,46 +81,128 @@ def forget(
         x: inputs (m, ...) on the module's device.
         targets: targets (m,).
         group: the processes that share the request; this one alone by default.
+
+    Raises:
+        StateError: the method keeps no curvature.
     """
-    start = time.perf_counter()
-    group = group or Group()
-    if memory.curvature is None:
-        raise StateError(f"method={memory.settings.method!r} keeps no curvature to solve with")
-    problem = memory.settings.problem()
-    weights = memory.weights[indices].to(x.device)
-    decay = float(weights.sum()) * problem.weight_decay
+    start, group = time.perf_counter(), group or Group()
+    curvature = _curvature(memory)
+    if isinstance(curvature, RowsCurvature) and not _by_blocks(memory):
+        return forget_rows(memory, indices, group)
+    decay = _decay(memory, indices)
+    batch = Batch(x, targets, memory.weights[indices].to(x.device)).part(group.rows)
     with measuring(view.module), view.at(memory.omega_star):
-        taken = _take(memory, view, Batch(x, targets, weights).part(group.rows))
+        taken = _take(memory, view, batch)
         sums = taken.sums.reduced(group.sum)
         removed = taken.of_all(memory.p, decay, group)
-        gradient = sums.gradient + decay * memory.omega_star
-        rhs = memory.gradient + gradient
-        remaining = memory.curvature.without(removed)
-        downdated = METHODS[problem.method].downdate
-        if _by_blocks(memory):
-            parts, less = (taken.blocks, decay) if downdated else ([], 0.0)
-            shift = memory.settings.damping - less
-            tol = 1e-10 if view.dtype == torch.float64 else 1e-6
-            blocks = BlockSystem(memory.curvature, parts, shift, group, _BLOCK_ITERATIONS)
-            solution = blocks.solve(rhs, tol)
+        remaining: Curvature
+        if isinstance(curvature, DenseCurvature):
+            remaining = curvature.without(removed)
         else:
-            curvature = remaining if downdated else memory.curvature
-            solution = _step(memory).solve(curvature.damped(memory.settings.damping), rhs)
-    omega = memory.omega_star + solution.value
+            assert isinstance(curvature, RowsCurvature)
+            remaining, removed = curvature.without(indices), RemovedPoints()
+        gradient = sums.gradient + decay * memory.omega_star
+        gone = _Gone(sums, gradient, remaining, removed, decay)
+        if _by_blocks(memory):
+            solution = _solved_by_blocks(memory, taken, gone, view.dtype, group)
+        else:
+            solution = _solved(memory, gone)
+    return _outcome(memory, indices, gone, solution, start)
+
+
+def forget_rows(
+    memory: UnlearningMemory, indices: list[int], group: Group | None = None
+) -> Outcome:
+    """`forget` by the rows that the memory keeps: the points themselves need not exist any more.
+
+    Raises:
+        StateError: the memory keeps no rows, or not those of all these points.
+    """
+    start, group = time.perf_counter(), group or Group()
+    curvature = _curvature(memory)
+    if not isinstance(curvature, RowsCurvature):
+        raise StateError(
+            "the memory keeps a matrix, from which a point cannot be told by its index: give the "
+            "points themselves (RemovalDataModule), or build the memory with representation='rows'"
+        )
+    total = Sums.zero(memory.p, memory.omega_star.device)
+    for rows in curvature.rows_of(indices):
+        total = total + _sums(rows.on(memory.omega_star.device))
+    sums, decay = total.reduced(group.sum), _decay(memory, indices)
+    if int(sums.points) != len(indices):
+        raise StateError(
+            f"the memory keeps rows of {int(sums.points)} of the {len(indices)} points: it was "
+            "built by other code, or altered; rebuild it"
+        )
+    gradient = sums.gradient + decay * memory.omega_star
+    gone = _Gone(sums, gradient, curvature.without(indices), RemovedPoints(), decay)
+    return _outcome(memory, indices, gone, _solved(memory, gone), start)
+
+
+def _curvature(memory: UnlearningMemory) -> Curvature:
+    if memory.curvature is None:
+        raise StateError(f"method={memory.settings.method!r} keeps no curvature to solve with")
+    return memory.curvature
+
+
+def _decay(memory: UnlearningMemory, indices: list[int]) -> float:
+    return float(memory.weights[indices].sum()) * memory.settings.weight_decay
+
+
+def _sums(rows: PointRows) -> Sums:
+    """What rows say of a request's points; their losses are not kept."""
+    facts, gradient = rows.facts, rows.gradient()
+    nothing = gradient.new_zeros(())
+    return Sums(
+        gradient=gradient,
+        loss=nothing,
+        weight=rows.weight,
+        points=nothing + len(rows),
+        stationary=facts.stationary.double().sum(),
+        active=facts.active.sum(),
+        usable=nothing + len(rows),
+    )
+
+
+def _solved(memory: UnlearningMemory, gone: _Gone) -> Solution:
+    """Δω (p,) of Stage II."""
+    downdated = METHODS[memory.settings.method].downdate
+    curvature = gone.remaining if downdated else _curvature(memory)
+    rhs = memory.gradient + gone.gradient
+    return _step(memory).solve(curvature.damped(memory.settings.damping), rhs)
+
+
+def _solved_by_blocks(
+    memory: UnlearningMemory, taken: _Taken, gone: _Gone, dtype: torch.dtype, group: Group
+) -> Solution:
+    """The same by Theorem 2's system, without the downdated matrix."""
+    downdated = METHODS[memory.settings.method].downdate
+    parts, less = (taken.blocks, gone.decay) if downdated else ([], 0.0)
+    tol = 1e-10 if dtype == torch.float64 else 1e-6
+    shift = memory.settings.damping - less
+    blocks = BlockSystem(_curvature(memory), parts, shift, group, _BLOCK_ITERATIONS)
+    return blocks.solve(memory.gradient + gone.gradient, tol)
+
+
+def _outcome(
+    memory: UnlearningMemory, indices: list[int], gone: _Gone, solution: Solution, start: float
+) -> Outcome:
     entry = {
         "m": len(indices),
         "residual": solution.residual,
+        "residual_asked": solution.tol,
         "status": str(solution.status),
     }
-    after = memory.forget(indices, remaining, removed, gradient, omega, entry)
+    omega = memory.omega_star + solution.value
+    after = memory.forget(indices, gone.remaining, gone.removed, gone.gradient, omega, entry)
     warnings = request_warnings(
         solution,
         float(torch.linalg.vector_norm(solution.value)),
         float(torch.linalg.vector_norm(memory.omega_star)),
-        sums.share(sums.stationary),
+        gone.sums.share(gone.sums.stationary),
         _distance(memory),
     )
-    return Outcome(after, solution, sums, time.perf_counter() - start, warnings)
+    return Outcome(after, solution, gone.sums, time.perf_counter() - start, warnings)
 
 
 @dataclass(frozen=True)
@@ -134,6 +237,7 @@ def _by_blocks(memory: UnlearningMemory) -> bool:
     """Whether Theorem 2's system serves: asked for, or M too large to factorise in passing."""
     settings = memory.settings
     large = memory.p > _FACTOR_LIMIT and settings.horizon is None
+    large = large and isinstance(memory.curvature, DenseCurvature)
     return settings.solver == "schur" or (settings.solver == "auto" and large)
 
 

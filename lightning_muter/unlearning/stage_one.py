@@ -10,10 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_muter.adversary.maximiser import InnerMaximum
-from lightning_muter.curvature.dense import DenseCurvature
+from lightning_muter.curvature.base import Curvature, CurvatureSum
 from lightning_muter.errors import ConfigurationError
-from lightning_muter.linalg.cg import conjugate_gradients
-from lightning_muter.linalg.solution import Solution
 from lightning_muter.memory.fingerprint import fingerprint
 from lightning_muter.memory.memory import Start, UnlearningMemory
 from lightning_muter.models import ModelView, measuring
@@ -29,8 +27,6 @@ from lightning_muter.unlearning.points import Batch, Sums
 
 __all__ = ["build_memories", "summarise"]
 
-_FACTOR_LIMIT = 2000
-
 
 @dataclass
 class _Building:
@@ -39,14 +35,14 @@ class _Building:
     settings: Settings
     view: ModelView
     problem: PointProblem
-    curvature: DenseCurvature | None
+    curvature: CurvatureSum | None
     sums: Sums
 
     @classmethod
     def start(cls, settings: Settings, module: nn.Module) -> _Building:
         view = settings.view(module)
         kept = METHODS[settings.method].has_memory
-        curvature = DenseCurvature.zeros(view.p, view.device) if kept else None
+        curvature = settings.empty_sum(view) if kept else None
         return cls(settings, view, settings.problem(), curvature, Sums.zero(view.p, view.device))
 
     def add(self, batch: Batch, shared: dict[Threat, InnerMaximum]) -> None:
@@ -108,12 +104,12 @@ def _memory(
     settings, view = built.settings, built.view
     omega = view.get()
     evaluation = Evaluation.of(built.sums.reduced(group.sum), omega, settings.weight_decay)
-    curvature, start = built.curvature, None
+    curvature: Curvature | None = None
+    start = None
     summary = _counts(evaluation, view.p)
     warnings: tuple[str, ...] = ()
-    if curvature is not None:
-        curvature = curvature.reduced(group.sum)
-        curvature.add_identity(evaluation.weight * settings.weight_decay)
+    if built.curvature is not None:
+        curvature = built.curvature.finished(group, evaluation.weight, settings.weight_decay)
         start = _start(settings, curvature, evaluation.gradient, omega, initial)
         summary, warnings = summarise(settings, evaluation, curvature, omega, start)
     return UnlearningMemory(
@@ -140,7 +136,7 @@ def _memory(
 
 def _start(
     settings: Settings,
-    curvature: DenseCurvature,
+    curvature: Curvature,
     gradient: Tensor,
     omega: Tensor,
     initial: Tensor | None,
@@ -171,7 +167,7 @@ def _counts(evaluation: Evaluation, p: int) -> dict[str, Any]:
 def summarise(
     settings: Settings,
     evaluation: Evaluation,
-    curvature: DenseCurvature,
+    curvature: Curvature,
     omega: Tensor,
     start: Start | None,
 ) -> tuple[dict[str, Any], tuple[str, ...]]:
@@ -194,7 +190,7 @@ def summarise(
         summary |= {"horizon": settings.horizon, "retrace_error": retrace_error}
     distance = decrement = solution = None
     if summary["smallest_eigenvalue"] > -1e-9 * summary["largest_eigenvalue"]:
-        solution = _solved(curvature.damped(settings.damping), evaluation.gradient)
+        solution = curvature.damped(settings.damping).estimate(evaluation.gradient)
         distance = float(torch.linalg.vector_norm(solution.value))
         decrement = float(evaluation.gradient @ solution.value) / max(evaluation.value, 1e-300)
         summary["distance_to_optimum"] = distance
@@ -211,11 +207,3 @@ def summarise(
         weight_decay=settings.weight_decay,
     )
     return summary, memory_warnings(evidence)
-
-
-def _solved(curvature: DenseCurvature, rhs: Tensor) -> Solution:
-    """M⁻¹ times a vector: a number for people, so that a rough one does where M is large."""
-    if curvature.p <= _FACTOR_LIMIT:
-        return curvature.solver().solve(rhs)
-    inverse = curvature.base_diagonal().clamp(min=1e-300).reciprocal()
-    return conjugate_gradients(curvature.matvec, rhs, lambda v: inverse * v, 1e-3, 100)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from lightning_muter.curvature.dense import DenseCurvature
+from lightning_muter.curvature.base import Curvature
 from lightning_muter.linalg.solution import Solution
 from lightning_muter.unlearning.flow import retrace
 
@@ -18,7 +18,7 @@ class Step(ABC):
     """Δω of a quadratic model: its curvature, and the right-hand side of Stage II."""
 
     @abstractmethod
-    def solve(self, curvature: DenseCurvature, rhs: Tensor) -> Solution:
+    def solve(self, curvature: Curvature, rhs: Tensor) -> Solution:
         """Δω (p,) for rhs = G_r + Σ_S (∇l_i + λω*) (p,)."""
 
 
@@ -26,7 +26,7 @@ class Step(ABC):
 class NewtonStep(Step):
     """The whole way to the optimum of the quadratic model: M⁻¹ rhs (the paper's eq. 11)."""
 
-    def solve(self, curvature: DenseCurvature, rhs: Tensor) -> Solution:
+    def solve(self, curvature: Curvature, rhs: Tensor) -> Solution:
         return curvature.solver().solve(rhs)
 
 
@@ -46,6 +46,6 @@ class FlowStep(Step):
     gradient: Tensor
     retraced: Tensor
 
-    def solve(self, curvature: DenseCurvature, rhs: Tensor) -> Solution:
+    def solve(self, curvature: Curvature, rhs: Tensor) -> Solution:
         found = retrace(curvature.matvec, self.gradient - rhs, self.offset, self.horizon)
         return replace(found, value=found.value - self.retraced)

@@ -1,0 +1,248 @@
+"""Points of a linear head as rows: a few vectors a point, nothing of size p² (docs/theory.md)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from lightning_muter.curvature.base import PointFacts
+from lightning_muter.curvature.head import HeadHessian, HeadPoints, HeadTotal
+from lightning_muter.curvature.point import PointCurvature
+from lightning_muter.errors import ConfigurationError, MemoryFormatError
+from lightning_muter.objectives.output_curvature import restored_output
+from lightning_muter.responses import DiagonalLowRank
+
+__all__ = ["PointRows"]
+
+_FACTS = ("indices", "stationary", "active")
+_FACTORS = ("factors", "slopes", "coefficients")
+
+
+@dataclass(frozen=True)
+class PointRows:
+    """Σ_i w_i D_i of some points of a linear head, each by its own row.
+
+    D_i = S_i ⊗ h̃h̃ᵀ + Σ_k c_ik v_ik v_ikᵀ + G_i diag(ρ_i) G_iᵀ with v_ik = r_i ⊗ b̃_ik + t_ik ⊗ h̃_i
+    and G_i = r_i ⊗ I + (S_i W) ⊗ h̃_i. A product with a vector is a few matrix products of shapes
+    (n, F̃) and (F̃, C). Source: ours (docs/theory.md).
+
+    Attributes:
+        points: h̃ (n, F̃), r (n, C), S, W (C, F) in the rows' dtype; the weights (n,) in float64.
+        factors: b (n, K, F).
+        slopes: t (n, K, C).
+        coefficients: c (n, K).
+        diagonal: ρ (n, F), or None where no response has a diagonal.
+        facts: which points they are.
+    """
+
+    points: HeadPoints
+    factors: Tensor
+    slopes: Tensor
+    coefficients: Tensor
+    diagonal: Tensor | None
+    facts: PointFacts
+
+    @classmethod
+    def of(cls, part: PointCurvature, facts: PointFacts, dtype: torch.dtype) -> PointRows:
+        """The rows of some points' curvature.
+
+        Args:
+            part: of a linear head.
+            facts: which points it is of.
+            dtype: of what is kept a point; float32 halves it.
+
+        Raises:
+            ConfigurationError: a curvature that has no such rows.
+        """
+        if not isinstance(part, HeadHessian):
+            raise ConfigurationError(
+                f"representation='rows' cannot keep {type(part).__name__}: it needs a linear head "
+                "(head=...) and a threat without temperature; use representation='dense'"
+            )
+        points = replace(part.points, weight=part.points.weight.clone())  # it may be the module's
+        n, r, w = len(points.r), points.r, points.weight
+        factors, coefficients = r.new_zeros(n, 0, w.shape[1]), r.new_zeros(n, 0)
+        diagonal = None
+        if isinstance(part, HeadTotal):
+            response = part.response
+            if not isinstance(response, DiagonalLowRank):
+                raise ConfigurationError(
+                    "representation='rows' keeps a few vectors a point, and the exact inner "
+                    "response of a network is an F x F matrix: give sketch=1 (or more probes), or "
+                    "representation='dense'"
+                )
+            factors, coefficients = response.factors, response.coefficients
+            diagonal = response.diagonal if bool(response.diagonal.any()) else None
+        kept = [points.s.apply(factors[:, k] @ w.T) for k in range(factors.shape[1])]
+        slopes = torch.stack(kept, dim=1) if kept else r.new_zeros(n, 0, r.shape[1])
+        return cls(points, factors, slopes, coefficients, diagonal, facts).converted(dtype)
+
+    def __len__(self) -> int:
+        return len(self.points.r)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the rows are."""
+        return self.points.r.device
+
+    def are_of(self, indices: Sequence[int]) -> Tensor:
+        """Which rows (n,) are of some training points."""
+        wanted = torch.tensor(list(indices), dtype=torch.int64, device=self.device)
+        return torch.isin(self.facts.indices, wanted)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of what is kept a point."""
+        return self.points.r.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the rows take."""
+        return sum(one.numel() * one.element_size() for one in self.tensors().values())
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything that has one row a point, by name."""
+        own = {name: getattr(self, name) for name in _FACTORS}
+        own |= {name: getattr(self.facts, name) for name in _FACTS}
+        own |= {} if self.diagonal is None else {"diagonal": self.diagonal}
+        return own | self.points.tensors()
+
+    @classmethod
+    def restore(cls, tensors: Mapping[str, Tensor], omega: Tensor) -> PointRows:
+        """The inverse of `tensors`, at the expansion point ω* (p,).
+
+        Raises:
+            MemoryFormatError: the tensors do not belong together.
+        """
+        r, sizes = tensors["r"], {len(one) for one in tensors.values()}
+        c, width = r.shape[1], tensors["features"].shape[1]
+        k, f = tensors["factors"].shape[1:]
+        shapes = [tuple(tensors[name].shape[1:]) for name in ("slopes", "coefficients")]
+        fits = f in (width - 1, width) and c * width == len(omega)
+        if len(sizes) != 1 or shapes != [(k, c), (k,)] or not fits:
+            raise MemoryFormatError(
+                f"rows of {sorted(sizes)} points with {k} factors of {f} numbers, {width} features "
+                f"and {c} outputs are none of {len(omega)} parameters: restore a backup"
+            )
+        weight = omega[: c * f].reshape(c, f).to(r)
+        return cls._made(tensors, weight)
+
+    @classmethod
+    def _made(cls, tensors: Mapping[str, Tensor], weight: Tensor) -> PointRows:
+        points = HeadPoints(
+            features=tensors["features"],
+            r=tensors["r"],
+            s=restored_output(tensors),
+            weight=weight,
+            weights=tensors["weights"],
+        )
+        return cls(
+            points=points,
+            diagonal=tensors.get("diagonal"),
+            facts=PointFacts(*(tensors[name] for name in _FACTS)),
+            **{name: tensors[name] for name in _FACTORS},
+        )
+
+    def converted(self, dtype: torch.dtype) -> PointRows:
+        """The rows in another dtype; weights and what is known of the points stay."""
+        kept = {"weights", *_FACTS}
+        found = {n: t if n in kept else t.to(dtype) for n, t in self.tensors().items()}
+        return self._made(found, self.points.weight.to(dtype))
+
+    def on(self, device: torch.device | str) -> PointRows:
+        """The rows on another device; themselves on their own."""
+        if self.device == torch.device(device):
+            return self
+        found = {n: t.to(device, non_blocking=True) for n, t in self.tensors().items()}
+        return self._made(found, self.points.weight.to(device))
+
+    def pinned(self) -> PointRows:
+        """The rows in page-locked memory of the host, from where an accelerator reads faster."""
+        found = {n: t.cpu().pin_memory() for n, t in self.tensors().items()}
+        return self._made(found, self.points.weight.cpu())
+
+    def __getitem__(self, which: Tensor | slice) -> PointRows:
+        """Some of the points: a slice shares their memory, a mask (n,) copies."""
+        found = {name: one[which] for name, one in self.tensors().items()}
+        return self._made(found, self.points.weight)
+
+    @classmethod
+    def cat(cls, parts: Sequence[PointRows]) -> PointRows:
+        """The rows of several of one structure, one after the other."""
+        named = [part.tensors() for part in parts]
+        tensors = {name: torch.cat([one[name] for one in named]) for name in named[0]}
+        return cls._made(tensors, parts[0].points.weight)
+
+    @property
+    def structure(self) -> tuple[tuple[str, tuple[int, ...], torch.dtype], ...]:
+        """Names, shapes and dtypes of what a point keeps: equal ones can be put together."""
+        return tuple((n, tuple(t.shape[1:]), t.dtype) for n, t in sorted(self.tensors().items()))
+
+    # --- what they are for --------------------------------------------------------------------
+
+    @property
+    def weight(self) -> Tensor:
+        """The sum of the points' weights (), float64."""
+        return self.points.weights.sum()
+
+    def gradient(self) -> Tensor:
+        """Σ w_i ∇_ω l_i (p,), float64."""
+        points = self.points
+        weighted = points.r.double() * points.weights.unsqueeze(1)
+        return points.vector_form(weighted.T @ points.features.double())
+
+    def matvec(self, v: Tensor) -> Tensor:
+        """Σ w_i D_i v (p,), computed in the rows' dtype, for v in float64; the same device."""
+        points, (c, f) = self.points, self.points.weight.shape
+        matrix = points.matrix_form(v.to(self.dtype))
+        weights = points.weights.to(self.dtype).unsqueeze(1)
+        u = points.features @ matrix.T  # V h̃ (n, C)
+        along_s = u
+        moved = None  # what the response makes of Gᵀ V (n, F)
+        if self.diagonal is not None:
+            coupled = points.r @ matrix[:, :f] + points.s.apply(u) @ points.weight
+            moved = self.diagonal * coupled
+            along_s = u + moved @ points.weight.T
+        out = points.s.apply(along_s)
+        if self.coefficients.shape[1]:
+            pushed = (self.factors.reshape(-1, f) @ matrix[:, :f].T).reshape(
+                *self.factors.shape[:2], c
+            )
+            a = (pushed @ points.r.unsqueeze(2)).squeeze(2)
+            a = self.coefficients * (a + (self.slopes @ u.unsqueeze(2)).squeeze(2))
+            out = out + (a.unsqueeze(1) @ self.slopes).squeeze(1)
+            spread = (a.unsqueeze(1) @ self.factors).squeeze(1)
+            moved = spread if moved is None else moved + spread
+        total = (weights * out).T @ points.features
+        if moved is not None:
+            total[:, :f] += (weights * points.r).T @ moved
+        return points.vector_form(total).double()
+
+    def class_block(self, c: int) -> Tensor:
+        """The block of class c of Σ w_i D_i (F̃, F̃), in the rows' dtype."""
+        points, f = self.points, self.points.weight.shape[1]
+        h, w = points.features, points.weights.to(self.dtype)
+        block = h.T @ (h * (w * points.s.entry(c, c)).unsqueeze(1))
+        r = points.r[:, c, None]
+        for k in range(self.coefficients.shape[1]):
+            v = h * self.slopes[:, k, c, None]
+            v[:, :f] += r * self.factors[:, k]
+            block += v.T @ (v * (w * self.coefficients[:, k]).unsqueeze(1))
+        if self.diagonal is None:
+            return block
+        # G_c ρ G_cᵀ with G_c = r_c I + h̃ g_cᵀ and g_c = (S W)_c
+        rho, g = self.diagonal, points.s.row(c, points.weight)
+        cross = (r * w.unsqueeze(1) * rho * g).T @ h  # (F, F̃)
+        block[:f] += cross
+        block[:, :f] += cross.T
+        block += h.T @ (h * (w * (g * rho * g).sum(dim=1)).unsqueeze(1))
+        block.diagonal()[:f] += (w.unsqueeze(1) * r.square() * rho).sum(dim=0)
+        return block
+
+    def diagonal_of_sum(self) -> Tensor:
+        """The diagonal of Σ w_i D_i (p,), float64."""
+        own = [self.class_block(c).diagonal() for c in range(self.points.r.shape[1])]
+        return self.points.vector_form(torch.stack(own)).double()

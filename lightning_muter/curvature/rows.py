@@ -1,0 +1,300 @@
+"""The sum of points' curvature as rows of the points, for a linear head of any size."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from lightning_muter.curvature.base import Curvature, PointFacts
+from lightning_muter.curvature.class_blocks import ClassBlocks
+from lightning_muter.curvature.point import PointCurvature
+from lightning_muter.curvature.point_rows import PointRows
+from lightning_muter.linalg.cg import conjugate_gradients
+from lightning_muter.linalg.lanczos import Krylov
+from lightning_muter.linalg.minres import minres
+from lightning_muter.linalg.solution import Solution, Status
+from lightning_muter.parallel import Group
+
+__all__ = ["RowsCurvature", "RowsOptions", "RowsSolver", "RowsSum"]
+
+_PREFIX = "rows."  # of the names of tensors that are kept
+_BLOCK = 4096  # points that are kept together
+_LANCZOS = 20  # steps that estimate the extreme eigenvalues
+_ROUGH = 1e-3  # the residual of a number for people
+_RESIDENT = 0.6  # of an accelerator's free memory that rows take at the most; else the host's
+#: blocks of the preconditioner are made anew once fewer than this share of their points is left
+_RENEWED = 0.7
+#: a residual this many times what was asked is not what was asked
+_STALLED = 10.0
+_TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-5}
+
+
+@dataclass(frozen=True)
+class RowsOptions:
+    """How rows are kept and their systems solved.
+
+    Attributes:
+        dtype: of the rows, float64 or float32: half the bytes, with dot products in float64.
+        tol: ‖M x - b‖ / ‖b‖ at which a solve stops; None for 1e-8, or 1e-5 in float32.
+        max_iter: products of a solve at the most.
+        budget: bytes for the preconditioner.
+    """
+
+    dtype: torch.dtype = torch.float64
+    tol: float | None = None
+    max_iter: int = 2000
+    budget: int = 1 << 30
+
+    @property
+    def tolerance(self) -> float:
+        """The residual that is asked."""
+        return _TOLERANCE[self.dtype] if self.tol is None else self.tol
+
+
+@dataclass
+class RowsSum:
+    """The rows of a sum on its way.
+
+    Attributes:
+        options: how they are kept.
+        p: parameters.
+    """
+
+    options: RowsOptions
+    p: int
+    _blocks: list[PointRows] = field(default_factory=list)
+    _open: list[PointRows] = field(default_factory=list)
+    _seen: int = 0
+
+    def add(self, part: PointCurvature, facts: PointFacts | None = None) -> None:
+        """Add the rows of some points; without ``facts`` they are counted as they come.
+
+        Raises:
+            ConfigurationError: a curvature that has no rows.
+        """
+        rows = PointRows.of(part, facts or _counted(self._seen, part.usable), self.options.dtype)
+        self._seen += len(rows)
+        if self._open and self._open[0].structure != rows.structure:
+            self._close()
+        self._open.append(rows)
+        if sum(map(len, self._open)) >= _BLOCK:
+            self._close()
+
+    def _close(self) -> None:
+        if self._open:
+            self._blocks.append(PointRows.cat(self._open))
+        self._open = []
+
+    def finished(self, group: Group, weight: float, decay: float) -> RowsCurvature:
+        """The rows of this process's points; their products sum over processes."""
+        self._close()
+        return RowsCurvature(tuple(self._blocks), self.p, decay, self.options, group=group)
+
+
+def _counted(first: int, usable: Tensor) -> PointFacts:
+    indices = torch.arange(first, first + len(usable), device=usable.device)
+    return PointFacts(
+        indices, torch.ones_like(usable), torch.zeros_like(indices, dtype=torch.float64)
+    )
+
+
+@dataclass(frozen=True)
+class RowsCurvature(Curvature):
+    """M = Σ_i w_i D_i + (Σw λ + damping) I, by the rows of the points that are left.
+
+    Nothing of size p² is formed. A request deletes rows: nothing of a forgotten point stays in M,
+    and nothing cancels. Each process keeps the rows of its own points, at least one of them, and a
+    product sums p numbers over processes. Source: ours (docs/theory.md).
+
+    Attributes:
+        blocks: the rows, on the device, or on the host where they do not fit.
+        size: p.
+        decay: λ of a point of weight 1.
+        options: dtype, tolerance and budget.
+        damping: added to the diagonal.
+        group: the processes.
+    """
+
+    blocks: tuple[PointRows, ...]
+    size: int
+    decay: float
+    options: RowsOptions = RowsOptions()
+    damping: float = 0.0
+    group: Group = field(default_factory=Group)
+    _inverses: dict[float, tuple[int, ClassBlocks]] = field(
+        default_factory=dict, repr=False, compare=False
+    )
+
+    @property
+    def p(self) -> int:
+        return self.size
+
+    @property
+    def nbytes(self) -> int:
+        return sum(one.nbytes for one in self.blocks)
+
+    @cached_property
+    def points(self) -> int:
+        """How many points all processes keep."""
+        own = torch.tensor([float(sum(map(len, self.blocks)))], dtype=torch.float64)
+        return round(float(self.group.sum(own.to(self.group.device))))
+
+    @cached_property
+    def shift(self) -> float:
+        """The multiple of the identity in M: Σw λ + damping."""
+        own = torch.stack([one.weight.to(self.group.device) for one in self.blocks]).sum()
+        return float(self.group.sum(own)) * self.decay + self.damping
+
+    @property
+    def centred(self) -> bool:
+        """Whether the points' sum is zero on vectors that are equal for every class."""
+        return all(one.points.s.sums_to_zero for one in self.blocks)
+
+    def to(self, device: torch.device | str, omega: Tensor) -> RowsCurvature:
+        device = torch.device(device)
+        if all(one.points.r.device == device for one in self.blocks):
+            return self
+        large = device.type == "cuda"
+        large = large and self.nbytes > _RESIDENT * torch.cuda.mem_get_info(device)[0]
+        moved = (one.pinned() if large else one.on(device) for one in self.blocks)
+        return replace(self, blocks=tuple(moved), _inverses={})
+
+    def kept(self) -> dict[str, Tensor]:
+        return {
+            f"{_PREFIX}{i}.{name}": one
+            for i, rows in enumerate(self.blocks)
+            for name, one in rows.tensors().items()
+        }
+
+    @classmethod
+    def restore(
+        cls, tensors: Mapping[str, Tensor], omega: Tensor, decay: float, options: RowsOptions
+    ) -> RowsCurvature:
+        """The inverse of `kept`; other tensors are left aside.
+
+        Args:
+            tensors: by name.
+            omega: ω* (p,), the expansion point.
+            decay: λ of a point of weight 1.
+            options: how systems are solved.
+
+        Raises:
+            MemoryFormatError: they do not belong together.
+        """
+        parts: dict[int, dict[str, Tensor]] = {}
+        for name, one in tensors.items():
+            if name.startswith(_PREFIX):
+                number, _, own = name.removeprefix(_PREFIX).partition(".")
+                parts.setdefault(int(number), {})[own] = one
+        blocks = tuple(PointRows.restore(parts[i], omega) for i in sorted(parts))
+        return cls(blocks, len(omega), decay, replace(options, dtype=blocks[0].dtype))
+
+    @staticmethod
+    def found_in(tensors: Mapping[str, Tensor]) -> bool:
+        """Whether some of the tensors are rows'."""
+        return any(name.startswith(_PREFIX) for name in tensors)
+
+    def damped(self, damping: float) -> RowsCurvature:
+        return self if damping == 0 else replace(self, damping=self.damping + damping)
+
+    # --- requests -------------------------------------------------------------------------------
+
+    def rows_of(self, indices: Sequence[int]) -> list[PointRows]:
+        """Those of this process's rows that are of some training points."""
+        found = ((one, one.are_of(indices)) for one in self.blocks)
+        return [one[which] for one, which in found if bool(which.any())]
+
+    def without(self, indices: Sequence[int]) -> RowsCurvature:
+        """The sum without some training points: their rows are gone, the others as they were."""
+        blocks = []
+        for one in self.blocks:
+            gone = one.are_of(indices)
+            blocks.append(one[~gone] if bool(gone.any()) else one)
+        full = tuple(one for one in blocks if len(one))
+        return replace(self, blocks=full or tuple(blocks[:1]))
+
+    # --- products and solves --------------------------------------------------------------------
+
+    def matvec(self, v: Tensor) -> Tensor:
+        return self._summed(lambda one: one.matvec(v), v) + self.shift * v
+
+    def base_diagonal(self) -> Tensor:
+        like = torch.zeros(self.p, dtype=torch.float64, device=self.blocks[0].device)
+        return self._summed(PointRows.diagonal_of_sum, like) + self.shift
+
+    def _summed(self, of: Callable[[PointRows], Tensor], like: Tensor) -> Tensor:
+        total = torch.zeros_like(like)
+        for one in self.blocks:
+            total += of(one.on(like.device))
+        return self.group.sum(total)
+
+    def solver(self) -> RowsSolver:
+        return RowsSolver(self, self.options.tolerance)
+
+    def preconditioner(self, device: torch.device) -> ClassBlocks:
+        """The classes' blocks, kept while requests have not taken too many of their points."""
+        count, blocks = self._inverses.get(self.damping, (0, None))
+        if blocks is None or self.points < _RENEWED * count:
+            blocks = ClassBlocks.of(
+                self.blocks, self.shift, self.group.sum, self.options.budget, device
+            )
+            self._inverses[self.damping] = (self.points, blocks)
+        return replace(blocks, shift=self.shift)
+
+    def estimate(self, rhs: Tensor) -> Solution:
+        return RowsSolver(self, _ROUGH).solve(rhs)
+
+    def extremes(self) -> tuple[float, float]:
+        generator = torch.Generator().manual_seed(0)
+        start = torch.randn(self.p, generator=generator, dtype=torch.float64)
+        krylov = Krylov(self.matvec, start.to(self.blocks[0].device))
+        for _ in range(min(_LANCZOS, self.p)):
+            krylov.step()
+            if not bool(torch.isfinite(krylov.length)):
+                return float("nan"), float("nan")
+            if bool(krylov.exhausted):
+                break
+        values, _ = krylov.spectrum()
+        low, high = float(values[0]), float(values[-1])
+        return (min(low, self.shift) if self.centred else low), high
+
+
+class RowsSolver:
+    """Solves M x = b by conjugate gradients on products with rows.
+
+    The classes' blocks precondition (`ClassBlocks`). Where M is indefinite minimum residuals take
+    over and the status says so; without weight decay and damping the solution is the shortest one
+    for losses that a shift of all outputs leaves as they are.
+
+    Args:
+        curvature: M.
+        tol: ‖M x - b‖ / ‖b‖ at which to stop.
+    """
+
+    def __init__(self, curvature: RowsCurvature, tol: float) -> None:
+        self.curvature, self.tol = curvature, tol
+
+    def solve(self, rhs: Tensor) -> Solution:
+        """x (p,) for b (p,), with its residual and status.
+
+        Raises:
+            SolverError: the solution is not finite.
+        """
+        curvature, tol = self.curvature, self.tol
+        inverse, limit = curvature.preconditioner(rhs.device), curvature.options.max_iter
+        found = conjugate_gradients(curvature.matvec, rhs, inverse.apply, tol, limit)
+        if found.status is Status.INDEFINITE:
+            again = minres(curvature.matvec, rhs, tol, limit)
+            return replace(again, iterations=found.iterations + again.iterations, tol=tol)
+        status = found.status
+        if status is Status.CONVERGED and curvature.centred and curvature.shift == 0:
+            status = Status.MINIMUM_NORM
+        if (
+            found.residual > _STALLED * tol
+        ):  # rounding of the rows' dtype ends the iteration earlier
+            status = Status.MAX_ITERATIONS
+        return replace(found, status=status, tol=tol)
