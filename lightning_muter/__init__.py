@@ -22,6 +22,7 @@ from lightning_muter.options import (
     BlockSolver,
     ConstrainedResponse,
     DirectSolver,
+    Rows,
     UnconstrainedResponse,
 )
 from lightning_muter.threats import L2Ball, LinfBall, Threat
@@ -53,6 +54,7 @@ __all__ = [
     "RebaseResult",
     "RemovalDataModule",
     "RemovalError",
+    "Rows",
     "SolverError",
     "StateError",
     "Threat",

@@ -15,6 +15,7 @@ __all__ = [
     "ConstrainedResponse",
     "DirectSolver",
     "Options",
+    "Rows",
     "UnconstrainedResponse",
     "flat",
 ]
@@ -128,6 +129,26 @@ class BlockSolver(Options):
 
     def keywords(self) -> dict[str, Any]:
         return {"solver": "schur", "damping": self.damping}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rows(Options):
+    """The curvature of a linear head as a few vectors a point, for heads of any size.
+
+    Attributes:
+        dtype: of the rows: "float64", or "float32" for half the memory.
+        tol: relative residual at which a solve stops; None for 1e-8, or 1e-5 in float32.
+
+    Example:
+        >>> Rows(dtype="float32").keywords()["row_dtype"]
+        'float32'
+    """
+
+    dtype: Literal["float64", "float32"] = "float64"
+    tol: float | None = None
+
+    def keywords(self) -> dict[str, Any]:
+        return {"representation": "rows", "row_dtype": self.dtype, "solver_tol": self.tol}
 
 
 def flat(

@@ -65,6 +65,14 @@ class Curvature(ABC):
     def to(self, device: torch.device | str, omega: Tensor) -> Curvature:
         """It on another device, where ω* (p,) is; itself on its own."""
 
+    def shared(self, group: Group) -> Curvature:
+        """It with this process's share of what can be shared; itself where nothing can."""
+        return self
+
+    def whole(self) -> Curvature:
+        """It with every process's share, on each of them; all of them must ask."""
+        return self
+
     @abstractmethod
     def kept(self) -> dict[str, Tensor]:
         """The tensors that it is read back from, by name; nothing of a forgotten point in them."""

@@ -163,6 +163,20 @@ class RowsCurvature(Curvature):
         moved = (one.pinned() if large else one.on(device) for one in self.blocks)
         return replace(self, blocks=tuple(moved), _inverses={})
 
+    def shared(self, group: Group) -> RowsCurvature:
+        if group.size == 1 or self.group.size == group.size:
+            return self
+        blocks = [one[one.facts.indices % group.size == group.rank] for one in self.blocks]
+        full = tuple(one for one in blocks if len(one))
+        return replace(self, blocks=full or tuple(blocks[:1]), group=group, _inverses={})
+
+    def whole(self) -> RowsCurvature:
+        if self.group.size == 1:
+            return self
+        shares = self.group.gather([one.on("cpu") for one in self.blocks])
+        blocks = tuple(one.on(self.blocks[0].device) for share in shares for one in share)
+        return replace(self, blocks=blocks, group=Group(device=self.group.device), _inverses={})
+
     def kept(self) -> dict[str, Tensor]:
         return {
             f"{_PREFIX}{i}.{name}": one

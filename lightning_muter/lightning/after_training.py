@@ -19,15 +19,13 @@ from lightning_muter.lightning.process_group import process_group
 from lightning_muter.lightning.rescue import check_not_stopped
 from lightning_muter.memory.memory import UnlearningMemory
 from lightning_muter.spec import Settings
-from lightning_muter.unlearning.cost import check_fits, size_estimate
 from lightning_muter.unlearning.methods import METHODS
 from lightning_muter.unlearning.objective import RobustObjective, newton
 from lightning_muter.unlearning.points import Batch
+from lightning_muter.unlearning.representation import Representation, represented
 from lightning_muter.unlearning.stage_one import build_memories
 
 __all__ = ["AfterTraining", "points_of", "refuse_spawned", "report"]
-
-_MEMORY_LIMIT = 60_000
 
 
 @dataclass
@@ -51,35 +49,36 @@ class AfterTraining:
     newton_steps: int
     batch_size: int
     preflight: Preflight = Preflight(0.0, 0.0, 0.0)
-
-    @staticmethod
-    def check_size(settings: Settings, p: int) -> None:
-        """Refuse a memory that no machine holds.
-
-        Raises:
-            ConfigurationError: with its size.
-        """
-        if METHODS[settings.method].has_memory and p > _MEMORY_LIMIT:
-            raise ConfigurationError(
-                f"{size_estimate(p)} is too large for a dense memory (at most "
-                f"p = {_MEMORY_LIMIT:,}); choose a smaller head or fewer parameters"
-            )
+    representation: str = "dense"
 
     def rehearse(self) -> None:
         """Two points through all that comes after training; what it takes, for a person."""
         settings, device = self.settings, self.trainer.strategy.root_device
         has_memory = METHODS[settings.method].has_memory
+        kept = self._represented(settings if has_memory else settings.robust())
+        self.representation = kept.settings.representation
+        settings = self._kept_as(settings)
         stages = [settings.robust()] if self.newton_steps else []
         stages += [settings] if has_memory or not stages else []
         p = settings.view(self.module).p
-        if stages != [settings] or has_memory:
-            check_fits(p, device, self.trainer.num_devices if device.type == "cpu" else 1)
         self.preflight = rehearse(self.module, stages, self._read, self.points.known_targets())
         if has_memory:
             self.preflight = time_pass(self.module, settings, self._read, self.preflight)
             mine = -(-len(self.points) // self.trainer.world_size)
             size = self.preflight.piece(self.batch_size)
-            rank_zero_info(f"{self.preflight.cost(mine, p, size, self.newton_steps, device)}")
+            cost = self.preflight.cost(mine, p, size, self.newton_steps, kept, device)
+            rank_zero_info(f"{kept.why}; {cost}")
+
+    def _represented(self, settings: Settings) -> Representation:
+        """How the memory is kept, and Newton's Hessians before it."""
+        trainer, device = self.trainer, self.trainer.strategy.root_device
+        inputs = self._read(1).x[0].numel()
+        mine = -(-len(self.points) // trainer.world_size)
+        sharing = trainer.num_devices if device.type == "cpu" else 1
+        return represented(settings, settings.view(self.module), inputs, mine, device, sharing)
+
+    def _kept_as(self, settings: Settings) -> Settings:
+        return replace(settings, representation=self.representation)
 
     def _read(self, count: int) -> Batch:
         """Some points, spread over the data set."""
@@ -95,7 +94,7 @@ class AfterTraining:
 
     def newton(self, settings: Settings, weights: Tensor) -> list[float]:
         """Newton steps on the robust objective; if one fails, ω is again what training made it."""
-        robust = settings.robust()
+        robust = self._kept_as(settings.robust())
         target = self.objective(robust, weights)
         trained = target.view.get()
         try:
@@ -107,7 +106,8 @@ class AfterTraining:
     def objective(self, settings: Settings, weights: Tensor) -> RobustObjective:
         """The robust objective over training points, each counted once over all processes."""
         view, group = settings.view(self.module), process_group(self.trainer)
-        return RobustObjective(view, settings.problem(), lambda: self._batches(weights), group)
+        batches, empty = lambda: self._batches(weights), settings.empty_sum
+        return RobustObjective(view, settings.problem(), batches, group, empty)
 
     def stage_one(
         self,
@@ -129,10 +129,10 @@ class AfterTraining:
         Raises:
             ConfigurationError: the robust gradient is not finite.
         """
+        settings = self._kept_as(settings)
         if METHODS[settings.method].has_memory:
-            rank_zero_info(
-                f"Stage I ({settings.method}): {size_estimate(settings.view(self.module).p)}"
-            )
+            p = settings.view(self.module).p
+            rank_zero_info(f"Stage I ({settings.method}): p = {p:,}, {self.representation}")
         group = process_group(self.trainer)
         (memory,) = build_memories(
             self.module, [settings], self._batches(weights), digests, key, group, initial, weights

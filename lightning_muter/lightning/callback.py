@@ -52,6 +52,9 @@ _DEFAULTS: dict[str, Any] = {
     "damping": 0.0,
     "solver": "auto",
     "sketch": 0,
+    "representation": "auto",
+    "row_dtype": "float64",
+    "solver_tol": None,
     "attack_steps": 10,
     "attack_step_size": None,
     "random_start": True,
@@ -87,6 +90,12 @@ class MUterCallback(MemoryKeeper, AdversarialTraining):
             `BlockSolver`.
         sketch: seeded probes a point for the inner response where all of ∂φ/∂x is too dear (a
             wide network's head); 0 for the exact response.
+        representation: how the curvature is kept: "dense" (p, p), "rows" (a few vectors a point,
+            for a linear head of any size), or "auto" by both sizes and the free memory; or a
+            `Rows`.
+        row_dtype: of the rows: "float64", or "float32" for half the memory.
+        solver_tol: relative residual at which a solve with rows stops; None for 1e-8 in float64 and
+            1e-5 in float32.
         weight_decay: λ; None reads it from the optimizer.
         memory_dir: where to save the memory and the model, and keep both current
             (``model.ckpt``, always the current one); None keeps the memory in the process.
@@ -130,6 +139,9 @@ class MUterCallback(MemoryKeeper, AdversarialTraining):
         damping: float = 0.0,
         solver: str | Options = "auto",
         sketch: int = 0,
+        representation: str | Options = "auto",
+        row_dtype: str = "float64",
+        solver_tol: float | None = None,
         weight_decay: float | None = None,
         memory_dir: str | None = None,
         horizon: float | Literal["training"] | None = None,
@@ -144,7 +156,12 @@ class MUterCallback(MemoryKeeper, AdversarialTraining):
         rebase_after: float | None = None,
     ) -> None:
         given = {name: value for name, value in locals().items() if name in _DEFAULTS}
-        options = {"attack": attack, "response": response, "solver": solver}
+        options = {
+            "attack": attack,
+            "response": response,
+            "solver": solver,
+            "representation": representation,
+        }
         keywords = flat(given, _DEFAULTS, options)
         ascent = {k: keywords.pop(k) for k in ("attack_steps", "attack_step_size", "random_start")}
         self.settings = Settings(
@@ -201,7 +218,6 @@ class MUterCallback(MemoryKeeper, AdversarialTraining):
             return
         refuse_spawned(trainer)
         view = self.settings.view(pl_module)
-        AfterTraining.check_size(self.settings, view.p)
         self.initial = view.get()
         self.folder = None if getattr(trainer, "fast_dev_run", False) else self.memory_dir
         check_free(self.folder, self.overwrite)

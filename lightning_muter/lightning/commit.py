@@ -119,7 +119,8 @@ class Destination:
 
     def replace(self, memory: UnlearningMemory, view: ModelView) -> Committed:
         """Put a rebased memory into the place of the one it came from, and ω into the model."""
-        return self._keep(memory.dated(_now()), UnlearningMemory.replace_in, view)
+        whole = memory if self.store is None else memory.whole()
+        return self._keep(whole.dated(_now()), UnlearningMemory.replace_in, view)
 
     def _keep(
         self,

@@ -35,11 +35,18 @@ def model_path(folder: str | None) -> Path | None:
     return None if folder is None else Path(folder) / model_file.NAME
 
 
-@rank_zero_only
 def create(memory: UnlearningMemory, folder: str | None, rescue: Rescue, overwrite: bool) -> None:
-    """Write a new memory and the trained model to its folder, where there is one."""
+    """Write a new memory and the trained model to its folder, where there is one.
+
+    Every process has to call it; the first one writes.
+    """
     if folder is not None:
-        memory.save(folder, rescue.checkpoint(), overwrite)
+        _save(memory.whole(), folder, rescue, overwrite)
+
+
+@rank_zero_only
+def _save(memory: UnlearningMemory, folder: str, rescue: Rescue, overwrite: bool) -> None:
+    memory.save(folder, rescue.checkpoint(), overwrite)
 
 
 def rewritten(memory: UnlearningMemory, folder: str | None, first: bool) -> UnlearningMemory:
@@ -52,8 +59,9 @@ def rewritten(memory: UnlearningMemory, folder: str | None, first: bool) -> Unle
     """
     if folder is None:
         return memory
+    whole = memory.whole()
     if first:
         store = MemoryStore(folder, memory.memory_id)
-        memory.replace_in(store)
+        whole.replace_in(store)
         bring_model_up_to_date(store)
     return replace(memory, generation=memory.generation + 1)

@@ -18,10 +18,13 @@ from lightning_muter.lightning.kept_state import untouched
 from lightning_muter.models import ModelView, measuring
 from lightning_muter.objectives.losses import PointLoss
 from lightning_muter.objectives.targets import check_targets as check_values
+from lightning_muter.parallel import Group
 from lightning_muter.spec import Settings
-from lightning_muter.unlearning.cost import Cost, solve_seconds
+from lightning_muter.unlearning.cost import Cost, product_seconds, solve_seconds
 from lightning_muter.unlearning.methods import METHODS
-from lightning_muter.unlearning.points import Batch
+from lightning_muter.unlearning.point_problem import PointProblem
+from lightning_muter.unlearning.points import Batch, Chunk
+from lightning_muter.unlearning.representation import Representation
 
 __all__ = ["Preflight", "check_forward", "check_targets", "rehearse", "time_pass"]
 
@@ -34,6 +37,7 @@ _TIMING_SECONDS = 0.5
 _SAME = 1e-2  # outputs of a point differ by rounding alone, whatever is in its batch
 _PIECE_SECONDS = 2.0
 _PIECE = 256.0  # points that a piece has at the least: a batch has costs of its own
+_PRODUCTS = 80.0  # of a solve with rows, about
 _EIGENVALUES = 10.0  # the extreme eigenvalues of a memory take about so many factorisations
 
 _CURVATURE = (
@@ -73,14 +77,36 @@ class Preflight:
         return int(min(batch_size, 2 ** int(math.log2(affordable))))
 
     def cost(
-        self, points: int, p: int, batch_size: int, newton_steps: int, device: torch.device
+        self,
+        points: int,
+        p: int,
+        batch_size: int,
+        newton_steps: int,
+        kept: Representation,
+        device: torch.device,
     ) -> Cost:
         """Seconds and bytes of Stage I after at most ``newton_steps``, and of a request."""
-        solve = solve_seconds(p, device)
+        if kept.settings.representation == "rows" and kept.footprint is not None:
+            rows = kept.footprint
+            dtype = kept.settings.rows_options(device).dtype
+            solve = _PRODUCTS * product_seconds(
+                points, rows.width, rows.classes, rows.factors, dtype
+            )
+            after = solve
+        else:
+            solve = solve_seconds(p, device)
+            after = _EIGENVALUES * solve
         one_pass = math.ceil(points / batch_size) * self.fixed + points * self.per_point
         newton = newton_steps * ((1 + 2 * self.ascent) * one_pass + solve)
-        stage_one = one_pass + newton + _EIGENVALUES * solve
-        return Cost(points, p, newton_steps, stage_one, self.fixed + self.per_point + solve)
+        return Cost(
+            points=points,
+            p=p,
+            newton_steps=newton_steps,
+            stage_one_seconds=one_pass + newton + after,
+            request_seconds=self.fixed + self.per_point + solve,
+            memory=kept.memory,
+            working=kept.working,
+        )
 
 
 def rehearse(
@@ -339,16 +365,13 @@ def _once(settings: Settings, view: ModelView, batch: Batch, passes: int) -> tup
     start = time.perf_counter()
     inner = None if method.points == "clean" else problem.perturb(view, batch)
     middle = time.perf_counter()
-    finite = [torch.ones((), dtype=torch.bool, device=batch.x.device)]
-
-    def look(i: int, j: int, block: Tensor) -> None:
-        finite[0] &= torch.isfinite(block).all()
-
+    found = []
     for chunk in problem.chunks(view, batch, inner):
         if method.has_memory:
-            problem.curvature(chunk).add_to(look)
-        look(0, 0, chunk.linearisation.gradient_sum())
-    if not bool(finite[0]):  # waits for an accelerator
+            found += _curvature_of(settings, problem, view, chunk)
+        found.append(chunk.linearisation.gradient_sum())
+    finite = torch.stack([torch.isfinite(one).all() for one in found]).all()
+    if not bool(finite):  # waits for an accelerator
         raise ConfigurationError(
             f"the gradient or the curvature of method {settings.method!r} at two training points "
             "is NaN or infinite before training: a layer has no second derivative there (a square "
@@ -357,3 +380,17 @@ def _once(settings: Settings, view: ModelView, batch: Batch, passes: int) -> tup
         )
     seconds = time.perf_counter() - start
     return seconds, (middle - start) / seconds
+
+
+def _curvature_of(
+    settings: Settings, problem: PointProblem, view: ModelView, chunk: Chunk
+) -> list[Tensor]:
+    """What a memory would keep of some points."""
+    part = problem.curvature(chunk)
+    if settings.representation == "rows":
+        rows = settings.empty_sum(view)
+        rows.add(part)
+        return list(rows.finished(Group(), 0.0, 0.0).kept().values())
+    found: list[Tensor] = []
+    part.add_to(lambda i, j, block: found.append(torch.isfinite(block).all()))
+    return [torch.where(one, 0.0, torch.nan) for one in found]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -61,8 +61,12 @@ class RemainingPoints:
     places: Tensor
     group: Group
 
-    def batches(self, view: ModelView) -> Iterator[Batch]:
+    def batches(self, view: ModelView, names: Sequence[int] | None = None) -> Iterator[Batch]:
         """The rows where, and in the precision that, the module computes.
+
+        Args:
+            view: of the module.
+            names: the index (n,) that each training point goes by; its own by default.
 
         Raises:
             RemovalError: a row is not what the memory was built on.
@@ -70,24 +74,31 @@ class RemainingPoints:
         parameter = view.parameters[0]
         for block, x, targets in self._read():
             refuse_changed(self._changed(block, x, targets))
-            weights = self.memory.weights[block].to(parameter.device)
+            known = block if names is None else [names[i] for i in block]
             yield Batch(
-                x.to(parameter.device, parameter.dtype), targets.to(parameter.device), weights
+                x.to(parameter.device, parameter.dtype),
+                targets.to(parameter.device),
+                self.memory.weights[block].to(parameter.device),
+                torch.tensor(known, device=parameter.device),
             )
 
     def objective(self, view: ModelView) -> RobustObjective:
         """The robust objective over the remaining points of all processes."""
         problem = self.memory.settings.problem()
-        return RobustObjective(view, problem, lambda: self.batches(view), self.group)
+        batches, empty = lambda: self.batches(view), self.memory.settings.empty_sum
+        return RobustObjective(view, problem, batches, self.group, empty)
 
     def numbered(self, view: ModelView, key: bytes) -> Remaining:
         """The remaining points in the order of their rows, their digests under a new key."""
         memory = self.memory
         order = sorted(memory.remaining, key=self.places.tolist().__getitem__)
         rows = [one for _, x, y in self._blocks(order) for one in digests_of(key, x, y)]
+        names = [-1] * memory.n
+        for new, old in enumerate(order):
+            names[old] = new
         digests = torch.frombuffer(bytearray(b"".join(rows)), dtype=torch.uint8)
         return Remaining(
-            batches=lambda: self.batches(view),
+            batches=lambda: self.batches(view, names),
             digests=digests.reshape(len(order), -1),
             weights=memory.weights[order],
             key=key,

@@ -14,11 +14,20 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
+from lightning_muter.curvature.rows import RowsCurvature
 from lightning_muter.errors import RemovalError
 from lightning_muter.lightning.data import RemovalDataModule, TrainingPoints
 from lightning_muter.lightning.flavour import pl
 from lightning_muter.memory.memory import UnlearningMemory
-from lightning_muter.memory.points import check_batch, check_free, check_named, digests_of, listing
+from lightning_muter.memory.points import (
+    check_batch,
+    check_free,
+    check_named,
+    digests_of,
+    integer,
+    listing,
+    training_indices,
+)
 
 __all__ = [
     "Asked",
@@ -49,6 +58,51 @@ class Asked:
     indices: tuple[int, ...] = ()
     already: tuple[int, ...] = ()
     places: Tensor | None = None
+
+    @property
+    def by_index(self) -> bool:
+        """Whether ``removals`` are training indices alone, which rows need no data for."""
+        return isinstance(self.removals, tuple)
+
+
+def listed_indices(removals: Any) -> list[int]:
+    """The training indices that a plain list of integers names; [] where it is none."""
+    if not isinstance(removals, (list, tuple, range, Tensor)):
+        return []
+    flat = removals.tolist() if isinstance(removals, Tensor) else removals
+    named = isinstance(flat, Iterable) and all(integer(one) is not None for one in flat)
+    return training_indices(flat) if named else []
+
+
+def check_listed(memory: UnlearningMemory, indices: list[int], passed_over: Tensor) -> Asked:
+    """Refuse indices that the memory cannot forget without their data; what they ask otherwise.
+
+    Args:
+        memory: that is asked.
+        indices: of training points.
+        passed_over: points (n,) that are left out where they are asked for.
+
+    Raises:
+        RemovalError: with the offending indices, or the memory keeps no rows.
+    """
+    if not isinstance(memory.curvature, RowsCurvature):
+        raise RemovalError(
+            f"a plain list of {len(indices)} indices names points whose data is not given, and "
+            "this memory keeps no row of each: give a RemovalDataModule(data, indices=[...]), or "
+            "build the memory with representation='rows'"
+        )
+    outside = [i for i in indices if not 0 <= i < memory.n]
+    if outside:
+        raise RemovalError(
+            f"indices {listing(outside)} are out of range: the memory has {memory.n} training "
+            f"points, 0 to {memory.n - 1}"
+        )
+    check_named(indices)
+    over = passed_over.cpu()[indices].tolist()
+    asked = tuple(i for i, out in zip(indices, over, strict=True) if not out)
+    check_free(list(asked), memory.removed, memory.weights)
+    already = tuple(i for i, out in zip(indices, over, strict=True) if out)
+    return Asked(asked, indices=asked, already=already)
 
 
 def check_removals(
@@ -214,9 +268,10 @@ def check_served(asked: Asked, served: list[int], already: list[int]) -> None:
     Raises:
         RemovalError: with the points that are missing or too many.
     """
-    if not served and not already:
+    if not served and not already and not asked.already:
         raise RemovalError("the removal data had no batch: name at least one point to forget")
-    if isinstance(asked.removals, RemovalDataModule) and tuple(served) != asked.indices:
+    named = asked.by_index or isinstance(asked.removals, RemovalDataModule)
+    if named and tuple(served) != asked.indices:
         missing = sorted(set(asked.indices) - set(served))
         added = sorted(set(served) - set(asked.indices))
         raise RemovalError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, ParamSpec, TypeVar
 
 from torch.utils.data import DataLoader, Dataset
@@ -46,7 +46,7 @@ class Trainer(pl.Trainer):
 
     def unlearn(
         self,
-        datamodule: pl.LightningDataModule | DataLoader[Any],
+        datamodule: pl.LightningDataModule | DataLoader[Any] | Sequence[int],
         model: pl.LightningModule | None = None,
         memory: UnlearningMemory | str | os.PathLike[str] | None = None,
         noise_std: float = 0.0,
@@ -64,7 +64,8 @@ class Trainer(pl.Trainer):
 
         Args:
             datamodule: a `RemovalDataModule`, or any datamodule or loader whose batches are
-                (input, target[, index]); without an index points are found by their content.
+                (input, target[, index]); without an index points are found by their content. Where
+                the memory keeps rows, a plain list of training indices: no data is needed.
             model: the trained module; the one of the last fit by default.
             memory: an `UnlearningMemory` or its folder; the callback's by default.
             noise_std: σ of Gaussian noise added to ω^u, after the corrector.

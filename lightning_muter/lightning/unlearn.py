@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from typing import Any, Literal
@@ -26,7 +27,14 @@ from lightning_muter.lightning.keeper import MemoryKeeper, keeper_of
 from lightning_muter.lightning.module import UnlearningModule
 from lightning_muter.lightning.process_group import process_group
 from lightning_muter.lightning.remaining import RemainingPoints, places_of
-from lightning_muter.lightning.removals import Asked, check_removals, check_served, removal_batches
+from lightning_muter.lightning.removals import (
+    Asked,
+    check_listed,
+    check_removals,
+    check_served,
+    listed_indices,
+    removal_batches,
+)
 from lightning_muter.lightning.retrain import serve_without_memory
 from lightning_muter.memory.memory import UnlearningMemory
 from lightning_muter.memory.points import integer
@@ -43,7 +51,7 @@ __all__ = ["current_memory", "module_of", "unlearn"]
 
 def unlearn(
     trainer: pl.Trainer,
-    datamodule: pl.LightningDataModule | DataLoader[Any],
+    datamodule: pl.LightningDataModule | DataLoader[Any] | Sequence[int],
     model: pl.LightningModule | None = None,
     memory: UnlearningMemory | str | os.PathLike[str] | None = None,
     noise_std: float = 0.0,
@@ -82,11 +90,15 @@ def _serve(
     if not METHODS[state.settings.method].has_memory:
         return serve_without_memory(trainer, keeper, asked, view, state, destination)
     with random_state_unless_done(), borrowed(view, group.device):
-        server = Server(state.to(group.device), view, group, extras.passed_over(state))
+        here = state.to(group.device).shared(group)
+        server = Server(here, view, group, extras.passed_over(state))
         with kept_random_state(group.device):
-            with removal_batches(asked.removals, trainer) as batches:
-                for batch in batches:
-                    server.serve(batch)
+            if asked.by_index:
+                server.serve_indices(asked.indices, asked.already)
+            else:
+                with removal_batches(asked.removals, trainer) as batches:
+                    for batch in batches:
+                        server.serve(batch)
             with group.together():
                 check_served(asked, server.served, server.already)
             if not server.outcomes:  # a request that was committed before: the model may lack it
@@ -117,6 +129,8 @@ def _serve(
 def _check(memory: UnlearningMemory, removals: Any, extras: _Extras, group: Group) -> Asked:
     """Refuse the whole call before its first request; what it asks for, as far as it is known."""
     extras.check(memory, removals)
+    if named := listed_indices(removals):
+        return check_listed(memory, named, extras.passed_over(memory))
     if not isinstance(removals, RemovalDataModule):
         return Asked(removals)
     asked = check_removals(memory, removals, extras.passed_over(memory))

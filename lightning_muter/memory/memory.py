@@ -25,6 +25,7 @@ from lightning_muter.memory.known_points import KnownPoints
 from lightning_muter.memory.rebase_policy import RebasePolicy
 from lightning_muter.memory.records import Content, Request
 from lightning_muter.models import ModelView
+from lightning_muter.parallel import Group
 from lightning_muter.spec import Settings, agreed
 
 __all__ = ["Start", "UnlearningMemory"]
@@ -117,6 +118,16 @@ class UnlearningMemory:
         if self.start is not None:
             moved["start"] = Start(self.start.initial.to(device), self.start.retraced.to(device))
         return replace(self, **moved)
+
+    def shared(self, group: Group) -> UnlearningMemory:
+        """The memory with this process's share of the points' curvature, where it can be shared."""
+        kept = self.curvature
+        return self if kept is None else replace(self, curvature=kept.shared(group))
+
+    def whole(self) -> UnlearningMemory:
+        """The memory with all of its curvature, as a folder needs it; every process must ask."""
+        kept = self.curvature
+        return self if kept is None else replace(self, curvature=kept.whole())
 
     def forget(
         self,

@@ -9,14 +9,13 @@ from pathlib import Path
 
 import torch
 
-from lightning_muter.errors import ConfigurationError
-
 __all__ = [
     "Cost",
-    "check_fits",
     "free_bytes",
     "memory_bytes",
+    "product_seconds",
     "request_bytes",
+    "said_size",
     "size_estimate",
     "solve_seconds",
 ]
@@ -53,7 +52,7 @@ def request_bytes(p: int) -> int:
 
 @dataclass(frozen=True)
 class Cost:
-    """What Stage I over ``points`` points (of this process) and one request take.
+    """What Stage I over ``points`` points (of this process) and one request take: seconds, bytes.
 
     ``newton_steps`` may end early: with them the time is an upper estimate.
     """
@@ -63,14 +62,15 @@ class Cost:
     newton_steps: int
     stage_one_seconds: float
     request_seconds: float
+    memory: int
+    working: int
 
     def __str__(self) -> str:
         newton = f" after up to {self.newton_steps} Newton steps" if self.newton_steps else ""
         return (
             f"Stage I{newton} will take about {_duration(self.stage_one_seconds)} for "
-            f"{self.points:,} points and {_size(memory_bytes(self.p))} (p = {self.p:,}); a request "
-            f"will take about {_duration(self.request_seconds)} and "
-            f"{_size(request_bytes(self.p))} more"
+            f"{self.points:,} points and {said_size(self.memory)} (p = {self.p:,}); a request "
+            f"will take about {_duration(self.request_seconds)} and {said_size(self.working)} more"
         )
 
 
@@ -81,7 +81,15 @@ def _duration(seconds: float) -> str:
     return f"{max(seconds, 0.01):.2g} s" if seconds < 10 else f"{seconds:.0f} s"
 
 
-def _size(number: int) -> str:
+def said_size(number: int) -> str:
+    """Bytes for a person.
+
+    Example:
+        >>> said_size(328_704_800)
+        '329 MB'
+    """
+    if number >= 1e10:
+        return f"{number / 1e9:,.0f} GB"
     return f"{number / 1e6:,.1f} MB" if number < 1e7 else f"{number / 1e6:,.0f} MB"
 
 
@@ -98,26 +106,18 @@ def solve_seconds(p: int, device: torch.device) -> float:
     return best * float(p / size) ** 3
 
 
-def check_fits(p: int, device: torch.device, processes: int = 1) -> None:
-    """Refuse a head whose memory and requests do not fit into the device's free memory.
-
-    Args:
-        p: trained parameters.
-        device: where the memory will lie.
-        processes: that share the device's memory, each with a memory of its own.
-
-    Raises:
-        ConfigurationError: with both sizes. Where free memory is not known, nothing is refused.
-    """
-    free = free_bytes(device)
-    needed = processes * (memory_bytes(p) + request_bytes(p))
-    if free is not None and needed > free:
-        raise ConfigurationError(
-            f"p = {p:,} trained parameters take {_size(processes * memory_bytes(p))} for the "
-            f"memory and {_size(processes * request_bytes(p))} more while a request works, "
-            f"{_size(needed)} together; {_size(free)} are free on {device}: choose a smaller head "
-            "or fewer parameters, or a machine with more memory"
-        )
+def product_seconds(
+    points: int, width: int, classes: int, factors: int, dtype: torch.dtype
+) -> float:
+    """A product with rows of some points, from that of a few: 4(1 + K) n C F̃ operations."""
+    some = min(points, _PROBE)
+    features, matrix = torch.ones(some, width, dtype=dtype), torch.ones(width, classes, dtype=dtype)
+    best = float("inf")
+    for _ in range(2):
+        start = time.perf_counter()
+        float((features @ matrix)[0, 0])
+        best = min(best, time.perf_counter() - start)
+    return best * 2 * (1 + factors) * points / some
 
 
 def free_bytes(device: torch.device) -> int | None:

@@ -75,7 +75,7 @@ def rebase(
     """
     settings = memory.settings
     robust = settings.robust()
-    objective = RobustObjective(view, robust.problem(), remaining.batches, group)
+    objective = RobustObjective(view, robust.problem(), remaining.batches, group, robust.empty_sum)
     view.set(memory.omega)
     before = objective.gradient()
     adversarial = METHODS[settings.method].points == "adversarial"

@@ -88,7 +88,7 @@ def forget(
     start, group = time.perf_counter(), group or Group()
     curvature = _curvature(memory)
     if isinstance(curvature, RowsCurvature) and not _by_blocks(memory):
-        return forget_rows(memory, indices, group)
+        return forget_rows(memory, indices)
     decay = _decay(memory, indices)
     batch = Batch(x, targets, memory.weights[indices].to(x.device)).part(group.rows)
     with measuring(view.module), view.at(memory.omega_star):
@@ -110,16 +110,13 @@ def forget(
     return _outcome(memory, indices, gone, solution, start)
 
 
-def forget_rows(
-    memory: UnlearningMemory, indices: list[int], group: Group | None = None
-) -> Outcome:
+def forget_rows(memory: UnlearningMemory, indices: list[int]) -> Outcome:
     """`forget` by the rows that the memory keeps: the points themselves need not exist any more.
 
     Raises:
         StateError: the memory keeps no rows, or not those of all these points.
     """
-    start, group = time.perf_counter(), group or Group()
-    curvature = _curvature(memory)
+    start, curvature = time.perf_counter(), _curvature(memory)
     if not isinstance(curvature, RowsCurvature):
         raise StateError(
             "the memory keeps a matrix, from which a point cannot be told by its index: give the "
@@ -128,7 +125,7 @@ def forget_rows(
     total = Sums.zero(memory.p, memory.omega_star.device)
     for rows in curvature.rows_of(indices):
         total = total + _sums(rows.on(memory.omega_star.device))
-    sums, decay = total.reduced(group.sum), _decay(memory, indices)
+    sums, decay = total.reduced(curvature.group.sum), _decay(memory, indices)
     if int(sums.points) != len(indices):
         raise StateError(
             f"the memory keeps rows of {int(sums.points)} of the {len(indices)} points: it was "

@@ -16,7 +16,7 @@ from lightning_muter.memory.memory import UnlearningMemory
 from lightning_muter.memory.points import check_batch, check_free, check_named, training_indices
 from lightning_muter.models import ModelView
 from lightning_muter.parallel import Group
-from lightning_muter.unlearning.request import Outcome, forget
+from lightning_muter.unlearning.request import Outcome, forget, forget_rows
 
 __all__ = ["Server", "check_noise", "request_warnings", "worst_status"]
 
@@ -82,6 +82,27 @@ class Server:
             )
         self.memory = outcome.memory
         self.outcomes.append(outcome)
+
+    def serve_indices(self, indices: Sequence[int], already: Sequence[int] = ()) -> None:
+        """One request for training points by the memory's rows alone; none where there is none.
+
+        Args:
+            indices: checked by the caller.
+            already: those that are passed over.
+
+        Raises:
+            StateError: the memory has no row of one.
+        """
+        self.already += already
+        if not self.group.agrees(list(indices)):
+            raise RemovalError(
+                "the processes were given different indices: each must name the same points, in "
+                "the same order"
+            )
+        if indices:
+            outcome = forget_rows(self.memory, list(indices))
+            self.memory = outcome.memory
+            self.outcomes.append(outcome)
 
     def _checked(self, batch: Any) -> tuple[Tensor, Tensor, list[int]]:
         x, targets = _tensors(batch)
