@@ -102,7 +102,7 @@ def _counted(first: int, usable: Tensor) -> PointFacts:
     )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class RowsCurvature(Curvature):
     """M = Σ_i w_i D_i + (Σw λ + damping) I, by the rows of the points that are left.
 
@@ -128,6 +128,10 @@ class RowsCurvature(Curvature):
     _inverses: dict[float, tuple[int, ClassBlocks]] = field(
         default_factory=dict, repr=False, compare=False
     )
+
+    def __repr__(self) -> str:
+        points = sum(map(len, self.blocks))
+        return f"RowsCurvature(p={self.p}, points={points}, dtype={self.options.dtype})"
 
     @property
     def p(self) -> int:

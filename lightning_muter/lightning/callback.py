@@ -373,9 +373,13 @@ class MUterCallback(MemoryKeeper, AdversarialTraining):
         texts = self._id_texts
         own = ids_key(watch.key)
         keys = None if texts is None else id_digests(own, texts)
-        said = (*memory.warnings, *self.findings)
         self.memory = replace(
-            memory, warnings=said, ids=keys, ids_key=own, rebase_policy=self.rebase_policy
+            memory,
+            warnings=(*memory.warnings, *self.findings),
+            ids=keys,
+            ids_key=own,
+            rebase_policy=self.rebase_policy,
+            memory_id=trainer.strategy.broadcast(memory.memory_id),
         )
         create(self.memory, self.folder, rescue, self.overwrite)
         rescue.done()

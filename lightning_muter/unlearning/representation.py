@@ -16,7 +16,7 @@ from lightning_muter.unlearning.methods import METHODS
 __all__ = ["Footprint", "Representation", "footprint_of", "represented"]
 
 _SMALL = 10_000  # parameters whose matrix is factorised in seconds: a request is fastest then
-_FACTS = 8 * 3 + 2  # bytes a point: its weight, index and flags
+_FACTS = 8 * 3 + 1  # bytes a point: its weight, index, active share and whether it is stationary
 _WORKING = 0.25  # of the rows, that a request holds beside them while it works
 
 

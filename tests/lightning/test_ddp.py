@@ -10,6 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from lightning_muter import UnlearningMemory
+from lightning_muter.curvature.rows import RowsCurvature
+
 
 @pytest.mark.slow
 def test_two_processes_equal_one(tmp_path: Path) -> None:
@@ -22,3 +25,26 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
         assert run.returncode == 0, run.stderr
         found.append(load_file(path))
     torch.testing.assert_close(found[1], found[0], rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.slow
+def test_rows_on_two_processes_equal_those_of_one_and_each_keeps_its_own(tmp_path: Path) -> None:
+    found = []
+    for devices in (1, 2):
+        path = tmp_path / f"{devices}.safetensors"
+        worker = str(Path(__file__).parents[1] / "helpers" / "rows_worker.py")
+        command = [sys.executable, worker, str(devices), str(path)]
+        run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=300)
+        assert run.returncode == 0, run.stderr
+        found.append(load_file(path))
+    one, two = ({k: v for k, v in each.items() if "share" not in k} for each in found)
+    torch.testing.assert_close(two, one, rtol=1e-10, atol=1e-10)
+    assert (float(found[0]["fit.share"]), float(found[1]["fit.share"])) == (41, 21)
+    # all rows of both processes went to the folder
+    kept = [UnlearningMemory.load(tmp_path / f"{n}.safetensors.memory") for n in (1, 2)]
+    rows = [memory.curvature for memory in kept]
+    assert all(isinstance(one, RowsCurvature) and one.points == 37 for one in rows)
+    v = torch.linspace(-1, 1, kept[0].p, dtype=torch.float64)
+    torch.testing.assert_close(
+        *(one.matvec(v) for one in rows if one is not None), rtol=1e-10, atol=1e-10
+    )

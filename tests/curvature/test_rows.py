@@ -1,0 +1,233 @@
+"""Rows: the same sum as the matrix, for every loss and dtype, and after every request."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cache
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from lightning_muter import L2Ball, LinfBall, StateError, Threat
+from lightning_muter.curvature.class_blocks import ClassBlocks
+from lightning_muter.curvature.dense import DenseCurvature
+from lightning_muter.curvature.rows import RowsCurvature, RowsOptions, RowsSolver
+from lightning_muter.linalg.cg import conjugate_gradients
+from lightning_muter.linalg.solution import Status
+from lightning_muter.memory.memory import UnlearningMemory
+from lightning_muter.objectives.resolve import AnyLoss
+from lightning_muter.spec import Settings
+from lightning_muter.unlearning.points import unweighted
+from lightning_muter.unlearning.request import forget, forget_rows
+from lightning_muter.unlearning.stage_one import build_memories
+
+N, D = 24, 7
+LAM = 0.05
+
+
+def network(outputs: int, bias: bool = True) -> nn.Module:
+    torch.manual_seed(3)
+    layers = nn.Linear(D, 6), nn.Tanh(), nn.Linear(6, outputs, bias=bias)
+    return nn.Sequential(*layers).double().eval()
+
+
+#: name -> the loss, its outputs, its targets
+LOSSES: dict[str, tuple[AnyLoss, int]] = {
+    "cross_entropy": ("cross_entropy", 5),
+    "smoothed": (nn.CrossEntropyLoss(label_smoothing=0.1), 5),
+    "logistic": ("logistic", 1),
+    "squared": ("squared", 1),
+    "several labels": (nn.BCEWithLogitsLoss(), 4),
+    "several outputs": (nn.MSELoss(), 3),
+}
+THREATS: dict[str, Threat] = {
+    "l2": L2Ball(0.3),
+    "l2 range": L2Ball(0.3, data_range=(-3, 3)),
+    "linf": LinfBall(0.1, bandwidth=0.02),
+}
+
+
+def targets(loss: str, outputs: int) -> Tensor:
+    generator = torch.Generator().manual_seed(5)
+    if loss in ("cross_entropy", "smoothed"):
+        return torch.randint(0, outputs, (N,), generator=generator)
+    if loss in ("logistic", "squared"):
+        return torch.randint(0, 2, (N,), generator=generator)
+    drawn = torch.rand(N, outputs, generator=generator, dtype=torch.float64)
+    return (drawn > 0.5).double() if loss == "several labels" else drawn
+
+
+def points() -> Tensor:
+    generator = torch.Generator().manual_seed(4)
+    return torch.randn(N, D, generator=generator, dtype=torch.float64).clamp(-2.9, 2.9)
+
+
+@cache
+def built(
+    loss: str, threat: str, method: str, representation: str, dtype: str = "float64"
+) -> UnlearningMemory:
+    value, outputs = LOSSES[loss]
+    kept = Settings(
+        method=method,
+        threat=THREATS[threat],
+        head="2",
+        parameters=None,
+        loss=value,  # type: ignore[arg-type]
+        response="constrained",
+        inverse="neumann",
+        neumann_order=3,
+        space="input",
+        damping=0.0,
+        solver="direct",
+        weight_decay=LAM,
+        sketch=2,
+        representation=representation,
+        row_dtype=dtype,
+        solver_tol=1e-12 if dtype == "float64" else None,
+    )
+    digests = torch.zeros(N, 16, dtype=torch.uint8)
+    x, y = points(), targets(loss, outputs)
+    pieces = [unweighted(x[some], y[some]) for some in (slice(7), slice(7, 20), slice(20, N))]
+    (memory,) = build_memories(network(outputs), [kept], pieces, digests, bytes(16))
+    return memory
+
+
+def rows_of(memory: UnlearningMemory) -> RowsCurvature:
+    assert isinstance(memory.curvature, RowsCurvature)
+    return memory.curvature
+
+
+def columns(rows: RowsCurvature) -> Tensor:
+    return torch.stack([rows.matvec(v) for v in torch.eye(rows.p, dtype=torch.float64)], dim=1)
+
+
+def relative(found: Tensor, expected: Tensor) -> float:
+    return float((found - expected).norm() / expected.norm())
+
+
+@pytest.mark.parametrize("method", ["muter", "newton_delta", "fisher_delta", "influence"])
+@pytest.mark.parametrize("threat", THREATS)
+@pytest.mark.parametrize("loss", LOSSES)
+def test_rows_equal_the_matrix_and_so_do_their_requests(
+    loss: str, threat: str, method: str
+) -> None:
+    dense, rows = (built(loss, threat, method, kind) for kind in ("dense", "rows"))
+    assert isinstance(dense.curvature, DenseCurvature)
+    assert relative(columns(rows_of(rows)), dense.curvature.matrix) <= 1e-10
+    torch.testing.assert_close(rows.residual_gradient, dense.residual_gradient)
+    outputs, gone = LOSSES[loss][1], [0, 9, 23]
+    view = dense.settings.view(network(outputs))
+    x, y = points()[gone], targets(loss, outputs)[gone]
+    by_matrix = forget(dense, view, gone, x, y)
+    by_index = forget_rows(rows, gone)
+    step = by_matrix.memory.omega - dense.omega_star
+    assert relative(by_index.memory.omega - rows.omega_star, step) <= 1e-8
+    assert relative(by_index.memory.gradient, by_matrix.memory.gradient) <= 1e-10
+    assert by_index.solution.status is Status.CONVERGED and by_index.solution.tol == 1e-12
+    left = by_matrix.memory.curvature
+    assert isinstance(left, DenseCurvature)
+    assert relative(columns(rows_of(by_index.memory)), left.matrix) <= 1e-10
+
+
+@hypothesis_settings(max_examples=25, deadline=None)
+@given(st.permutations(range(N)), st.integers(1, N - 1), st.integers(1, 5))
+def test_a_memory_after_requests_is_bit_by_bit_the_rows_of_the_others(
+    order: list[int], count: int, at_once: int
+) -> None:
+    memory = built("cross_entropy", "l2", "muter", "rows")
+    gone = order[:count]
+    rows = rows_of(memory)
+    for first in range(0, count, at_once):
+        rows = rows.without(gone[first : first + at_once])
+    whole, left = rows_of(memory).kept(), rows.kept()
+    kept = torch.tensor([i not in gone for i in range(N)])
+    assert whole.keys() == left.keys()
+    for name, tensor in whole.items():
+        assert torch.equal(left[name], tensor[kept])
+    assert rows.shift == pytest.approx((N - count) * LAM, rel=1e-14)
+
+
+def test_a_folder_gives_back_the_same_rows() -> None:
+    rows = rows_of(built("cross_entropy", "l2", "muter", "rows"))
+    omega = built("cross_entropy", "l2", "muter", "rows").omega_star
+    again = RowsCurvature.restore(rows.kept(), omega, LAM, rows.options)
+    v = torch.randn(rows.p, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    assert torch.equal(again.matvec(v), rows.matvec(v))
+
+
+def test_float32_rows_halve_the_memory_and_say_what_they_reached() -> None:
+    exact, half = (
+        built("cross_entropy", "l2", "muter", "rows", dtype) for dtype in ("float64", "float32")
+    )
+    numbers = 3 * 8 + 1  # a point's weight, index, active share and flag stay
+    assert rows_of(half).nbytes - N * numbers == (rows_of(exact).nbytes - N * numbers) // 2
+    found, expected = forget_rows(half, [3, 4]), forget_rows(exact, [3, 4])
+    step = expected.memory.omega - exact.omega_star
+    assert 1e-9 < relative(found.memory.omega - half.omega_star, step) < 1e-4
+    assert found.solution.status is Status.CONVERGED
+    assert found.solution.residual <= 1e-5 == found.solution.tol
+    strict = replace(rows_of(half), options=replace(rows_of(half).options, tol=1e-13))
+    stopped = strict.solver().solve(half.residual_gradient)
+    assert stopped.status is Status.MAX_ITERATIONS and stopped.residual > 1e-12
+
+
+def test_a_point_that_has_no_row_is_refused() -> None:
+    memory = built("cross_entropy", "l2", "muter", "rows")
+    once = forget_rows(memory, [2]).memory
+    with pytest.raises(StateError, match="rows of 1 of the 2 points"):
+        forget_rows(once, [2, 3])
+    with pytest.raises(StateError, match="representation='rows'"):
+        forget_rows(built("cross_entropy", "l2", "muter", "dense"), [2])
+
+
+#: bytes -> blocks of 7 x 7 numbers that fit; in float32 where those of float64 do not
+BUDGETS = {10**9: 5, 1200: 5, 600: 3, 1: 1}
+
+
+@pytest.mark.parametrize("budget", BUDGETS)
+def test_the_preconditioner_is_exact_on_vectors_that_are_equal_for_every_class(
+    budget: int,
+) -> None:
+    rows = rows_of(built("cross_entropy", "l2", "muter", "rows"))
+    blocks = ClassBlocks.of(rows.blocks, rows.shift, lambda t: t, budget, torch.device("cpu"))
+    assert len(blocks.halves) == BUDGETS[budget] and blocks.centred
+    assert blocks.exact == (budget > 1000)
+    everywhere = torch.randn(1, 7, generator=torch.Generator().manual_seed(1)).double()
+    v = rows.blocks[0].points.vector_form(everywhere.expand(5, -1))
+    torch.testing.assert_close(rows.matvec(v), rows.shift * v)
+    rtol = 1e-12 if budget == 10**9 else 1e-5  # within a small budget the blocks are float32
+    torch.testing.assert_close(blocks.apply(v), v / rows.shift, rtol=rtol, atol=0)
+    eye = torch.eye(rows.p, dtype=torch.float64)
+    inverse = torch.stack([blocks.apply(u) for u in eye], dim=1)
+    torch.testing.assert_close(inverse, inverse.T, rtol=1e-5, atol=1e-7)
+    assert float(torch.linalg.eigvalsh((inverse + inverse.T) / 2)[0]) > 0
+
+
+def test_one_output_is_its_own_block_and_solved_at_once() -> None:
+    rows = rows_of(built("logistic", "l2", "muter", "rows"))
+    found = RowsSolver(rows, 1e-10).solve(built("logistic", "l2", "muter", "rows").omega_star)
+    assert found.iterations <= 2 and found.residual <= 1e-10
+
+
+def test_the_blocks_of_the_classes_save_products() -> None:
+    generator = torch.Generator().manual_seed(2)
+    rows = rows_of(built("cross_entropy", "l2", "muter", "rows"))
+    rhs = torch.randn(rows.p, generator=generator, dtype=torch.float64)
+    with_blocks = RowsSolver(rows, 1e-10).solve(rhs)
+    without = conjugate_gradients(rows.matvec, rhs, None, 1e-10)
+    assert with_blocks.iterations < 0.75 * without.iterations
+    torch.testing.assert_close(with_blocks.value, without.value, rtol=1e-7, atol=1e-9)
+
+
+def test_without_weight_decay_the_shortest_solution_is_named_so() -> None:
+    rows = rows_of(built("cross_entropy", "l2", "muter", "rows"))
+    flat = replace(rows, decay=0.0, options=RowsOptions(tol=1e-9), _inverses={})
+    rhs = flat.blocks[0].gradient()
+    found = flat.solver().solve(rhs)
+    assert found.status is Status.MINIMUM_NORM and found.residual <= 1e-8
+    expected = torch.linalg.pinv(columns(flat), rtol=1e-11) @ rhs
+    torch.testing.assert_close(found.value, expected, rtol=1e-5, atol=1e-7)
