@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -15,12 +14,13 @@ from lightning_muter.models.base import Linearisation, ModelView
 from lightning_muter.models.names import linear_layers, suggest
 from lightning_muter.objectives.losses import PointLoss
 from lightning_muter.objectives.output_curvature import Outer
-from lightning_muter.responses import Dense, DiagonalLowRank, Response
+from lightning_muter.responses import Dense, DiagonalLowRank, InputCurvature, Response
 from lightning_muter.threats import Geometry
 
 __all__ = ["FeatureHead", "HeadLinearisation", "LinearHead"]
 
 _SOLVE = 10  # products with ∂δδ l that a conjugate gradient solve takes, about
+_PASSES = 40  # through the network that an iteration for a point's sketch takes, about
 _PROBED = 64  # points that are sketched together at the least: smaller batches waste the network
 
 
@@ -99,7 +99,7 @@ class LinearHead(ModelView):
             return response.low_rank(geometry, w.T.expand(len(points), -1, -1), s)
         x, targets = points.x, points.targets
         if response.probes is not None:
-            probed, usable = response.sketch(geometry, self._input_curvature(x, targets))
+            probed, usable = response.sketch(geometry, self._curvature_products(points))
             factors = self._push(x, probed.factors)
             nothing = torch.zeros_like(factors[:, 0])
             return DiagonalLowRank(nothing, factors, probed.coefficients), usable
@@ -112,7 +112,32 @@ class LinearHead(ModelView):
         low, usable = response.low_rank(geometry, (w @ jacobian).mT, s)
         return low.congruence(jacobian), usable
 
-    def _input_curvature(self, x: Tensor, targets: Tensor) -> Callable[[Tensor], Tensor]:
+    def _curvature_products(self, points: HeadLinearisation) -> InputCurvature:
+        """Products with ∂δδ l of a batch, by whichever way takes fewer passes through the network.
+
+        Where φ is piecewise linear ∂δδ l = (WJ)ᵀ S (WJ): one pass an output, and none a product.
+        """
+        s = points.head.s
+        inputs = points.x.detach().requires_grad_(True)
+        h, outputs = self.features(inputs)
+        weights = points.head.r.to(h) @ self.layer.weight.detach()
+        few = self.layer.out_features - s.sums_to_zero <= _PASSES
+        if not few or self._has_second_order(inputs, h, weights):
+            return self._input_curvature(points.x, points.targets)
+        z = outputs.reshape(len(h), -1)
+        if s.sums_to_zero:  # differences to the last output serve, since S 1 = 0
+            z = z[:, :-1] - z[:, -1:]
+        rows = [torch.autograd.grad(one.sum(), inputs, retain_graph=True)[0] for one in z.T]
+        slopes = torch.stack([row.reshape(len(h), -1) for row in rows], dim=1).double()
+        k = slopes.shape[1]
+        middle = s.dense()[:, :k, :k]
+
+        def curvature(vectors: Tensor) -> Tensor:
+            return ((vectors @ slopes.mT) @ middle) @ slopes
+
+        return curvature
+
+    def _input_curvature(self, x: Tensor, targets: Tensor) -> InputCurvature:
         ones = torch.ones(len(x), dtype=torch.float64, device=x.device)
         product = self.products(x, targets, ones).inputs
 
