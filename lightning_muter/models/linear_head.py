@@ -94,8 +94,9 @@ class LinearHead(ModelView):
         self, points: HeadLinearisation, geometry: Geometry, response: Response
     ) -> tuple[DiagonalLowRank | Dense, Tensor]:
         """B = J R Jᵀ (n, F, F), and which points (n,) had a usable K."""
-        w, s = points.head.weight, points.head.s.dense()
+        w = points.head.weight
         if points.reads_input:
+            s = points.head.s.dense()
             return response.low_rank(geometry, w.T.expand(len(points), -1, -1), s)
         x, targets = points.x, points.targets
         if response.probes is not None:
@@ -109,7 +110,7 @@ class LinearHead(ModelView):
         if bends:
             r, usable = response.dense(geometry, self.second_input_derivatives(x, targets))
             return r.congruence(jacobian), usable
-        low, usable = response.low_rank(geometry, (w @ jacobian).mT, s)
+        low, usable = response.low_rank(geometry, (w @ jacobian).mT, points.head.s.dense())
         return low.congruence(jacobian), usable
 
     def _curvature_products(self, points: HeadLinearisation) -> InputCurvature:

@@ -1,0 +1,134 @@
+"""A head that no matrix serves: rows of 640 x 100 (or any other size), and requests by index.
+
+Real images through a seeded random network, labels digit x cluster of its features. The head is
+trained on the clean points, Stage I keeps the rows of the robust problem with perturbations of a
+few passes (sizes and solves are what is measured here), and requests follow.
+
+    python benchmarks/rows.py --data DIR --points 50000
+    python benchmarks/rows.py --data DIR --features 2048 --classes 1000 --dtype float32
+"""
+
+from __future__ import annotations
+
+import resource
+import time
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from common import arguments, mnist
+from torch import Tensor, nn
+
+from lightning_muter import L2Ball, UnlearningMemory
+from lightning_muter.curvature.rows import RowsCurvature
+from lightning_muter.spec import Settings
+from lightning_muter.unlearning.point_problem import PointProblem
+from lightning_muter.unlearning.points import Batch
+from lightning_muter.unlearning.request import forget_rows
+from lightning_muter.unlearning.stage_one import build_memories
+
+DECAY = 5e-4
+
+
+def network(features: int, classes: int) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(1, 16, 5, stride=2), nn.ReLU(), nn.Conv2d(16, 32, 5, stride=2), nn.ReLU(),
+        nn.Flatten(), nn.Linear(512, features), nn.ReLU(), nn.Linear(features, classes),
+    ).eval()  # fmt: skip
+
+
+def clusters(features: Tensor, digits: Tensor, classes: int) -> Tensor:
+    """Each digit in classes / 10 parts, by the nearest of as many of its own points."""
+    parts, found = classes // 10, torch.zeros_like(digits)
+    for digit in range(10):
+        own = torch.nonzero(digits == digit).flatten()
+        found[own] = digit * parts + torch.cdist(features[own], features[own[:parts]]).argmin(dim=1)
+    return found
+
+
+def train(head: nn.Linear, h: Tensor, y: Tensor, steps: int) -> None:
+    """Clean softmax regression by L-BFGS."""
+    optimizer = torch.optim.LBFGS(head.parameters(), max_iter=steps, history_size=20)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = F.cross_entropy(head(h), y)
+        loss = loss + 0.5 * DECAY * sum(p.square().sum() for p in head.parameters())
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)  # type: ignore[arg-type]
+
+
+class QuickSettings(Settings):
+    """Maximisers of a few passes."""
+
+    def problem(self) -> PointProblem:
+        return replace(super().problem(), max_iter=3)
+
+
+def build(net: nn.Sequential, x: Tensor, y: Tensor, dtype: str, tol: float) -> UnlearningMemory:
+    settings = QuickSettings(
+        method="muter", threat=L2Ball(0.5), head="7", parameters=None, loss="cross_entropy",
+        response="constrained", inverse="neumann", neumann_order=3, space="input", damping=0.0,
+        solver="direct", weight_decay=DECAY, sketch=1, representation="rows", row_dtype=dtype,
+        solver_tol=tol,
+    )  # fmt: skip
+    digests, n = torch.zeros(len(x), 16, dtype=torch.uint8), len(x)
+    ones = torch.ones(n, dtype=torch.float64)
+    parts = [torch.arange(k, min(k + 512, n)) for k in range(0, n, 512)]
+    batches = (Batch(x[some], y[some], ones[some], some) for some in parts)
+    (memory,) = build_memories(net, [settings], batches, digests, bytes(16))
+    return memory
+
+
+def main() -> None:
+    parser = arguments(__doc__ or "")
+    parser.add_argument("--points", type=int, default=50_000)
+    parser.add_argument("--features", type=int, default=640)
+    parser.add_argument("--classes", type=int, default=100)
+    parser.add_argument("--dtype", default="float64")
+    parser.add_argument("--tol", type=float, default=1e-6)
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--requests", type=int, nargs="+", default=[1, 500])
+    asked = parser.parse_args()
+    images, digits, _, _ = mnist(asked.data)
+    x, net = images[: asked.points].float().unsqueeze(1), network(asked.features, asked.classes)
+    with torch.no_grad():
+        h = torch.cat([net[:7](part) for part in x.split(2048)])
+    y = clusters(h, digits[: asked.points], asked.classes)
+
+    def say(**numbers: Any) -> None:
+        numbers["peak_GB"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+        print(", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}"
+                        for k, v in numbers.items()), flush=True)  # fmt: skip
+
+    start = time.perf_counter()
+    train(net[7], h, y, asked.steps)  # type: ignore[arg-type]
+    say(trained=time.perf_counter() - start)
+    start = time.perf_counter()
+    memory = build(net, x, y, asked.dtype, asked.tol)
+    rows = memory.curvature
+    assert isinstance(rows, RowsCurvature)
+    say(stage_one=time.perf_counter() - start,  rows_GB=rows.nbytes / 1e9,
+        dense_GB=8e-9 * rows.p**2, **memory.summary)  # fmt: skip
+    start = time.perf_counter()
+    blocks = rows.preconditioner(torch.device("cpu"))
+    say(blocks=len(blocks.halves), blocks_GB=blocks.nbytes / 1e9)
+    v = torch.randn(rows.p, dtype=torch.float64)
+    start = time.perf_counter()
+    for _ in range(5):
+        rows.matvec(v)
+    say(product_seconds=(time.perf_counter() - start) / 5)
+    first = 0
+    for m in asked.requests:
+        outcome = forget_rows(memory, list(range(first, first + m)))
+        first, memory, found = first + m, outcome.memory, outcome.solution
+        say(removed=m, seconds=outcome.seconds, products=found.iterations,
+            residual=found.residual, asked=asked.tol, status=str(found.status))  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
