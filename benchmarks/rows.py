@@ -29,6 +29,7 @@ from lightning_muter.unlearning.request import forget_rows
 from lightning_muter.unlearning.stage_one import build_memories
 
 DECAY = 5e-4
+LENGTH = 20.0
 
 
 def network(features: int, classes: int) -> nn.Sequential:
@@ -97,6 +98,9 @@ def main() -> None:
     images, digits, _, _ = mnist(asked.data)
     x, net = images[: asked.points].float().unsqueeze(1), network(asked.features, asked.classes)
     with torch.no_grad():
+        longer = LENGTH / net[:7](x[:512]).norm(dim=1).mean()  # as a trained network's are
+        for parameter in net[5].parameters():
+            parameter.mul_(longer)
         h = torch.cat([net[:7](part) for part in x.split(2048)])
     y = clusters(h, digits[: asked.points], asked.classes)
 

@@ -13,6 +13,8 @@ from lightning_muter.linalg.rows import row_norm
 
 __all__ = ["ClassBlocks", "block_bytes"]
 
+#: of a class's weight over the points: the others' part of its block is left out
+_SHARE = 0.999
 #: of a block's mean eigenvalue: a block without weight decay is singular where features vanish
 _JITTER = 1e-12
 
@@ -81,7 +83,8 @@ class ClassBlocks:
         for one in rows:
             here = one.on(device).converted(dtype)
             for member, g in enumerate(groups.tolist()):
-                halves[g] += here.class_block(member) / scales[member].to(dtype)
+                some = here.heaviest(member, _SHARE)
+                halves[g] += some.class_block(member) / scales[member].to(dtype)
         for g, members in enumerate(torch.bincount(groups, minlength=count).tolist()):
             block = reduce(halves[g]).double() / members
             block.diagonal().add_(shift / float(scales[groups == g].mean()))

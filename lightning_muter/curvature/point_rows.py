@@ -18,6 +18,7 @@ from lightning_muter.responses import DiagonalLowRank
 __all__ = ["PointRows"]
 
 _FACTS = ("indices", "stationary", "active")
+_WORTH = 0.8  # of the points: taking fewer of them out saves nothing
 _FACTORS = ("factors", "slopes", "coefficients")
 
 
@@ -220,6 +221,15 @@ class PointRows:
         if moved is not None:
             total[:, :f] += (weights * points.r).T @ moved
         return points.vector_form(total).double()
+
+    def heaviest(self, c: int, share: float) -> PointRows:
+        """The fewest points that hold a share of class c's weight Σ w (S_cc + r_c²)."""
+        points = self.points
+        weights = points.s.entry(c, c).double() + points.r[:, c].double().square()
+        order = (weights * points.weights).sort(descending=True)
+        sums = order.values.cumsum(dim=0)
+        count = int((sums < share * sums[-1]).sum()) + 1 if len(self) else 0
+        return self if count >= _WORTH * len(self) else self[order.indices[:count]]
 
     def class_block(self, c: int) -> Tensor:
         """The block of class c of Σ w_i D_i (F̃, F̃), in the rows' dtype."""

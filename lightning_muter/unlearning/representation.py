@@ -122,11 +122,11 @@ def represented(
     """
     rows = footprint_of(settings, view, inputs)
     dense_bytes, dense_more = processes * memory_bytes(view.p), processes * request_bytes(view.p)
-    estimates = f"dense {said_size(dense_bytes)}"
+    estimates = f"{said_size(dense_bytes)} as a matrix"
     rows_bytes = None
     if isinstance(rows, Footprint):
         rows_bytes = processes * rows.rows_bytes(points)
-        estimates += f", rows {said_size(rows_bytes)}"
+        estimates += f", {said_size(rows_bytes)} as rows"
     wanted, free = settings.representation, free_bytes(device)
     if wanted == "rows" and isinstance(rows, str):
         raise ConfigurationError(f"representation='rows': {rows}")
@@ -139,18 +139,18 @@ def represented(
         needed = int((1 + _WORKING) * rows_bytes)
         fits = free is None or needed <= free
     if not fits:
-        reason = f" ({rows})" if isinstance(rows, str) else ""
+        smaller = "row_dtype='float32'" if isinstance(rows, Footprint) else f"rows ({rows})"
         raise ConfigurationError(
-            f"p = {view.p:,} trained parameters and {points:,} points: the memory takes "
-            f"{estimates}{reason}; with what a request needs {said_size(needed)} for "
-            f"representation={wanted!r}, and {said_size(free or 0)} are free on {device}: choose "
-            "a smaller head or fewer parameters, row_dtype='float32', or a machine with more memory"
+            f"p = {view.p:,} trained parameters and {points:,} points take {estimates}; "
+            f"representation={wanted!r} needs {said_size(needed)} with what a request holds "
+            f"beside it, and {said_size(free or 0)} are free on {device}: choose {smaller}, a "
+            "smaller head or fewer parameters, or a machine with more memory"
         )
     memory = rows_bytes if wanted == "rows" and rows_bytes is not None else dense_bytes
     return Representation(
         settings=replace(settings, representation=wanted),
         memory=memory,
         working=needed - memory,
-        why=f"representation: {wanted} ({estimates})",
+        why=f"the memory is kept as {wanted}: it takes {estimates}",
         footprint=rows if isinstance(rows, Footprint) else None,
     )

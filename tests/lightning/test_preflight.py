@@ -175,7 +175,7 @@ def test_a_memory_that_does_not_fit_is_refused_with_both_sizes(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(representation, "free_bytes", lambda device: 10_000)
-    refused("p = 21 .* dense 0.0 MB .* 0.0 MB are free on cpu", Watched())
+    refused("p = 21 .* 0.0 MB as a matrix.* 0.0 MB are free on cpu", Watched())
 
 
 def test_free_memory_is_that_of_the_smallest_limit() -> None:

@@ -96,7 +96,7 @@ def test_auto_takes_rows_where_a_matrix_does_not_fit(
 
     room = {"free": 10_000}
     monkeypatch.setattr(representation, "free_bytes", lambda device: room["free"])
-    with pytest.raises(ConfigurationError, match="dense .* rows .* are free on cpu"):
+    with pytest.raises(ConfigurationError, match="as a matrix, .* as rows.* are free on cpu"):
         fit(sketch=1)
     monkeypatch.setattr(representation, "request_bytes", lambda p: 10**9)
     room["free"] = 10**6
