@@ -11,9 +11,9 @@ from torch import Tensor
 from lightning_muter.curvature.base import Curvature, PointFacts
 from lightning_muter.curvature.point import PointCurvature
 from lightning_muter.curvature.removed import RemovedPoints
-from lightning_muter.linalg.cg import conjugate_gradients
+from lightning_muter.linalg.cg import conjugate_gradients, iterate
 from lightning_muter.linalg.cholesky import DenseSolver
-from lightning_muter.linalg.solution import Solution, Status, relative_residual
+from lightning_muter.linalg.solution import Solution, Status, finite, relative_residual
 from lightning_muter.parallel import Group
 
 __all__ = ["DenseCurvature", "DowndatedSolver"]
@@ -22,7 +22,7 @@ _EIGEN_LIMIT = 2000
 #: factors of forgotten points that weigh more than this share of the matrix go into it
 _FOLDED = 0.25
 #: the residual of a system that is solved with the factor of M_0; iterations, then M_r's own factor
-_TOL = 1e-13
+_TOL = 1e-12
 _ITERATIONS = 40
 
 
@@ -174,11 +174,11 @@ class DowndatedSolver:
         """
         if self._base.definite:
             start = self._base.half(rhs)
-            found = conjugate_gradients(self._preconditioned, start, None, _TOL, _ITERATIONS)
-            if found.status is Status.CONVERGED:
-                value = self._base.other_half(found.value)
+            end = iterate(self._preconditioned, start, lambda v: v, _TOL, _ITERATIONS)
+            if bool(end.done) and not bool(end.negative):
+                value = self._base.other_half(end.value)
                 residual = relative_residual(self.curvature.matvec(value) - rhs, rhs)
-                return Solution(value, residual, found.iterations, found.status)
+                return finite(Solution(value, residual, end.iterations, Status.CONVERGED))
         return self._own.solve(rhs)
 
     def _preconditioned(self, v: Tensor) -> Tensor:

@@ -15,11 +15,11 @@ from lightning_muter.linalg.solution import (
     relative_residual,
 )
 
-__all__ = ["batched_conjugate_gradients", "conjugate_gradients"]
+__all__ = ["End", "batched_conjugate_gradients", "conjugate_gradients", "iterate"]
 
 
 @dataclass(frozen=True)
-class _End:
+class End:
     """Where the iteration stopped: x and b - A x (..., d), which systems were done or negative."""
 
     value: Tensor
@@ -29,10 +29,13 @@ class _End:
     iterations: int
 
 
-def _iterate(
+def iterate(
     operator: Operator, rhs: Tensor, preconditioner: Operator, tol: float, max_iter: int
-) -> _End:
-    """Systems along the last dimension of ``rhs`` (..., d); one that is done changes no more."""
+) -> End:
+    """Systems along the last dimension of ``rhs`` (..., d); one that is done changes no more.
+
+    The bare iteration, for callers that measure the residual in their own way.
+    """
     x, r = torch.zeros_like(rhs), rhs.clone()
     z = preconditioner(r)
     direction = z.clone()
@@ -57,7 +60,7 @@ def _iterate(
         rz, before = (r * z).sum(dim=-1, keepdim=True), rz
         direction = z + torch.where(todo, rz / before, torch.zeros_like(rz)) * direction
     done = torch.linalg.vector_norm(r, dim=-1, keepdim=True) <= limit
-    return _End(x, r, done, negative, iterations)
+    return End(x, r, done, negative, iterations)
 
 
 def conjugate_gradients(
@@ -82,7 +85,7 @@ def conjugate_gradients(
     Raises:
         SolverError: the solution is not finite.
     """
-    end = _iterate(operator, rhs, preconditioner or (lambda v: v), tol, max_iter)
+    end = iterate(operator, rhs, preconditioner or (lambda v: v), tol, max_iter)
     status = Status.CONVERGED if bool(end.done.all()) else Status.MAX_ITERATIONS
     if bool(end.negative.any()):
         status = Status.INDEFINITE
@@ -100,5 +103,5 @@ def batched_conjugate_gradients(
         curvature only and converged; a system that is done no longer changes, whatever else is in
         the batch.
     """
-    end = _iterate(operator, rhs, lambda v: inverse * v, tol, max_iter)
+    end = iterate(operator, rhs, lambda v: inverse * v, tol, max_iter)
     return end.value, end.rest, (end.done & ~end.negative).all(dim=1).squeeze(1)
