@@ -123,7 +123,8 @@ class Settings:
 
     def view(self, module: nn.Module) -> ModelView:
         """The trained parameters of ``module``."""
-        return view_of(module, self.loss, self.head, self.parameters, self.space)
+        scaling = self.threat.scaling
+        return view_of(module, self.loss, self.head, self.parameters, self.space, scaling)
 
     def problem(self) -> PointProblem:
         """What a point contributes under these settings."""
@@ -220,6 +221,9 @@ def _threat_identity(threat: Threat) -> dict[str, Any]:
     kind = type(threat)
     values = {**vars(threat)}
     plain = {name: _plain(values[name]) for name in sorted(values)}
+    for later in ("mean", "std"):  # None in every memory from before there were pixel threats
+        if plain.get(later) is None:
+            plain.pop(later, None)
     if _THREATS.get(kind.__name__) is kind:
         return {"own": kind.__name__, **plain}
     return {**identify(kind), "fields": plain}

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lightning_muter.linalg.rows import own_scale
 from lightning_muter.objectives.losses import LOG_ODDS, PointLoss
 from lightning_muter.threats import Threat
+from lightning_muter.threats.pixels import Values
 
 __all__ = ["own_random_numbers", "projected_gradient_ascent", "without_blind_spots"]
 
@@ -24,7 +25,7 @@ def projected_gradient_ascent(
     x: Tensor,
     targets: Tensor,
     steps: int,
-    step_size: float,
+    step_size: Values,
     random_start: bool,
 ) -> Tensor:
     """x + δ (n, ...) after ``steps`` ascent steps in the threat's geometry, any loss and shape.
@@ -32,13 +33,13 @@ def projected_gradient_ascent(
     The direction alone of a gradient counts: a loss that is all but zero is ascended like any
     other. A point whose gradient is exactly zero stays where it is.
     """
-    flat = x.detach().reshape(len(x), -1)
+    flat, inside = threat.flat_pixels(x), threat.scaling.slope(x).to(x)
     delta = threat.random_start(flat) if random_start else torch.zeros_like(flat)
     for _ in range(steps):
-        slope = loss.slope(module, (flat + delta).reshape(x.shape), targets)
-        unit, _ = own_scale(slope.scaled)
+        slope = loss.slope(module, threat.moved(x, delta), targets)
+        unit, _ = own_scale(slope.scaled * inside)  # in pixels: ∂l/∂x' / std
         delta = threat.step(flat, delta, unit.to(flat) * (slope.scale > 0), step_size).detach()
-    return (flat + delta).reshape(x.shape)
+    return threat.moved(x.detach(), delta)
 
 
 def without_blind_spots(
@@ -49,7 +50,7 @@ def without_blind_spots(
     targets: Tensor,
     adversarial: Tensor,
     steps: int,
-    step_size: float,
+    step_size: Values,
 ) -> tuple[Tensor, Tensor]:
     """An attack's result, tried again where it may have failed for want of a gradient.
 

@@ -48,7 +48,7 @@ def strongest_loss(
     further look at those where an ascent had no gradient. For regression "correct" is all ones.
     """
     x, targets = points
-    size = 2.5 * threat.eps / steps
+    size = threat.step_size(steps)
     worst = torch.full((len(x),), -torch.inf, dtype=torch.float64, device=x.device)
     correct = torch.ones(len(x), dtype=torch.bool, device=x.device)
     for restart in range(restarts):
@@ -229,7 +229,7 @@ def autoattack_accuracy(module: nn.Module, threat: Threat, points: Points) -> fl
         right = outputs.argmax(dim=1) == targets
     if bool(right.any()):
         arguments = {"norm": threat.norm, "eps": threat.eps, "n_classes": classes, "seed": 0}
-        attack = Attack("torchattacks.AutoAttack", init_args=arguments)
+        attack = Attack("torchattacks.AutoAttack", init_args=arguments).scaled(threat.scaling)
         adversarial = attack(module, x[right], targets[right])
         with torch.no_grad():
             still = module(adversarial).argmax(dim=1) == targets[right]

@@ -52,10 +52,10 @@ class AdversarialTraining(pl.Callback):
         random_start: bool = True,
     ) -> None:
         self.threat = threat
-        self.attack = attack
+        self.attack = None if attack is None else attack.scaled(threat.scaling)
         self.loss = loss
         self.attack_steps = attack_steps
-        self.attack_step_size = attack_step_size or 2.5 * threat.eps / max(attack_steps, 1)
+        self.attack_step_size = attack_step_size or threat.step_size(attack_steps)
         self.random_start = random_start
         self._point_loss = resolve_loss(loss)
         self._clean, self._robust = MeanMetric(), MeanMetric()

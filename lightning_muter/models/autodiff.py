@@ -37,7 +37,7 @@ class Autodiff(ModelView):
                 name: part.reshape(shape)
                 for name, part, shape in zip(self.names, parts, shapes, strict=True)
             }
-            outputs = functional_call(module, values, (x.unsqueeze(0),))
+            outputs = functional_call(module, values, (self.received(x.unsqueeze(0)),))
             return self.loss(outputs, y.unsqueeze(0)).squeeze(0)
 
         return loss, torch.cat([p.detach().reshape(-1) for p in self.parameters])
@@ -57,7 +57,7 @@ class AutodiffLinearisation(Linearisation):
 
     def losses(self) -> Tensor:
         with torch.no_grad():
-            return self.view.loss(self.view.module(self.x), self.targets).double()
+            return self.view.loss(self.view.outputs(self.x), self.targets).double()
 
     def gradients(self) -> Tensor:
         loss, omega = self.view.point_function()

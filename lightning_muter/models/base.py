@@ -18,6 +18,7 @@ from lightning_muter.models.names import suggest
 from lightning_muter.objectives.losses import PointLoss
 from lightning_muter.responses import Response
 from lightning_muter.threats import Geometry
+from lightning_muter.threats.pixels import Scaling
 
 __all__ = ["Linearisation", "ModelView", "Products", "evaluating", "measuring"]
 
@@ -110,10 +111,17 @@ class ModelView(ABC):
     """The named parameters ω (p, in order) of a module, and derivatives of its per-point loss.
 
     ``x`` is (n, *input shape); perturbations and input gradients are flattened to (n, d). Results
-    are float64 whatever the module computes in. Call inside `measuring`.
+    are float64 whatever the module computes in. Call inside `measuring`. With a ``scaling`` x is
+    in pixels, and the way to what the module receives is a part of every graph.
     """
 
-    def __init__(self, module: nn.Module, names: list[str], loss: PointLoss) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        names: list[str],
+        loss: PointLoss,
+        scaling: Scaling | None = None,
+    ) -> None:
         parameters = dict(module.named_parameters())
         missing = [name for name in names if name not in parameters]
         if missing or not names:
@@ -124,6 +132,7 @@ class ModelView(ABC):
         self.module = module
         self.names = list(names)
         self.loss = loss
+        self.scaling = scaling or Scaling()
         self.parameters = [parameters[name] for name in names]
         self.p = sum(parameter.numel() for parameter in self.parameters)
 
@@ -162,6 +171,17 @@ class ModelView(ABC):
                 for parameter, value in zip(self.parameters, before, strict=True):
                     parameter.copy_(value)
 
+    def received(self, x: Tensor) -> Tensor:
+        """Points x (n, ...) as the module receives them; the same tensor without a scaling."""
+        if self.scaling.identity:
+            return x
+        return self.scaling.normalised(x).to(next(self.module.parameters()).dtype)
+
+    def outputs(self, x: Tensor) -> Tensor:
+        """The module's outputs (n, ...) at points x, with the graph to x."""
+        found: Tensor = self.module(self.received(x))
+        return found
+
     def input_gradient(self, x: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Losses (n,) and g = ∂_x l (n, d), both float64."""
         level, slope = self.ascent(x, targets)
@@ -169,13 +189,13 @@ class ModelView(ABC):
 
     def ascent(self, x: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """What an adversary ascends in the loss's place: levels (n,), gradients (n, d), float64."""
-        slope = self.loss.slope(self.module, x, targets)
+        slope = self.loss.slope(self.outputs, x, targets)
         return slope.level.double(), slope.scaled.double() * slope.scale.double()
 
     def second_input_derivatives(self, x: Tensor, targets: Tensor) -> Tensor:
         """∂δδ l (n, d, d), one coordinate of every point at a time, float64."""
         inputs = x.detach().requires_grad_(True)
-        losses = self.loss(self.module(inputs), targets)
+        losses = self.loss(self.outputs(inputs), targets)
         (g,) = torch.autograd.grad(losses.sum(), inputs, create_graph=True)
         flat = g.reshape(len(x), -1)
         rows = []
@@ -192,7 +212,8 @@ class ModelView(ABC):
     def products(self, x: Tensor, targets: Tensor, weights: Tensor) -> Products:
         """Second-order products through one stored graph of the points' weighted losses."""
         inputs = x.detach().requires_grad_(True)
-        total = self.loss(self.module(inputs), targets) @ weights.to(inputs)
+        losses = self.loss(self.outputs(inputs), targets)
+        total = losses @ weights.to(losses)
         *g_omega, g_delta = torch.autograd.grad(
             total, [*self.parameters, inputs], create_graph=True
         )

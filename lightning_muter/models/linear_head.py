@@ -16,6 +16,7 @@ from lightning_muter.objectives.losses import PointLoss
 from lightning_muter.objectives.output_curvature import Outer
 from lightning_muter.responses import Dense, DiagonalLowRank, InputCurvature, Response
 from lightning_muter.threats import Geometry
+from lightning_muter.threats.pixels import Scaling
 
 __all__ = ["FeatureHead", "HeadLinearisation", "LinearHead"]
 
@@ -32,7 +33,9 @@ class LinearHead(ModelView):
     skipped when the head reads the input itself.
     """
 
-    def __init__(self, module: nn.Module, head: str, loss: PointLoss) -> None:
+    def __init__(
+        self, module: nn.Module, head: str, loss: PointLoss, scaling: Scaling | None = None
+    ) -> None:
         modules = dict(module.named_modules())
         if head not in modules:
             raise ConfigurationError(
@@ -46,28 +49,33 @@ class LinearHead(ModelView):
                 "parameters=[...] to use Autodiff instead"
             )
         names = [f"{head}.weight"] + ([f"{head}.bias"] if layer.bias is not None else [])
-        super().__init__(module, names, loss)
+        super().__init__(module, names, loss, scaling)
         self.layer = layer
         self._bends: bool | None = None
 
     def features(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The head's input h (n, F) and the module's outputs (n, ...), with the graph to x."""
+        return self.run(self.received(x))
+
+    def run(self, received: Tensor) -> tuple[Tensor, Tensor]:
+        """The same at inputs (n, ...) as the module receives them."""
         seen: list[Tensor] = []
         handle = self.layer.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
         try:
-            outputs = self.module(x)
+            outputs = self.module(received)
         finally:
             handle.remove()
         if len(seen) != 1:
             raise ConfigurationError(
                 f"the head ran {len(seen)} times in one forward pass; a linear head runs once"
             )
-        h = seen[0].reshape(len(x), -1)
+        n = len(received)
+        h = seen[0].reshape(n, -1)
         if h.shape[1] != self.layer.in_features:
             raise ConfigurationError(
                 f"the head got {tuple(seen[0].shape)}, one feature vector a point is needed"
             )
-        if outputs.numel() != len(x) * self.layer.out_features:
+        if outputs.numel() != n * self.layer.out_features:
             raise ConfigurationError(
                 f"the head has {self.layer.out_features} outputs but forward returned shape "
                 f"{tuple(outputs.shape)}: forward must return the head's own outputs"
@@ -96,8 +104,10 @@ class LinearHead(ModelView):
         """B = J R Jᵀ (n, F, F), and which points (n,) had a usable K."""
         w = points.head.weight
         if points.reads_input:
-            s = points.head.s.dense()
-            return response.low_rank(geometry, w.T.expand(len(points), -1, -1), s)
+            slope = self.scaling.slope(points.x)  # J = diag(1 / std)
+            jacobian = (w * slope).T.expand(len(points), -1, -1)
+            low, usable = response.low_rank(geometry, jacobian, points.head.s.dense())
+            return low.scaled(slope), usable
         x, targets = points.x, points.targets
         if response.probes is not None:
             probed, usable = response.sketch(geometry, self._curvature_products(points))
@@ -208,9 +218,10 @@ class HeadLinearisation(Linearisation):
     def __init__(self, view: LinearHead, x: Tensor, targets: Tensor, weights: Tensor) -> None:
         super().__init__(view, x, targets, weights)
         with torch.no_grad():
-            h, self._outputs = view.features(x)
-        # the head of a linear model reads the input's own memory: J is the identity
-        self.reads_input = h.data_ptr() == x.data_ptr() and h.numel() == x.numel()
+            received = view.received(x)
+            h, self._outputs = view.run(received)
+        # the head of a linear model reads the input's own memory
+        self.reads_input = h.data_ptr() == received.data_ptr() and h.numel() == received.numel()
         r, s = view.loss.derivatives(self._outputs.reshape(len(x), -1).double(), targets)
         h = h.double()
         if view.layer.bias is not None:

@@ -13,6 +13,7 @@ from lightning_muter.models.linear_head import FeatureHead, LinearHead
 from lightning_muter.models.names import listed
 from lightning_muter.objectives.losses import PointLoss
 from lightning_muter.objectives.resolve import AnyLoss, resolve_loss
+from lightning_muter.threats.pixels import Scaling
 
 __all__ = ["view_of"]
 
@@ -26,6 +27,7 @@ def view_of(
     head: str | None = None,
     parameters: Sequence[str] | None = None,
     space: str = "input",
+    scaling: Scaling | None = None,
 ) -> ModelView:
     """The view of a linear head, or of any named parameters.
 
@@ -35,6 +37,7 @@ def view_of(
         head: dotted name of a linear layer; or
         parameters: names of parameters.
         space: "input", or "features" for perturbations of the head's input.
+        scaling: of the threat, where that is in pixels and the module's inputs are normalised.
 
     Raises:
         ConfigurationError: not exactly one of head and parameters, or a name that is none.
@@ -47,7 +50,7 @@ def view_of(
         raise ConfigurationError(f"space={space!r} is unknown; expected 'input' or 'features'")
     resolved = resolve_loss(loss)
     if head is not None:
-        return _HEADS[space](module, head, resolved)
+        return _HEADS[space](module, head, resolved, scaling)
     if space == "features":
         raise ConfigurationError("space='features' needs a linear head: give head=...")
-    return Autodiff(module, list(listed(parameters) or ()), resolved)
+    return Autodiff(module, list(listed(parameters) or ()), resolved, scaling)

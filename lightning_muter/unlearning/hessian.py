@@ -40,7 +40,7 @@ def total_hessian(
 
     Args:
         module: maps x (n, ...) to outputs (n, C); measured in eval mode and left as it was.
-        batch: x (n, ...) on the scale of ``threat.eps``, and targets (n,).
+        batch: x (n, ...) as training receives it, and targets (n,).
         threat: the constraint set.
         head: dotted name of a linear layer.
         parameters: names of parameters instead of a head.
@@ -51,7 +51,8 @@ def total_hessian(
         space: "input", or "features" for the variant that perturbs the head's input.
         weight_decay: λ of the training objective.
         sketch: seeded probes a point for the inner response of a network; 0 for the exact one.
-        delta: the maximisers (n, ...), if they are known; found otherwise.
+        delta: the maximisers (n, ...) on the scale of ``threat.eps``, if they are known; found
+            otherwise.
 
     Returns:
         A symmetric matrix (p, p), float64, on the batch's device.
@@ -69,7 +70,7 @@ def total_hessian(
         torch.Size([3, 3])
     """
     threat.check_inputs(batch[0])
-    view = view_of(module, loss, head, parameters, space)
+    view = view_of(module, loss, head, parameters, space, threat.scaling)
     resolved = resolve_response(response, inverse, neumann_order, sketch)
     problem = PointProblem("muter", threat, resolved, weight_decay)
     points = unweighted(batch[0], batch[1])

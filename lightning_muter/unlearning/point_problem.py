@@ -12,6 +12,7 @@ from lightning_muter.adversary.maximiser import InnerMaximum, InputGradient, ins
 from lightning_muter.adversary.mixture import Mixture, mix
 from lightning_muter.curvature.base import CurvatureSum
 from lightning_muter.curvature.point import PointCurvature
+from lightning_muter.errors import ConfigurationError
 from lightning_muter.models import ModelView
 from lightning_muter.responses import Response
 from lightning_muter.threats import Threat, unconstrained_geometry
@@ -53,7 +54,7 @@ class PointProblem:
         for first in range(0, len(batch), _ASCENT):
             some = slice(first, first + _ASCENT)
             part, at = batch.part(some), None if start is None else start[some]
-            ascent, flat = _ascent(view, part), _flat(part.x)
+            ascent, flat = _ascent(view, part), self._flat(view, part)
             found.append(
                 maximise(ascent, flat, self.threat, self.max_iter, at, view.dtype, link=link)
             )
@@ -62,7 +63,8 @@ class PointProblem:
     def given(self, view: ModelView, batch: Batch, delta: Tensor) -> InnerMaximum:
         """Perturbations (n, ...) of the caller's own, with the evidence of how stationary."""
         ascent, link = _ascent(view, batch), view.loss.link
-        return inspect(ascent, _flat(batch.x), self.threat, _flat(delta), link)
+        flat = delta.detach().reshape(len(delta), -1).double()
+        return inspect(ascent, self._flat(view, batch), self.threat, flat, link)
 
     def chunks(
         self, view: ModelView, batch: Batch, inner: InnerMaximum | None = None
@@ -94,20 +96,21 @@ class PointProblem:
                 yield replace(first, rival=rival, value=mixed.value)
 
     def _clean(self, view: ModelView, batch: Batch) -> Chunk:
-        origin = _flat(batch.x)
-        linearisation = view.linearise(batch.x, batch.targets, batch.weights)
+        origin = self._flat(view, batch)
+        clean = view.scaling.shaped(origin, batch.x)
+        linearisation = view.linearise(clean, batch.targets, batch.weights)
         ones = torch.ones_like(batch.weights)
         still = torch.zeros_like(ones)
         geometry = unconstrained_geometry(origin)
         return Chunk(origin, linearisation, geometry, None, ones, still, indices=batch.indices)
 
     def _chunk(self, view: ModelView, batch: Batch, inner: InnerMaximum, mixing: Tensor) -> Chunk:
-        origin = _flat(batch.x)
+        origin = self._flat(view, batch)
         if self.response.constrained:
             geometry = self.threat.geometry(origin, inner.delta, inner.grad)
         else:
             geometry = unconstrained_geometry(inner.delta)
-        perturbed = (origin + inner.delta).reshape(batch.x.shape).to(batch.x)
+        perturbed = view.scaling.shaped(origin + inner.delta, batch.x)
         linearisation = view.linearise(perturbed, batch.targets, batch.weights * mixing)
         active = self.threat.active(origin, inner.delta)
         return Chunk(origin, linearisation, geometry, inner, mixing, active, indices=batch.indices)
@@ -116,7 +119,16 @@ class PointProblem:
         if inner is None or self.threat.temperature is None:
             return None
         rival = self.perturb(view, batch, start=-inner.delta)
-        return mix(self.threat, _flat(batch.x), inner, rival)
+        return mix(self.threat, self._flat(view, batch), inner, rival)
+
+    def _flat(self, view: ModelView, batch: Batch) -> Tensor:
+        """The points (n, d) on the threat's scale, float64."""
+        if view.scaling != self.threat.scaling:
+            raise ConfigurationError(
+                f"the model's view has {view.scaling}, the threat {self.threat.scaling}: give "
+                "view_of(...) the threat's own scaling"
+            )
+        return self.threat.flat_pixels(batch.x.double())
 
     def curvature(self, chunk: Chunk) -> PointCurvature:
         """Σ w_i D_i of a chunk, without λI."""
@@ -178,11 +190,6 @@ def _ascent(view: ModelView, batch: Batch) -> InputGradient:
     """What the adversary ascends at flat float64 versions of the points."""
 
     def ascent(points: Tensor, which: Tensor) -> tuple[Tensor, Tensor]:
-        shaped = points.reshape(len(points), *batch.x.shape[1:]).to(batch.x)
-        return view.ascent(shaped, batch.targets[which])
+        return view.ascent(view.scaling.shaped(points, batch.x), batch.targets[which])
 
     return ascent
-
-
-def _flat(x: Tensor) -> Tensor:
-    return x.detach().reshape(len(x), -1).double()
