@@ -26,15 +26,25 @@ def projected_gradient_ascent(
     targets: Tensor,
     steps: int,
     step_size: Values,
-    random_start: bool,
+    start: Tensor | None = None,
 ) -> Tensor:
     """x + δ (n, ...) after ``steps`` ascent steps in the threat's geometry, any loss and shape.
 
     The direction alone of a gradient counts: a loss that is all but zero is ascended like any
     other. A point whose gradient is exactly zero stays where it is.
+
+    Args:
+        module: maps inputs to outputs.
+        loss: what is ascended, a loss of the outputs and ``targets``.
+        threat: the constraint set.
+        x: inputs (n, ...).
+        targets: what the loss compares the outputs with.
+        steps: ascent steps.
+        step_size: their length, in the units of ``eps``.
+        start: perturbations (n, d) to start from; zero by default.
     """
     flat, inside = threat.flat_pixels(x), threat.scaling.slope(x).to(x)
-    delta = threat.random_start(flat) if random_start else torch.zeros_like(flat)
+    delta = torch.zeros_like(flat) if start is None else start
     for _ in range(steps):
         slope = loss.slope(module, threat.moved(x, delta), targets)
         unit, _ = own_scale(slope.scaled * inside)  # in pixels: ∂l/∂x' / std
@@ -83,8 +93,9 @@ def without_blind_spots(
         if len(some) == 0:
             break
         points, labels = x[some], targets[some]
+        begin = threat.random_start(threat.flat_pixels(points)) if start > 0 else None
         moved = projected_gradient_ascent(
-            module, judge, threat, points, labels, steps, step_size, random_start=start > 0
+            module, judge, threat, points, labels, steps, step_size, begin
         )
         slope = judge.slope(module, moved, labels)
         higher = slope.level > level[some]

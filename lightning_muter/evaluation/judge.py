@@ -52,8 +52,9 @@ def strongest_loss(
     worst = torch.full((len(x),), -torch.inf, dtype=torch.float64, device=x.device)
     correct = torch.ones(len(x), dtype=torch.bool, device=x.device)
     for restart in range(restarts):
+        start = threat.random_start(threat.flat_pixels(x)) if restart > 0 else None
         adversarial = projected_gradient_ascent(
-            module, loss, threat, x, targets, steps, size, restart > 0
+            module, loss, threat, x, targets, steps, size, start
         )
         if restart == restarts - 1:
             adversarial, _ = without_blind_spots(

@@ -213,7 +213,7 @@ class Threat(ABC):
 
     def distance(self, x: Tensor, move: Tensor) -> Tensor:
         """Length (n,) of a move of delta relative to the radius of the set."""
-        return row_norm(move).squeeze(1) / self._radius(x)
+        return row_norm(move).squeeze(1) / self.radius(x)
 
     def stationarity(self, x: Tensor, delta: Tensor, grad: Tensor) -> Tensor:
         """Distance (n,) that the fixed-point map still moves delta, relative to its radius.
@@ -224,7 +224,7 @@ class Threat(ABC):
         moved = self.distance(x, self.ascend(x, delta, grad, size) - delta)
         return torch.where((grad != 0).any(dim=1), moved, torch.inf)
 
-    def _radius(self, x: Tensor) -> float:
+    def radius(self, x: Tensor) -> float:
         """The largest length of a perturbation of points like x (n, d)."""
         return largest(self.eps)
 

@@ -102,6 +102,6 @@ class LinfBall(Threat):
         free = ~held & (tau > LEAST_MULTIPLIER * eps)
         return Geometry(shift, free.to(delta), torch.zeros_like(delta))
 
-    def _radius(self, x: Tensor) -> float:
+    def radius(self, x: Tensor) -> float:
         widths = self._half_widths(x).double().expand(x.shape[1])
         return float(torch.linalg.vector_norm(widths))

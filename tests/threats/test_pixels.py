@@ -165,9 +165,9 @@ def test_training_attacks_move_pixels_by_the_threat(threat: Threat) -> None:
     x, y = pixels()
     net, _ = networks()["relu head"]
     found, size, loss = in_pixels(threat), threat.step_size(5), LOSSES["cross_entropy"]
-    one = projected_gradient_ascent(net, loss, found, normalised(x), y, 5, size, False)
+    one = projected_gradient_ascent(net, loss, found, normalised(x), y, 5, size)
     model = nn.Sequential(Normalise(), net)
-    two = projected_gradient_ascent(model, loss, threat, x, y, 5, size, False)
+    two = projected_gradient_ascent(model, loss, threat, x, y, 5, size)
     torch.testing.assert_close(one, normalised(two), rtol=1e-10, atol=1e-10)
     delta = found.scaling.pixels(one) - x
     torch.testing.assert_close(threat.project(x.flatten(1), delta.flatten(1)), delta.flatten(1))

@@ -89,9 +89,10 @@ class Comparison:
                 f"the optimizer's by weight_decay= (here {penalty:.4g} + the optimizer's)"
             )
         return (
-            "its loss is another one (label smoothing, class weights, a further term such as "
-            "TRADES, labels of another coding, or inputs that the step changes itself): give the "
-            "same loss to both, as a callable (outputs, targets) -> one value a point"
+            "its loss is another one (label smoothing, class weights, labels of another coding, a "
+            "further term, or inputs that the step changes itself): give the same loss to both, as "
+            "a callable (outputs, targets) -> one value a point, or objective=TRADES(beta=...); "
+            "MART, mixup and free adversarial training have no memory"
         )
 
     @property

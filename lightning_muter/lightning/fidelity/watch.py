@@ -23,6 +23,7 @@ from lightning_muter.lightning.flavour import pl, rank_zero_info
 from lightning_muter.lightning.kept_state import untouched
 from lightning_muter.memory.points import digests_of
 from lightning_muter.models import ModelView, measuring
+from lightning_muter.models.base import Seen
 from lightning_muter.objectives.targets import check_targets
 
 __all__ = ["TrainingWatch"]
@@ -76,7 +77,7 @@ class TrainingWatch:
             None if flow_time is None else StepWatch(self._parameters, self._slack, flow_time)
         )
         self._gradient = GradientWatch(
-            module, self._parameters, view.loss, layer, self._context, self._slack, vanished
+            module, self._parameters, view.objective, layer, self._context, self._slack, vanished
         )
         self._due, self._compared = True, False
         self._window = 0
@@ -142,12 +143,12 @@ class TrainingWatch:
             with self._topic("content"):
                 self._count.see(digests_of(self.key, batch[0], batch[1]))
 
-    def perturbed(self, x: Tensor, targets: Tensor) -> None:
-        """The batch as the attack left it: what training_step is about to see."""
+    def perturbed(self, seen: Seen, targets: Tensor) -> None:
+        """The batch as the attack left it: what training_step is about to see of its inputs."""
         self._gradient.drop()
         self._gradient.sum.begin_batch()
         if self._due:
-            self._gradient.arm(x, targets)
+            self._gradient.arm(seen, targets)
             self._armed_at = [p.detach().clone() for p in self._parameters]
 
     def before_backward(self) -> None:
@@ -160,6 +161,7 @@ class TrainingWatch:
         share = 0.0
         if holds(optimizer, self._parameters):
             with self._topic("gradient"):
+                self._check_unpushed()
                 self._compare()
             with self._topic("gradient"):
                 share = self._share()
@@ -232,11 +234,29 @@ class TrainingWatch:
                 "backward and the step: leave it to the optimizer's weight_decay"
             )
 
+    def _moved(self) -> bool:
+        """Whether the weights are others than when the batch that waits began."""
+        pairs = zip(self._parameters, self._armed_at, strict=True)
+        return self._gradient.armed and any(not torch.equal(p, q) for p, q in pairs)
+
+    def _check_unpushed(self) -> None:
+        """Refuse a gradient that is not of the weights which the step starts from.
+
+        At those weights it agrees with the package's own: their values alone tell.
+
+        Raises:
+            ConfigurationError: training_step moved the weights before its backward pass.
+        """
+        if self._moved():
+            self._gradient.drop()
+            raise ConfigurationError(
+                "training_step changes the trained weights before its backward pass, as "
+                "adversarial weight perturbation (AWP) does: the perturbation of the weights is no "
+                "function of one point, and the objective no sum over points; train without it"
+            )
+
     def _compare_unstepped(self) -> None:
-        moved = any(
-            not torch.equal(p, q) for p, q in zip(self._parameters, self._armed_at, strict=True)
-        )
-        if moved:
+        if self._moved():
             self._gradient.drop()
             raise ConfigurationError(
                 "the trained parameters moved in training_step without a step that Lightning "

@@ -264,3 +264,26 @@ def test_the_user_s_hooks_and_parameters_are_left_alone() -> None:
     model = Net()
     train(model)
     assert not any(p._backward_hooks for p in model.parameters())
+
+
+class WeightPerturbation(Net):
+    """Adversarial weight perturbation: forward and backward at ω + v, the step from ω."""
+
+    pushed: Tensor | None = None
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        weight = self.classifier.weight
+        self.pushed = 0.05 * torch.randn_like(weight)
+        weight.data.add_(self.pushed)
+        return F.cross_entropy(self(batch[0]), batch[1])
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        super().optimizer_step(*args, **kwargs)
+        assert self.pushed is not None
+        self.classifier.weight.data.sub_(self.pushed)
+
+
+def test_weights_that_the_step_perturbs_are_named() -> None:
+    """The two gradients agree at the perturbed weights: values tell, gradients do not."""
+    with pytest.raises(ConfigurationError, match="AWP"):
+        train(WeightPerturbation())
