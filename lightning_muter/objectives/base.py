@@ -31,6 +31,11 @@ class Objective(ABC):
 
     @property
     @abstractmethod
+    def asked(self) -> str:
+        """What ``training_step`` has to return, for a person."""
+
+    @property
+    @abstractmethod
     def inner(self) -> PointLoss:
         """What the adversary ascends: a loss of the perturbed outputs and a `reference`."""
 

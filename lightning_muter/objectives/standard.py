@@ -27,6 +27,10 @@ class Standard(Objective):
         return self.point_loss
 
     @property
+    def asked(self) -> str:
+        return "the callback's loss"
+
+    @property
     def inner(self) -> PointLoss:
         return self.point_loss
 

@@ -87,6 +87,11 @@ class BoundTRADES(Objective):
     def loss(self) -> PointLoss:
         return self.point_loss
 
+    @property
+    def asked(self) -> str:
+        own = f"TRADES(beta={self.beta:g})"
+        return f"{own}.loss(self, batch), for a batch [x, target, x_adversarial],"
+
     @cached_property
     def inner(self) -> PointLoss:
         """β KL of the perturbed outputs; its target are the clean ones."""

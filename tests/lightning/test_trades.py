@@ -97,7 +97,7 @@ def test_fit_unlearn_reload_unlearn(module: type[Net], tmp_path: Path) -> None:
 
 
 def test_another_loss_is_found_out() -> None:
-    with pytest.raises(ConfigurationError, match="gradient"):
+    with pytest.raises(ConfigurationError, match=r"not that of TRADES\(beta=3\).loss"):
         fitted(Other)
     with pytest.raises(ConfigurationError, match="gradient"):
         fitted(Own, objective=TRADES(beta=2 * BETA))

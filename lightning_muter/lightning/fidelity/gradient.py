@@ -110,6 +110,7 @@ class GradientWatch:
             len(batch.targets),
             self._slack,
             self._vanished * self._longest,
+            asked=self._objective.asked,
         )
         if comparison.agrees():
             return comparison
