@@ -19,6 +19,7 @@ from lightning_muter.lightning.fidelity.frozen import FrozenPart
 from lightning_muter.lightning.fidelity.gradient import GradientWatch
 from lightning_muter.lightning.fidelity.outputs import head_outputs
 from lightning_muter.lightning.fidelity.points import PointCount, sampling_of
+from lightning_muter.lightning.fidelity.pushed import PushedWeights
 from lightning_muter.lightning.flavour import pl, rank_zero_info
 from lightning_muter.lightning.kept_state import untouched
 from lightning_muter.memory.points import digests_of
@@ -83,7 +84,7 @@ class TrainingWatch:
         self._window = 0
         self._divisor: int | None = None
         self._epochs, self._open = 0, False
-        self._armed_at: list[Tensor] = []
+        self._pushed = PushedWeights(self._parameters)
 
     @contextmanager
     def _topic(self, topic: str) -> Iterator[None]:
@@ -133,6 +134,8 @@ class TrainingWatch:
 
     def received(self, batch: Any, batch_idx: int) -> None:
         """A training batch as the module receives it, before the perturbation."""
+        with self._topic("pushed"):
+            self._pushed.check()
         with self._topic("flags"):
             self._frozen.check_flags()
         position = batch_idx + 1
@@ -149,7 +152,7 @@ class TrainingWatch:
         self._gradient.sum.begin_batch()
         if self._due:
             self._gradient.arm(seen, targets)
-            self._armed_at = [p.detach().clone() for p in self._parameters]
+            self._pushed.begin()
 
     def before_backward(self) -> None:
         """Automatic optimization's one backward pass begins."""
@@ -161,7 +164,7 @@ class TrainingWatch:
         share = 0.0
         if holds(optimizer, self._parameters):
             with self._topic("gradient"):
-                self._check_unpushed()
+                self._pushed.backward_passed()
                 self._compare()
             with self._topic("gradient"):
                 share = self._share()
@@ -234,29 +237,8 @@ class TrainingWatch:
                 "backward and the step: leave it to the optimizer's weight_decay"
             )
 
-    def _moved(self) -> bool:
-        """Whether the weights are others than when the batch that waits began."""
-        pairs = zip(self._parameters, self._armed_at, strict=True)
-        return self._gradient.armed and any(not torch.equal(p, q) for p, q in pairs)
-
-    def _check_unpushed(self) -> None:
-        """Refuse a gradient that is not of the weights which the step starts from.
-
-        At those weights it agrees with the package's own: their values alone tell.
-
-        Raises:
-            ConfigurationError: training_step moved the weights before its backward pass.
-        """
-        if self._moved():
-            self._gradient.drop()
-            raise ConfigurationError(
-                "training_step changes the trained weights before its backward pass, as "
-                "adversarial weight perturbation (AWP) does: the perturbation of the weights is no "
-                "function of one point, and the objective no sum over points; train without it"
-            )
-
     def _compare_unstepped(self) -> None:
-        if self._moved():
+        if self._pushed.moved():
             self._gradient.drop()
             raise ConfigurationError(
                 "the trained parameters moved in training_step without a step that Lightning "
@@ -326,6 +308,8 @@ class TrainingWatch:
         if self._steps is not None:
             with self._topic("steps"):
                 self._steps.settle()
+        with self._topic("pushed"):
+            self._pushed.check()
         with self._topic("frozen"):
             self._frozen.check_values()
         with self._topic("content"):

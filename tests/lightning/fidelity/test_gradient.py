@@ -283,7 +283,30 @@ class WeightPerturbation(Net):
         self.classifier.weight.data.sub_(self.pushed)
 
 
-def test_weights_that_the_step_perturbs_are_named() -> None:
+class TakenBackLater(WeightPerturbation):
+    """The same, taken back when the batch is over."""
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        Net.optimizer_step(self, *args, **kwargs)
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        assert self.pushed is not None
+        self.classifier.weight.data.sub_(self.pushed)
+
+
+class Projected(Net):
+    """Weights that are put back into a box before each batch: a lasting change, and no refusal."""
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        self.classifier.weight.data.clamp_(-0.3, 0.3)
+
+
+@pytest.mark.parametrize("module", [WeightPerturbation, TakenBackLater])
+def test_weights_that_the_step_perturbs_are_named(module: type[Net]) -> None:
     """The two gradients agree at the perturbed weights: values tell, gradients do not."""
     with pytest.raises(ConfigurationError, match="AWP"):
-        train(WeightPerturbation())
+        train(module())
+
+
+def test_weights_that_are_set_before_a_batch_are_not_taken_for_that() -> None:
+    assert train(Projected()).findings == []
