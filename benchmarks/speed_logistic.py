@@ -12,7 +12,7 @@ from common import Logistic, arguments, one_or_seven
 from lightning_muter import L2Ball
 from lightning_muter.memory.memory import UnlearningMemory
 from lightning_muter.models import LinearHead, measuring
-from lightning_muter.objectives.resolve import resolve_loss
+from lightning_muter.objectives.resolve import resolve_objective
 from lightning_muter.spec import Settings
 from lightning_muter.unlearning.objective import RobustObjective
 from lightning_muter.unlearning.points import unweighted
@@ -25,7 +25,7 @@ def main() -> None:
     torch.manual_seed(0)
     x, y = one_or_seven(given.data)
     model = Logistic().double()
-    derivatives = LinearHead(model, "head", resolve_loss("logistic"))
+    derivatives = LinearHead(model, "head", resolve_objective(None, "logistic"))
     settings = Settings(
         method="muter",
         threat=L2Ball(1.0),

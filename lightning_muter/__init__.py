@@ -17,6 +17,7 @@ from lightning_muter.lightning.data import RemovalDataModule
 from lightning_muter.lightning.module import UnlearningModule
 from lightning_muter.lightning.trainer import Trainer
 from lightning_muter.memory.memory import UnlearningMemory
+from lightning_muter.objectives.trades import TRADES
 from lightning_muter.options import (
     Ascent,
     BlockSolver,
@@ -38,6 +39,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "METHODS",
+    "TRADES",
     "AdversarialTraining",
     "Ascent",
     "Attack",

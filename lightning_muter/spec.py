@@ -17,8 +17,9 @@ from lightning_muter.errors import ConfigurationError, MemoryFormatError
 from lightning_muter.identity import fingerprint_of, identify, import_path
 from lightning_muter.models import ModelView, view_of
 from lightning_muter.objectives.losses import LOSSES, LossFunction, PointLoss
-from lightning_muter.objectives.resolve import as_value, resolve_loss
+from lightning_muter.objectives.resolve import as_value, resolve_objective
 from lightning_muter.objectives.torch_losses import TorchLoss
+from lightning_muter.objectives.trades import TRADES
 from lightning_muter.responses import resolve_response
 from lightning_muter.threats import L2Ball, LinfBall, Threat
 from lightning_muter.unlearning.cost import free_bytes
@@ -50,7 +51,7 @@ class Settings:
 
     ``horizon`` is the time of the gradient flow after which training stopped, Σ lr / n; None where
     it converged. ``representation`` is how D_i are summed: "dense", "rows", or "auto" until the
-    sizes are known.
+    sizes are known. ``objective`` is what training minimised, None for adversarial training.
     """
 
     method: str
@@ -70,11 +71,12 @@ class Settings:
     representation: str = "dense"
     row_dtype: str = "float64"
     solver_tol: float | None = None
+    objective: TRADES | None = None
 
     def __post_init__(self) -> None:
         resolve_method(self.method)
         object.__setattr__(self, "loss", as_value(self.loss))
-        resolve_loss(self.loss)
+        resolve_objective(self.objective, self.loss)
         resolve_response(self.response, self.inverse, self.neumann_order, self.sketch)
         if not isinstance(self.threat, Threat):
             raise ConfigurationError(f"threat={self.threat!r} must be a Threat: L2Ball(eps=0.5)")
@@ -123,7 +125,16 @@ class Settings:
 
     def view(self, module: nn.Module) -> ModelView:
         """The trained parameters of ``module``."""
-        return view_of(module, self.loss, self.head, self.parameters, self.space)
+        scaling = self.threat.scaling
+        return view_of(
+            module,
+            self.loss,
+            self.head,
+            self.parameters,
+            self.space,
+            scaling,
+            self.objective,
+        )
 
     def problem(self) -> PointProblem:
         """What a point contributes under these settings."""
@@ -152,6 +163,10 @@ class Settings:
         data = {one.name: _plain(getattr(self, one.name)) for one in fields(self)}
         data["loss"] = _loss_identity(self.loss)
         data["threat"] = _threat_identity(self.threat)
+        if self.objective is None:  # as in every memory from before there was a choice
+            del data["objective"]
+        else:
+            data["objective"] = {"own": "TRADES", "beta": float(self.objective.beta)}
         return data
 
     @classmethod
@@ -175,6 +190,7 @@ class Settings:
                 **data,
                 "threat": _THREATS[threat.pop("own")](**threat),
                 "loss": _loss_of(loss),
+                "objective": _objective_of(data.get("objective")),
             }
             if values["parameters"] is not None:
                 values["parameters"] = tuple(values["parameters"])
@@ -216,10 +232,18 @@ def _loss_of(data: Mapping[str, Any]) -> str | TorchLoss:
     return name
 
 
+def _objective_of(data: Mapping[str, Any] | None) -> TRADES | None:
+    """The objective of a manifest; None where it says nothing: adversarial training."""
+    return None if data is None else TRADES(beta=data["beta"])
+
+
 def _threat_identity(threat: Threat) -> dict[str, Any]:
     kind = type(threat)
     values = {**vars(threat)}
     plain = {name: _plain(values[name]) for name in sorted(values)}
+    for later in ("mean", "std"):  # None in every memory from before there were pixel threats
+        if plain.get(later) is None:
+            plain.pop(later, None)
     if _THREATS.get(kind.__name__) is kind:
         return {"own": kind.__name__, **plain}
     return {**identify(kind), "fields": plain}

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_muter import L2Ball, LinfBall, Threat
+from lightning_muter import TRADES, L2Ball, LinfBall, Threat
 from lightning_muter.curvature.dense import DenseCurvature
 from lightning_muter.curvature.kept import Materialised
 from lightning_muter.curvature.removed import RemovedPoints
@@ -27,7 +27,7 @@ from lightning_muter.unlearning.points import unweighted
 from lightning_muter.unlearning.request import forget, forget_rows
 from lightning_muter.unlearning.stage_one import build_memories
 
-N, D, C, LAM, DAMPING = 9, 6, 3, 0.3, 0.05
+N, D, C, LAM, DAMPING, BETA = 9, 6, 3, 0.3, 0.05, 4.0
 GONE = [1, 4]
 LOSS = partial(F.cross_entropy, reduction="none")
 
@@ -120,6 +120,21 @@ RESPONSES = {
     "features": Response(
         L2Ball(0.2), {**NEUMANN, "space": "features"}, _plain(reference.neumann_response, order=3)
     ),
+    "trades": Response(
+        L2Ball(0.2),
+        {"objective": TRADES(beta=BETA)},
+        _plain(reference.sphere_response, eps=0.2),
+    ),
+    "trades linf range": Response(
+        LinfBall(0.1, bandwidth=0.005, data_range=(-1, 1)),
+        {"objective": TRADES(beta=BETA)},
+        _boxed(reference.boxed_sign_response, eps=0.1, tau=0.005),
+    ),
+    "trades neumann": Response(
+        L2Ball(0.2),
+        {**NEUMANN, "objective": TRADES(beta=BETA)},
+        _plain(reference.neumann_response, order=3),
+    ),
 }
 METHODS = {"total": "muter", "hessian": "newton_delta", "fisher": "fisher_delta"}
 SOLVERS = ["direct", "schur"]
@@ -128,7 +143,7 @@ CASES = [
     for source in METHODS
     for response in RESPONSES
     for model in MODELS
-    if (source == "total" or response in ("l2", "linf range"))  # others have no response
+    if (source == "total" or response in ("l2", "linf range", "trades"))  # others have no response
     and not (response == "features" and model == "two layers")  # needs a head
 ]
 
@@ -183,8 +198,38 @@ def problem(source: str, response: str, model: str) -> Problem:
         _expected(source, case, module, row.names, x[i : i + 1], y[i : i + 1], delta[i : i + 1])
         for i in range(N)
     ]
-    gradients = reference.point_gradients(module, row.names, LOSS, x + delta, y)
+    rows = []
+    for i in range(N):
+        whole = _objective(case, module, row.names, x[[i]])
+        rows.append(reference.point_gradients(*whole, (x + delta)[[i]], y[[i]]))
+    gradients = torch.cat(rows)
     return Problem(module, row.names, settings, x, y, memory, x + delta, expected, gradients)
+
+
+class Both(nn.Module):
+    """The outputs at the clean point, then those at the input."""
+
+    def __init__(self, net: nn.Module, clean: Tensor) -> None:
+        super().__init__()
+        self.net, self.clean = net, clean
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([self.net(self.clean), self.net(x)], dim=1)
+
+
+def _trades(outputs: Tensor, y: Tensor) -> Tensor:
+    clean, perturbed = outputs.split(C, dim=1)
+    log_p, log_q = clean.log_softmax(dim=1), perturbed.log_softmax(dim=1)
+    return LOSS(clean, y) + BETA * (log_p.exp() * (log_p - log_q)).sum(dim=1)
+
+
+def _objective(
+    case: Response, module: nn.Module, names: list[str], x: Tensor
+) -> tuple[nn.Module, list[str], Callable[[Tensor, Tensor], Tensor]]:
+    """A module, its parameters and a loss that are one point's objective of the perturbed input."""
+    if "objective" not in case.options:
+        return module, names, LOSS
+    return Both(module, x), [f"net.{name}" for name in names], _trades
 
 
 def _expected(
@@ -197,12 +242,13 @@ def _expected(
     delta: Tensor,
 ) -> Tensor:
     """One point's D, by one dense Hessian of the joint function of ω and δ."""
+    module, names, loss = _objective(case, module, names, x)
     if source == "fisher":
-        g = reference.point_gradients(module, names, LOSS, x + delta, y)[0]
+        g = reference.point_gradients(module, names, loss, x + delta, y)[0]
         return torch.outer(g, g)
     if source == "hessian":
         still = reference.no_response
-        return reference.brute_force_total_hessian(module, names, LOSS, x, y, delta, still)
+        return reference.brute_force_total_hessian(module, names, loss, x, y, delta, still)
     if case.options.get("space") == "features":  # a linear model of the head's input
         body, head = module[:-1], nn.Sequential(module[-1])  # type: ignore[index]
         h = body(x + delta).detach()
@@ -211,7 +257,7 @@ def _expected(
     return reference.brute_force_total_hessian(
         module,
         names,
-        LOSS,
+        loss,
         x,
         y,
         delta,
@@ -238,6 +284,7 @@ ROWS = [
     (source, response, model)
     for source, response, model in CASES
     if model != "two layers" and (source != "total" or model == "linear" or response == "features")
+    if "objective" not in RESPONSES[response].options  # two rows of features a point
 ]
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lightning_muter.linalg.rows import own_scale
 from lightning_muter.objectives.losses import LOG_ODDS, PointLoss
 from lightning_muter.threats import Threat
+from lightning_muter.threats.pixels import Values
 
 __all__ = ["own_random_numbers", "projected_gradient_ascent", "without_blind_spots"]
 
@@ -24,21 +25,31 @@ def projected_gradient_ascent(
     x: Tensor,
     targets: Tensor,
     steps: int,
-    step_size: float,
-    random_start: bool,
+    step_size: Values,
+    start: Tensor | None = None,
 ) -> Tensor:
     """x + δ (n, ...) after ``steps`` ascent steps in the threat's geometry, any loss and shape.
 
     The direction alone of a gradient counts: a loss that is all but zero is ascended like any
     other. A point whose gradient is exactly zero stays where it is.
+
+    Args:
+        module: maps inputs to outputs.
+        loss: what is ascended, a loss of the outputs and ``targets``.
+        threat: the constraint set.
+        x: inputs (n, ...).
+        targets: what the loss compares the outputs with.
+        steps: ascent steps.
+        step_size: their length, in the units of ``eps``.
+        start: perturbations (n, d) to start from; zero by default.
     """
-    flat = x.detach().reshape(len(x), -1)
-    delta = threat.random_start(flat) if random_start else torch.zeros_like(flat)
+    flat, inside = threat.flat_pixels(x), threat.scaling.slope(x).to(x)
+    delta = torch.zeros_like(flat) if start is None else start
     for _ in range(steps):
-        slope = loss.slope(module, (flat + delta).reshape(x.shape), targets)
-        unit, _ = own_scale(slope.scaled)
+        slope = loss.slope(module, threat.moved(x, delta), targets)
+        unit, _ = own_scale(slope.scaled * inside)  # in pixels: ∂l/∂x' / std
         delta = threat.step(flat, delta, unit.to(flat) * (slope.scale > 0), step_size).detach()
-    return (flat + delta).reshape(x.shape)
+    return threat.moved(x.detach(), delta)
 
 
 def without_blind_spots(
@@ -49,7 +60,7 @@ def without_blind_spots(
     targets: Tensor,
     adversarial: Tensor,
     steps: int,
-    step_size: float,
+    step_size: Values,
 ) -> tuple[Tensor, Tensor]:
     """An attack's result, tried again where it may have failed for want of a gradient.
 
@@ -82,8 +93,9 @@ def without_blind_spots(
         if len(some) == 0:
             break
         points, labels = x[some], targets[some]
+        begin = threat.random_start(threat.flat_pixels(points)) if start > 0 else None
         moved = projected_gradient_ascent(
-            module, judge, threat, points, labels, steps, step_size, random_start=start > 0
+            module, judge, threat, points, labels, steps, step_size, begin
         )
         slope = judge.slope(module, moved, labels)
         higher = slope.level > level[some]

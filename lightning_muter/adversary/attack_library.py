@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_muter.errors import ConfigurationError
+from lightning_muter.threats.pixels import Scaling, Values
 
 __all__ = ["Attack"]
 
@@ -44,12 +45,17 @@ def _less_sure(logits: Tensor) -> Tensor:
     return logits - top * (gap - _SURE).clamp(min=0.0).detach().unsqueeze(1)
 
 
+def _channels(values: Values) -> tuple[float, ...]:
+    return values if isinstance(values, tuple) else (values,)
+
+
 class Attack:
     """A torchattacks attack by class path, for image classifiers.
 
     Args:
         class_path: for example "torchattacks.PGDL2", "torchattacks.PGD", "torchattacks.FGSM".
-        mean: per-channel mean that the module's inputs were normalised by, if they were.
+        mean: per-channel mean that the module's inputs were normalised by, if they were; a threat
+            in pixels hands its own on.
         std: per-channel standard deviation, likewise.
         init_args: arguments of the attack's constructor, on the [0, 1] scale.
 
@@ -82,6 +88,26 @@ class Attack:
         self.init_args = dict(init_args or {})
         self._mean = None if mean is None else torch.tensor(mean).reshape(1, -1, 1, 1)
         self._std = None if std is None else torch.tensor(std).reshape(1, -1, 1, 1)
+
+    def scaled(self, scaling: Scaling) -> Attack:
+        """The attack for a threat in pixels: its mean and std, where it has none of its own.
+
+        Raises:
+            ConfigurationError: it has others.
+        """
+        if scaling.mean is None or scaling.std is None:
+            return self
+        mean, std = (_channels(v) for v in (scaling.mean, scaling.std))
+        if self._mean is None or self._std is None:
+            return Attack(self.class_path, mean, std, self.init_args)
+        own = [one.flatten().tolist() for one in (self._mean, self._std)]
+        given = [torch.tensor(one).tolist() for one in (mean, std)]
+        if own != given:
+            raise ConfigurationError(
+                f"the attack normalises by mean={own[0]}, std={own[1]}, the threat by "
+                f"mean={given[0]}, std={given[1]}: give them to the threat alone"
+            )
+        return self
 
     def __call__(self, module: nn.Module, x: Tensor, targets: Tensor) -> Tensor:
         """Adversarial inputs on the module's own scale, as x (n, C, H, W)."""

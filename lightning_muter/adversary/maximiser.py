@@ -19,6 +19,8 @@ __all__ = ["InnerMaximum", "InputGradient", "inspect", "maximise"]
 InputGradient = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 STATIONARY = 1e-3
+#: two maxima closer than this share of their height: nothing tells which one training would meet
+TIED = 1e-5
 _PAYS = 0.9  # an accelerated move that leaves more of the residual is followed by a plain one
 #: the tolerance of accelerated points: another batch's rounding takes another way to the same δ*
 _FINER = 1e-3
@@ -33,13 +35,21 @@ class InnerMaximum:
     moves δ relative to the radius of the set: of an L2 ball twice the sine of half the angle
     between δ and the gradient. The size of the gradient plays no part, and where it is exactly
     zero the point is undetermined: its stationarity is infinite. ``grad`` and ``losses`` are the
-    loss's own and may underflow to zero where the direction that was followed does not.
+    loss's own and may underflow to zero where the direction that was followed does not. ``gap``
+    (n,) is how much lower the other maximum is that was found, relative to this one; infinite
+    where none was.
     """
 
     delta: Tensor
     grad: Tensor
     losses: Tensor
     stationarity: Tensor
+    gap: Tensor
+
+    @property
+    def tied(self) -> Tensor:
+        """Which points (n,) have a second maximum that is as high, as far as one can tell."""
+        return self.gap <= TIED
 
     @property
     def stationary(self) -> Tensor:
@@ -58,9 +68,7 @@ class InnerMaximum:
 
     def part(self, some: slice) -> InnerMaximum:
         """Some of the points."""
-        return InnerMaximum(
-            self.delta[some], self.grad[some], self.losses[some], self.stationarity[some]
-        )
+        return InnerMaximum(*(getattr(self, f.name)[some] for f in fields(self)))
 
 
 @torch.no_grad()
@@ -115,7 +123,8 @@ def inspect(
     level, slope = input_gradient(x + delta, torch.arange(len(x), device=x.device))
     shown = slope * link.weight(level, slope)
     stationarity = threat.stationarity(x, delta, shown)
-    return InnerMaximum(delta, link.gradient(level, slope), link.loss(level), stationarity)
+    alone = torch.full_like(stationarity, torch.inf)
+    return InnerMaximum(delta, link.gradient(level, slope), link.loss(level), stationarity, alone)
 
 
 class _Ascent:
@@ -151,7 +160,8 @@ class _Ascent:
         """Where the points are now, with the gradients and losses of the loss itself."""
         grad = self.link.gradient(self.level, self.slope)
         stationarity = torch.where(self.lost, torch.inf, self.moved)
-        return InnerMaximum(self.delta, grad, self.link.loss(self.level), stationarity)
+        alone = torch.full_like(stationarity, torch.inf)
+        return InnerMaximum(self.delta, grad, self.link.loss(self.level), stationarity, alone)
 
     def advance(self, todo: Tensor, history: Anderson | None) -> None:
         """Move the points ``todo`` to a candidate each, where it does not lower the objective."""

@@ -61,7 +61,8 @@ class PointRows:
         if not isinstance(part, HeadHessian):
             raise ConfigurationError(
                 f"representation='rows' cannot keep {type(part).__name__}: it needs a linear head "
-                "(head=...) and a threat without temperature; use representation='dense'"
+                "(head=...), adversarial training and a threat without temperature; use "
+                "representation='dense'"
             )
         points = replace(part.points, weight=part.points.weight.clone())  # it may be the module's
         n, r, w = len(points.r), points.r, points.weight

@@ -11,12 +11,21 @@ from torch import Tensor
 
 from lightning_muter.curvature.head import HeadHessian, HeadTotal
 from lightning_muter.curvature.kept import Materialised, OuterProducts, join
+from lightning_muter.curvature.paired import PairedHessian, PairedTotal
 from lightning_muter.curvature.point import KeptCurvature
 
 __all__ = ["RemovedPoints"]
 
 _KINDS: dict[str, type[KeptCurvature]] = {
-    one.kind: one for one in (HeadTotal, HeadHessian, OuterProducts, Materialised)
+    one.kind: one
+    for one in (
+        HeadTotal,
+        HeadHessian,
+        PairedTotal,
+        PairedHessian,
+        OuterProducts,
+        Materialised,
+    )
 }
 
 

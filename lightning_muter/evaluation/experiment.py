@@ -9,7 +9,8 @@ from typing import Literal
 from lightning_muter.errors import ConfigurationError
 from lightning_muter.evaluation.judge import Attacks
 from lightning_muter.lightning.flavour import pl
-from lightning_muter.objectives.resolve import resolve_loss
+from lightning_muter.objectives.resolve import resolve_objective
+from lightning_muter.objectives.trades import TRADES
 from lightning_muter.spec import Settings
 from lightning_muter.threats import Threat
 
@@ -64,6 +65,7 @@ class Experiment:
         threat: the constraint set.
         head: dotted name of the linear head.
         loss: "cross_entropy", "logistic" or "squared".
+        objective: `TRADES`, or None for adversarial training.
         weight_decay: λ; None reads it from the optimizer.
         rows: the methods; by default ``ROWS``.
         removals: how many points are forgotten: counts (5) or shares ("1%").
@@ -96,6 +98,7 @@ class Experiment:
     threat: Threat
     head: str
     loss: str = "cross_entropy"
+    objective: TRADES | None = None
     weight_decay: float | None = None
     rows: list[Row] = field(default_factory=lambda: list(ROWS))
     removals: list[int | str] = field(default_factory=lambda: [1, "1%"])
@@ -134,7 +137,7 @@ class Experiment:
             raise ConfigurationError(
                 f"removals={self.removals} and seeds={self.seeds}: give at least one of each"
             )
-        resolve_loss(self.loss)
+        resolve_objective(self.objective, self.loss)
         if self.autoattack_points and self.loss != "cross_entropy":
             raise ConfigurationError(
                 f"autoattack_points={self.autoattack_points} with loss={self.loss!r}: AutoAttack "
@@ -184,6 +187,7 @@ class Experiment:
             head=self.head,
             parameters=None,
             loss=self.loss,
+            objective=self.objective,
             response=row.response,
             inverse=row.inverse,
             neumann_order=row.neumann_order,

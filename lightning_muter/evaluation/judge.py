@@ -48,12 +48,13 @@ def strongest_loss(
     further look at those where an ascent had no gradient. For regression "correct" is all ones.
     """
     x, targets = points
-    size = 2.5 * threat.eps / steps
+    size = threat.step_size(steps)
     worst = torch.full((len(x),), -torch.inf, dtype=torch.float64, device=x.device)
     correct = torch.ones(len(x), dtype=torch.bool, device=x.device)
     for restart in range(restarts):
+        start = threat.random_start(threat.flat_pixels(x)) if restart > 0 else None
         adversarial = projected_gradient_ascent(
-            module, loss, threat, x, targets, steps, size, restart > 0
+            module, loss, threat, x, targets, steps, size, start
         )
         if restart == restarts - 1:
             adversarial, _ = without_blind_spots(
@@ -229,7 +230,7 @@ def autoattack_accuracy(module: nn.Module, threat: Threat, points: Points) -> fl
         right = outputs.argmax(dim=1) == targets
     if bool(right.any()):
         arguments = {"norm": threat.norm, "eps": threat.eps, "n_classes": classes, "seed": 0}
-        attack = Attack("torchattacks.AutoAttack", init_args=arguments)
+        attack = Attack("torchattacks.AutoAttack", init_args=arguments).scaled(threat.scaling)
         adversarial = attack(module, x[right], targets[right])
         with torch.no_grad():
             still = module(adversarial).argmax(dim=1) == targets[right]

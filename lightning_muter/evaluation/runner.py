@@ -208,6 +208,7 @@ class _Seed:
             experiment.threat,
             head=experiment.head,
             loss=experiment.loss,
+            objective=experiment.objective,
             method="none",
             newton_steps=experiment.newton_steps,
             sketch=experiment.sketch,

@@ -15,10 +15,14 @@ from lightning_muter.adversary.ascent import (
     without_blind_spots,
 )
 from lightning_muter.adversary.attack_library import Attack
+from lightning_muter.adversary.two_sided import seeded_start
 from lightning_muter.errors import ConfigurationError, MuterError
 from lightning_muter.lightning.flavour import pl
 from lightning_muter.models import evaluating
-from lightning_muter.objectives.resolve import AnyLoss, resolve_loss
+from lightning_muter.objectives.base import Objective
+from lightning_muter.objectives.resolve import AnyLoss, resolve_objective
+from lightning_muter.objectives.standard import Standard
+from lightning_muter.objectives.trades import TRADES
 from lightning_muter.threats import Threat
 
 __all__ = ["AdversarialTraining"]
@@ -40,6 +44,9 @@ class AdversarialTraining(pl.Callback):
         attack_steps: steps of the threat's own ascent.
         attack_step_size: its step; None for 2.5 · eps / attack_steps.
         random_start: start at a random allowed perturbation.
+        objective: `TRADES`: the attack moves the outputs away from those of the clean point,
+            training batches are [input, target, perturbed input], and accuracies are of attacks
+            on ``loss``, as they are without; None for adversarial training.
     """
 
     def __init__(
@@ -50,34 +57,50 @@ class AdversarialTraining(pl.Callback):
         attack_steps: int = 10,
         attack_step_size: float | None = None,
         random_start: bool = True,
+        objective: TRADES | None = None,
     ) -> None:
         self.threat = threat
-        self.attack = attack
+        self.attack = None if attack is None else attack.scaled(threat.scaling)
         self.loss = loss
         self.attack_steps = attack_steps
-        self.attack_step_size = attack_step_size or 2.5 * threat.eps / max(attack_steps, 1)
+        self.attack_step_size = attack_step_size or threat.step_size(attack_steps)
         self.random_start = random_start
-        self._point_loss = resolve_loss(loss)
+        self._objective = resolve_objective(objective, loss)
+        self._point_loss = self._objective.loss
+        self._standard = Standard(self._point_loss)
+        _check_attack(attack, objective)
         self._clean, self._robust = MeanMetric(), MeanMetric()
         self._blind = SumMetric()
         self._inputs_refused = False
 
     def perturb(self, module: nn.Module, x: Tensor, targets: Tensor) -> Tensor:
         """Adversarial inputs (n, ...); module mode, gradients and RNG are left as they were."""
+        return self._attacked(module, self._objective, x, targets)
+
+    def _attacked(
+        self, module: nn.Module, objective: Objective, x: Tensor, targets: Tensor
+    ) -> Tensor:
         with evaluating(module), own_random_numbers(x):
             x = x.detach().clone()
             if self.attack is not None:
                 return self.attack(module, x, targets.clone())
             return projected_gradient_ascent(
                 module,
-                self._point_loss,
+                objective.inner,
                 self.threat,
                 x,
-                targets.clone(),
+                objective.reference(lambda: module(x), targets.clone()),
                 self.attack_steps,
                 self.attack_step_size,
-                self.random_start,
+                self._start(objective, x),
             )
+
+    def _start(self, objective: Objective, x: Tensor) -> Tensor:
+        """The perturbations (n, d) that training's own ascent starts from."""
+        flat = self.threat.flat_pixels(x)
+        if self.random_start:
+            return self.threat.random_start(flat)
+        return seeded_start(self.threat, flat) if objective.even else torch.zeros_like(flat)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._inputs_refused = False
@@ -91,7 +114,7 @@ class AdversarialTraining(pl.Callback):
                 "as default_collate makes it: return one from collate_fn"
             )
         self._check_inputs(batch[0])
-        batch[0] = self.perturb(pl_module, batch[0], batch[1])
+        self._objective.hand_over(batch, self.perturb(pl_module, batch[0], batch[1]))
 
     def _check_inputs(self, x: Tensor) -> None:
         """Refuse inputs (n, ...) on which the threat is not what it says; once, where it goes on.
@@ -112,7 +135,7 @@ class AdversarialTraining(pl.Callback):
 
     def _attack_hard(self, module: nn.Module, x: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Adversarial inputs to measure by, and the points (n,) that no gradient led anywhere."""
-        adversarial = self.perturb(module, x, targets)
+        adversarial = self._attacked(module, self._standard, x, targets)
         with evaluating(module), own_random_numbers(x):
             return without_blind_spots(
                 module,
@@ -180,3 +203,14 @@ class AdversarialTraining(pl.Callback):
 
     def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._report(pl_module, "test")
+
+
+def _check_attack(attack: Attack | None, objective: TRADES | None) -> None:
+    """Refuse a library's attack that does not maximise what the objective's adversary does."""
+    if attack is None or objective is None or attack.class_path.endswith(".TPGD"):
+        return
+    raise ConfigurationError(
+        f"attack={attack.class_path!r} with objective={objective}: it maximises the cross-entropy, "
+        "not the divergence that TRADES trains against; leave attack out for the threat's own "
+        "ascent, or use 'torchattacks.TPGD'"
+    )

@@ -37,6 +37,7 @@ from lightning_muter.memory.memory import UnlearningMemory
 from lightning_muter.memory.rebase_policy import RebasePolicy
 from lightning_muter.models.names import listed
 from lightning_muter.objectives.resolve import AnyLoss, as_value
+from lightning_muter.objectives.trades import TRADES
 from lightning_muter.options import Ascent, Options, flat
 from lightning_muter.spec import Settings
 from lightning_muter.threats import Threat
@@ -117,6 +118,9 @@ class MUterCallback(MemoryKeeper, AdversarialTraining):
             points; the memory keeps keyed digests of them.
         rebase_every: requests after which a result asks for a rebase; None never asks.
         rebase_after: days from the first request that was not followed by a rebase, likewise.
+        objective: ``TRADES(beta=6.0)``, with ``loss`` at the clean point; training batches are then
+            [input, target, perturbed input], and ``training_step`` may return
+            ``objective.loss(self, batch)``; None for adversarial training.
 
     Raises:
         ConfigurationError: an argument is outside what it says here; in fit, training is not what
@@ -154,6 +158,7 @@ class MUterCallback(MemoryKeeper, AdversarialTraining):
         ids: Ids | None = None,
         rebase_every: int | None = None,
         rebase_after: float | None = None,
+        objective: TRADES | None = None,
     ) -> None:
         given = {name: value for name, value in locals().items() if name in _DEFAULTS}
         options = {
@@ -170,12 +175,13 @@ class MUterCallback(MemoryKeeper, AdversarialTraining):
             head=head,
             parameters=listed(parameters),
             loss=as_value(loss),
+            objective=objective,
             weight_decay=weight_decay or 0.0,
             horizon=None if horizon == "training" else horizon,
             **keywords,
         )
         library = None if isinstance(attack, Ascent) else attack
-        super().__init__(threat, library, loss, **ascent)
+        super().__init__(threat, library, loss, objective=objective, **ascent)
         if newton_steps < 0 or batch_size < 1:
             raise ConfigurationError(
                 f"newton_steps={newton_steps} must be >= 0 and batch_size={batch_size} >= 1"
@@ -299,7 +305,7 @@ class MUterCallback(MemoryKeeper, AdversarialTraining):
         watch = self._watching()
         watch.received(batch, batch_idx)
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
-        watch.perturbed(batch[0], batch[1])
+        watch.perturbed(self._objective.trained_on(batch), batch[1])
 
     def _freeze_modes(self, pl_module: nn.Module) -> None:
         trained = set(self.settings.view(pl_module).names)

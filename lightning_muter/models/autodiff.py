@@ -10,13 +10,13 @@ from torch.func import functional_call, grad, jacrev, vmap
 
 from lightning_muter.curvature.autodiff import AutodiffHessian, AutodiffTotal
 from lightning_muter.curvature.point import PointCurvature
-from lightning_muter.models.base import Linearisation, ModelView
+from lightning_muter.models.base import Linearisation, ModelView, Seen
 from lightning_muter.responses import Response
 from lightning_muter.threats import Geometry
 
 __all__ = ["Autodiff", "AutodiffLinearisation"]
 
-PointFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
+PointFunction = Callable[..., Tensor]
 
 
 class Autodiff(ModelView):
@@ -27,23 +27,25 @@ class Autodiff(ModelView):
     """
 
     def point_function(self) -> tuple[PointFunction, Tensor]:
-        """(ω, x, y) -> l of one point, and the module's ω (p,)."""
+        """(ω, y, *seen) -> O of one point, and the module's ω (p,)."""
         module, shapes = self.module, [p.shape for p in self.parameters]
         sizes = [p.numel() for p in self.parameters]
 
-        def loss(omega: Tensor, x: Tensor, y: Tensor) -> Tensor:
+        def loss(omega: Tensor, y: Tensor, *seen: Tensor) -> Tensor:
             parts = torch.split(omega, sizes)
             values = {
                 name: part.reshape(shape)
                 for name, part, shape in zip(self.names, parts, shapes, strict=True)
             }
-            outputs = functional_call(module, values, (x.unsqueeze(0),))
-            return self.loss(outputs, y.unsqueeze(0)).squeeze(0)
+            outputs = [
+                functional_call(module, values, (self.received(x.unsqueeze(0)),)) for x in seen
+            ]
+            return self.objective.outer(outputs, y.unsqueeze(0)).squeeze(0)
 
         return loss, torch.cat([p.detach().reshape(-1) for p in self.parameters])
 
-    def linearise(self, x: Tensor, targets: Tensor, weights: Tensor) -> AutodiffLinearisation:
-        return AutodiffLinearisation(self, x, targets, weights)
+    def linearise(self, seen: Seen, targets: Tensor, weights: Tensor) -> AutodiffLinearisation:
+        return AutodiffLinearisation(self, seen, targets, weights)
 
     def chunk(self, x: Tensor, response: Response, budget: int) -> int:
         d = x[0].numel()
@@ -57,22 +59,24 @@ class AutodiffLinearisation(Linearisation):
 
     def losses(self) -> Tensor:
         with torch.no_grad():
-            return self.view.loss(self.view.module(self.x), self.targets).double()
+            return self.view.outer(self.seen, self.targets).double()
 
     def gradients(self) -> Tensor:
         loss, omega = self.view.point_function()
-        gradients: Tensor = vmap(grad(loss), (None, 0, 0))(omega, self.x, self.targets)
+        over = (None, 0, *(0 for _ in self.seen))
+        gradients: Tensor = vmap(grad(loss), over)(omega, self.targets, *self.seen)
         return gradients.detach().double()
 
     def hessian(self) -> PointCurvature:
-        products = self.view.products(self.x, self.targets, self.weights)
+        products = self.view.products(self.seen, self.targets, self.weights)
         return AutodiffHessian(products.parameters, self.view.p, self.weights)
 
     def total(self, geometry: Geometry, response: Response) -> PointCurvature:
-        view, x, targets = self.view, self.x, self.targets
+        view, seen, targets = self.view, self.seen, self.targets
         loss, omega = view.point_function()
-        mixed = vmap(jacrev(grad(loss), argnums=1), (None, 0, 0))(omega, x, targets)
-        mixed = mixed.detach().reshape(len(x), view.p, -1).double()  # ∂ωδ l
-        r, usable = response.dense(geometry, view.second_input_derivatives(x, targets))
-        products = view.products(x, targets, self.weights)
+        over = (None, 0, *(0 for _ in seen))
+        mixed = vmap(jacrev(grad(loss), argnums=1 + len(seen)), over)(omega, targets, *seen)
+        mixed = mixed.detach().reshape(len(self), view.p, -1).double()  # ∂ωδ O
+        r, usable = response.dense(geometry, view.second_input_derivatives(seen, targets))
+        products = view.products(seen, targets, self.weights)
         return AutodiffTotal(products.parameters, mixed, r, usable, self.weights)

@@ -15,11 +15,15 @@ from lightning_muter.curvature.kept import OuterProducts
 from lightning_muter.curvature.point import PointCurvature
 from lightning_muter.errors import ConfigurationError
 from lightning_muter.models.names import suggest
-from lightning_muter.objectives.losses import PointLoss
+from lightning_muter.objectives.base import Objective
 from lightning_muter.responses import Response
 from lightning_muter.threats import Geometry
+from lightning_muter.threats.pixels import Scaling
 
-__all__ = ["Linearisation", "ModelView", "Products", "evaluating", "measuring"]
+__all__ = ["Linearisation", "ModelView", "Products", "Seen", "evaluating", "measuring"]
+
+#: the inputs of n points that an objective looks at, the perturbed ones last
+Seen = tuple[Tensor, ...]
 
 
 @contextmanager
@@ -71,11 +75,17 @@ class Linearisation(ABC):
     """A batch at (ω, x + δ): what one forward pass says of it, computed once.
 
     Gradients, curvature and losses of the points all come from here. Results are float64 whatever
-    the module computes in. ``weights`` (n,) multiply each point's terms in sums.
+    the module computes in. ``seen`` are the inputs that the objective looks at, x + δ last;
+    ``weights`` (n,) multiply each point's terms in sums.
     """
 
-    def __init__(self, view: ModelView, x: Tensor, targets: Tensor, weights: Tensor) -> None:
-        self.view, self.x, self.targets, self.weights = view, x, targets, weights
+    def __init__(self, view: ModelView, seen: Seen, targets: Tensor, weights: Tensor) -> None:
+        self.view, self.seen, self.targets, self.weights = view, seen, targets, weights
+
+    @property
+    def x(self) -> Tensor:
+        """x + δ (n, ...)."""
+        return self.seen[-1]
 
     def __len__(self) -> int:
         return len(self.x)
@@ -107,13 +117,20 @@ class Linearisation(ABC):
 
 
 class ModelView(ABC):
-    """The named parameters ω (p, in order) of a module, and derivatives of its per-point loss.
+    """The named parameters ω (p, in order) of a module, and derivatives of a point's objective.
 
     ``x`` is (n, *input shape); perturbations and input gradients are flattened to (n, d). Results
-    are float64 whatever the module computes in. Call inside `measuring`.
+    are float64 whatever the module computes in. Call inside `measuring`. With a ``scaling`` x is
+    in pixels, and the way to what the module receives is a part of every graph.
     """
 
-    def __init__(self, module: nn.Module, names: list[str], loss: PointLoss) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        names: list[str],
+        objective: Objective,
+        scaling: Scaling | None = None,
+    ) -> None:
         parameters = dict(module.named_parameters())
         missing = [name for name in names if name not in parameters]
         if missing or not names:
@@ -123,7 +140,9 @@ class ModelView(ABC):
             )
         self.module = module
         self.names = list(names)
-        self.loss = loss
+        self.objective = objective
+        self.loss = objective.loss
+        self.scaling = scaling or Scaling()
         self.parameters = [parameters[name] for name in names]
         self.p = sum(parameter.numel() for parameter in self.parameters)
 
@@ -162,20 +181,31 @@ class ModelView(ABC):
                 for parameter, value in zip(self.parameters, before, strict=True):
                     parameter.copy_(value)
 
-    def input_gradient(self, x: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Losses (n,) and g = ∂_x l (n, d), both float64."""
-        level, slope = self.ascent(x, targets)
-        return self.loss.link.loss(level), self.loss.link.gradient(level, slope)
+    def received(self, x: Tensor) -> Tensor:
+        """Points x (n, ...) as the module receives them; the same tensor without a scaling."""
+        if self.scaling.identity:
+            return x
+        return self.scaling.normalised(x).to(next(self.module.parameters()).dtype)
 
-    def ascent(self, x: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    def outputs(self, x: Tensor) -> Tensor:
+        """The module's outputs (n, ...) at points x, with the graph to x."""
+        found: Tensor = self.module(self.received(x))
+        return found
+
+    def ascent(self, x: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
         """What an adversary ascends in the loss's place: levels (n,), gradients (n, d), float64."""
-        slope = self.loss.slope(self.module, x, targets)
+        slope = self.objective.inner.slope(self.outputs, x, reference)
         return slope.level.double(), slope.scaled.double() * slope.scale.double()
 
-    def second_input_derivatives(self, x: Tensor, targets: Tensor) -> Tensor:
-        """∂δδ l (n, d, d), one coordinate of every point at a time, float64."""
+    def outer(self, seen: Seen, targets: Tensor) -> Tensor:
+        """The objective's O (n,) at the module's parameters, with its graph."""
+        return self.objective.outer([self.outputs(x) for x in seen], targets)
+
+    def second_input_derivatives(self, seen: Seen, targets: Tensor) -> Tensor:
+        """∂δδ O (n, d, d), one coordinate of every point at a time, float64."""
+        x = seen[-1]
         inputs = x.detach().requires_grad_(True)
-        losses = self.loss(self.module(inputs), targets)
+        losses = self.outer((*seen[:-1], inputs), targets)
         (g,) = torch.autograd.grad(losses.sum(), inputs, create_graph=True)
         flat = g.reshape(len(x), -1)
         rows = []
@@ -189,10 +219,12 @@ class ModelView(ABC):
         h = torch.stack([row.detach() for row in rows], dim=1).double()
         return (h + h.mT) / 2
 
-    def products(self, x: Tensor, targets: Tensor, weights: Tensor) -> Products:
-        """Second-order products through one stored graph of the points' weighted losses."""
+    def products(self, seen: Seen, targets: Tensor, weights: Tensor) -> Products:
+        """Second-order products through one stored graph of the points' weighted O."""
+        x = seen[-1]
         inputs = x.detach().requires_grad_(True)
-        total = self.loss(self.module(inputs), targets) @ weights.to(inputs)
+        losses = self.outer((*seen[:-1], inputs), targets)
+        total = losses @ weights.to(losses)
         *g_omega, g_delta = torch.autograd.grad(
             total, [*self.parameters, inputs], create_graph=True
         )
@@ -209,8 +241,8 @@ class ModelView(ABC):
         return Products(along_parameters, along_inputs)
 
     @abstractmethod
-    def linearise(self, x: Tensor, targets: Tensor, weights: Tensor) -> Linearisation:
-        """The points x (n, ...) with their weights (n,) at the module's parameters."""
+    def linearise(self, seen: Seen, targets: Tensor, weights: Tensor) -> Linearisation:
+        """Points as the objective sees them, with weights (n,), at the module's parameters."""
 
     @abstractmethod
     def chunk(self, x: Tensor, response: Response, budget: int) -> int:

@@ -8,14 +8,17 @@ import torch
 from torch import Tensor, nn
 
 from lightning_muter.curvature.head import HeadHessian, HeadPoints, HeadTotal
+from lightning_muter.curvature.paired import PairedHessian, PairedPoints, PairedTotal
 from lightning_muter.curvature.point import PointCurvature
 from lightning_muter.errors import ConfigurationError
-from lightning_muter.models.base import Linearisation, ModelView
+from lightning_muter.models.base import Linearisation, ModelView, Seen
 from lightning_muter.models.names import linear_layers, suggest
-from lightning_muter.objectives.losses import PointLoss
-from lightning_muter.objectives.output_curvature import Outer
+from lightning_muter.objectives.base import Objective
+from lightning_muter.objectives.output_curvature import Full, Outer
+from lightning_muter.objectives.trades import BoundTRADES
 from lightning_muter.responses import Dense, DiagonalLowRank, InputCurvature, Response
 from lightning_muter.threats import Geometry
+from lightning_muter.threats.pixels import Scaling
 
 __all__ = ["FeatureHead", "HeadLinearisation", "LinearHead"]
 
@@ -32,7 +35,9 @@ class LinearHead(ModelView):
     skipped when the head reads the input itself.
     """
 
-    def __init__(self, module: nn.Module, head: str, loss: PointLoss) -> None:
+    def __init__(
+        self, module: nn.Module, head: str, objective: Objective, scaling: Scaling | None = None
+    ) -> None:
         modules = dict(module.named_modules())
         if head not in modules:
             raise ConfigurationError(
@@ -46,36 +51,43 @@ class LinearHead(ModelView):
                 "parameters=[...] to use Autodiff instead"
             )
         names = [f"{head}.weight"] + ([f"{head}.bias"] if layer.bias is not None else [])
-        super().__init__(module, names, loss)
+        super().__init__(module, names, objective, scaling)
         self.layer = layer
         self._bends: bool | None = None
 
     def features(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The head's input h (n, F) and the module's outputs (n, ...), with the graph to x."""
+        return self.run(self.received(x))
+
+    def run(self, received: Tensor) -> tuple[Tensor, Tensor]:
+        """The same at inputs (n, ...) as the module receives them."""
         seen: list[Tensor] = []
         handle = self.layer.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
         try:
-            outputs = self.module(x)
+            outputs = self.module(received)
         finally:
             handle.remove()
         if len(seen) != 1:
             raise ConfigurationError(
                 f"the head ran {len(seen)} times in one forward pass; a linear head runs once"
             )
-        h = seen[0].reshape(len(x), -1)
+        n = len(received)
+        h = seen[0].reshape(n, -1)
         if h.shape[1] != self.layer.in_features:
             raise ConfigurationError(
                 f"the head got {tuple(seen[0].shape)}, one feature vector a point is needed"
             )
-        if outputs.numel() != len(x) * self.layer.out_features:
+        if outputs.numel() != n * self.layer.out_features:
             raise ConfigurationError(
                 f"the head has {self.layer.out_features} outputs but forward returned shape "
                 f"{tuple(outputs.shape)}: forward must return the head's own outputs"
             )
         return h, outputs
 
-    def linearise(self, x: Tensor, targets: Tensor, weights: Tensor) -> HeadLinearisation:
-        return HeadLinearisation(self, x, targets, weights)
+    def linearise(self, seen: Seen, targets: Tensor, weights: Tensor) -> RowLinearisation:
+        if isinstance(self.objective, BoundTRADES):
+            return PairedLinearisation(self, self.objective, seen, targets, weights)
+        return HeadLinearisation(self, seen, targets, weights)
 
     def chunk(self, x: Tensor, response: Response, budget: int) -> int:
         d, f = x[0].numel(), self.layer.in_features
@@ -91,14 +103,16 @@ class LinearHead(ModelView):
         return x[0].numel() <= _SOLVE * self.layer.in_features
 
     def feature_response(
-        self, points: HeadLinearisation, geometry: Geometry, response: Response
+        self, points: RowLinearisation, geometry: Geometry, response: Response
     ) -> tuple[DiagonalLowRank | Dense, Tensor]:
         """B = J R Jᵀ (n, F, F), and which points (n,) had a usable K."""
         w = points.head.weight
         if points.reads_input:
-            s = points.head.s.dense()
-            return response.low_rank(geometry, w.T.expand(len(points), -1, -1), s)
-        x, targets = points.x, points.targets
+            slope = self.scaling.slope(points.x)  # J = diag(1 / std)
+            jacobian = (w * slope).T.expand(len(points), -1, -1)
+            low, usable = response.low_rank(geometry, jacobian, points.head.s.dense())
+            return low.scaled(slope), usable
+        x = points.x
         if response.probes is not None:
             probed, usable = response.sketch(geometry, self._curvature_products(points))
             factors = self._push(x, probed.factors)
@@ -106,14 +120,15 @@ class LinearHead(ModelView):
             return DiagonalLowRank(nothing, factors, probed.coefficients), usable
         jacobian, bends = self._jacobian(x, points.head.r)
         if bends and response.matrix_free and not self.prefers_dense(x):
-            return response.congruence(geometry, self._input_curvature(x, targets), jacobian)
+            return response.congruence(geometry, self._input_curvature(points), jacobian)
         if bends:
-            r, usable = response.dense(geometry, self.second_input_derivatives(x, targets))
+            h = self.second_input_derivatives(points.seen, points.targets)
+            r, usable = response.dense(geometry, h)
             return r.congruence(jacobian), usable
         low, usable = response.low_rank(geometry, (w @ jacobian).mT, points.head.s.dense())
         return low.congruence(jacobian), usable
 
-    def _curvature_products(self, points: HeadLinearisation) -> InputCurvature:
+    def _curvature_products(self, points: RowLinearisation) -> InputCurvature:
         """Products with ∂δδ l of a batch, by whichever way takes fewer passes through the network.
 
         Where φ is piecewise linear ∂δδ l = (WJ)ᵀ S (WJ): one pass an output, and none a product.
@@ -124,7 +139,7 @@ class LinearHead(ModelView):
         weights = points.head.r.to(h) @ self.layer.weight.detach()
         few = self.layer.out_features - s.sums_to_zero <= _PASSES
         if not few or self._has_second_order(inputs, h, weights):
-            return self._input_curvature(points.x, points.targets)
+            return self._input_curvature(points)
         z = outputs.reshape(len(h), -1)
         if s.sums_to_zero:  # differences to the last output serve, since S 1 = 0
             z = z[:, :-1] - z[:, -1:]
@@ -138,9 +153,8 @@ class LinearHead(ModelView):
 
         return curvature
 
-    def _input_curvature(self, x: Tensor, targets: Tensor) -> InputCurvature:
-        ones = torch.ones(len(x), dtype=torch.float64, device=x.device)
-        product = self.products(x, targets, ones).inputs
+    def _input_curvature(self, points: RowLinearisation) -> InputCurvature:
+        product = self.products(points.seen, points.targets, torch.ones_like(points.weights)).inputs
 
         def curvature(vectors: Tensor) -> Tensor:
             rows = [product(vectors[:, k]) for k in range(vectors.shape[1])]
@@ -193,37 +207,57 @@ class FeatureHead(LinearHead):
     """A linear head whose input is what the adversary perturbs: the paper's networks variant."""
 
     def feature_response(
-        self, points: HeadLinearisation, geometry: Geometry, response: Response
+        self, points: RowLinearisation, geometry: Geometry, response: Response
     ) -> tuple[DiagonalLowRank | Dense, Tensor]:
         """B = R (n, F, F) at the head's input."""
         w, s = points.head.weight, points.head.s.dense()
         return response.low_rank(geometry, w.T.expand(len(points), -1, -1), s)
 
 
-class HeadLinearisation(Linearisation):
-    """A batch of a head's points: h, z, r and S from one forward pass."""
+class RowLinearisation(Linearisation):
+    """A batch of a head's points, by the perturbed rows: h, r and S, and whether h is the input."""
 
     view: LinearHead
+    head: HeadPoints
+    reads_input: bool
 
-    def __init__(self, view: LinearHead, x: Tensor, targets: Tensor, weights: Tensor) -> None:
-        super().__init__(view, x, targets, weights)
+    def _rows(self, x: Tensor) -> tuple[Tensor, Tensor, bool]:
+        """h̃ (n, F̃), float64, and the outputs of points x (n, ...); whether h is x itself."""
         with torch.no_grad():
-            h, self._outputs = view.features(x)
-        # the head of a linear model reads the input's own memory: J is the identity
-        self.reads_input = h.data_ptr() == x.data_ptr() and h.numel() == x.numel()
-        r, s = view.loss.derivatives(self._outputs.reshape(len(x), -1).double(), targets)
+            received = self.view.received(x)
+            h, outputs = self.view.run(received)
+        # the head of a linear model reads the input's own memory
+        reads = h.data_ptr() == received.data_ptr() and h.numel() == received.numel()
         h = h.double()
-        if view.layer.bias is not None:
+        if self.view.layer.bias is not None:
             h = torch.cat([h, torch.ones_like(h[:, :1])], dim=1)
-        self.head = HeadPoints(h, r, s, view.layer.weight.detach().double(), weights)
+        return h, outputs, reads
+
+    @property
+    def _weight(self) -> Tensor:
+        return self.view.layer.weight.detach().double()
+
+    def _outer_products(self, r: Tensor, features: Tensor) -> Tensor:
+        """r ⊗ h̃ (n, p) of every point, in the order of ω."""
+        f = self.head.weight.shape[1]
+        weight = (r.unsqueeze(2) * features[:, None, :f]).reshape(len(self), -1)
+        return torch.cat([weight, r], dim=1) if self.head.biased else weight
+
+
+class HeadLinearisation(RowLinearisation):
+    """A batch of a head's points: h, z, r and S from one forward pass."""
+
+    def __init__(self, view: LinearHead, seen: Seen, targets: Tensor, weights: Tensor) -> None:
+        super().__init__(view, seen, targets, weights)
+        h, self._outputs, self.reads_input = self._rows(self.x)
+        r, s = view.loss.derivatives(self._outputs.reshape(len(self), -1).double(), targets)
+        self.head = HeadPoints(h, r, s, self._weight, weights)
 
     def losses(self) -> Tensor:
         return self.view.loss(self._outputs, self.targets).double()
 
     def gradients(self) -> Tensor:
-        head, f = self.head, self.head.weight.shape[1]
-        weight = (head.r.unsqueeze(2) * head.features[:, None, :f]).reshape(len(self), -1)
-        return torch.cat([weight, head.r], dim=1) if head.biased else weight
+        return self._outer_products(self.head.r, self.head.features)
 
     def gradient_sum(self) -> Tensor:
         weighted = self.head.r * self.weights.unsqueeze(1)
@@ -237,3 +271,40 @@ class HeadLinearisation(Linearisation):
 
     def total(self, geometry: Geometry, response: Response) -> PointCurvature:
         return HeadTotal(self.head, *self.view.feature_response(self, geometry, response))
+
+
+class PairedLinearisation(RowLinearisation):
+    """A batch of a head's points under TRADES: the rows of x and of x + δ."""
+
+    def __init__(
+        self,
+        view: LinearHead,
+        objective: BoundTRADES,
+        seen: Seen,
+        targets: Tensor,
+        weights: Tensor,
+    ) -> None:
+        super().__init__(view, seen, targets, weights)
+        clean, c, _ = self._rows(seen[0])
+        perturbed, a, self.reads_input = self._rows(seen[1])
+        self._losses = objective.outer((c, a), targets).double()
+        self._r, r, s = objective.derivatives(c.double(), a.double(), targets)
+        self._pairs = PairedPoints(clean, perturbed, r, s, self._weight, weights)
+        self.head = HeadPoints(perturbed, r, Full(s.dense()[2]), self._weight, weights)
+
+    def losses(self) -> Tensor:
+        return self._losses
+
+    def gradients(self) -> Tensor:
+        own = self._outer_products(self._r, self._pairs.clean)
+        return own + self._outer_products(self._pairs.r, self._pairs.perturbed)
+
+    def gradient_sum(self) -> Tensor:
+        c, a = (r * self.weights.unsqueeze(1) for r in (self._r, self._pairs.r))
+        return self.head.vector_form(self._pairs.gather(c, a))
+
+    def hessian(self) -> PointCurvature:
+        return PairedHessian(self._pairs)
+
+    def total(self, geometry: Geometry, response: Response) -> PointCurvature:
+        return PairedTotal(self._pairs, *self.view.feature_response(self, geometry, response))

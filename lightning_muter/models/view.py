@@ -12,7 +12,9 @@ from lightning_muter.models.base import ModelView
 from lightning_muter.models.linear_head import FeatureHead, LinearHead
 from lightning_muter.models.names import listed
 from lightning_muter.objectives.losses import PointLoss
-from lightning_muter.objectives.resolve import AnyLoss, resolve_loss
+from lightning_muter.objectives.resolve import AnyLoss, resolve_objective
+from lightning_muter.objectives.trades import TRADES
+from lightning_muter.threats.pixels import Scaling
 
 __all__ = ["view_of"]
 
@@ -26,6 +28,8 @@ def view_of(
     head: str | None = None,
     parameters: Sequence[str] | None = None,
     space: str = "input",
+    scaling: Scaling | None = None,
+    objective: TRADES | None = None,
 ) -> ModelView:
     """The view of a linear head, or of any named parameters.
 
@@ -35,6 +39,8 @@ def view_of(
         head: dotted name of a linear layer; or
         parameters: names of parameters.
         space: "input", or "features" for perturbations of the head's input.
+        scaling: of the threat, where that is in pixels and the module's inputs are normalised.
+        objective: TRADES, or None for adversarial training.
 
     Raises:
         ConfigurationError: not exactly one of head and parameters, or a name that is none.
@@ -45,9 +51,9 @@ def view_of(
         )
     if space not in _HEADS:
         raise ConfigurationError(f"space={space!r} is unknown; expected 'input' or 'features'")
-    resolved = resolve_loss(loss)
+    resolved = resolve_objective(objective, loss)
     if head is not None:
-        return _HEADS[space](module, head, resolved)
+        return _HEADS[space](module, head, resolved, scaling)
     if space == "features":
         raise ConfigurationError("space='features' needs a linear head: give head=...")
-    return Autodiff(module, list(listed(parameters) or ()), resolved)
+    return Autodiff(module, list(listed(parameters) or ()), resolved, scaling)

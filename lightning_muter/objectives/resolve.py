@@ -7,10 +7,14 @@ from typing import Any, Union
 from torch import nn
 
 from lightning_muter.errors import ConfigurationError
+from lightning_muter.objectives.base import Objective
 from lightning_muter.objectives.losses import LOSSES, LossFunction, PointLoss
+from lightning_muter.objectives.refused import way_out_of
+from lightning_muter.objectives.standard import Standard
 from lightning_muter.objectives.torch_losses import TorchLoss
+from lightning_muter.objectives.trades import TRADES
 
-__all__ = ["AnyLoss", "as_value", "resolve_loss"]
+__all__ = ["AnyLoss", "as_value", "resolve_loss", "resolve_objective"]
 
 #: what a user can give as ``loss=``
 AnyLoss = Union[str, LossFunction, nn.Module, TorchLoss]  # noqa: UP007 - read by jsonargparse
@@ -42,6 +46,8 @@ def resolve_loss(loss: AnyLoss | PointLoss) -> PointLoss:
         return value.point_loss
     if isinstance(value, str):
         if value not in LOSSES:
+            if instead := way_out_of(value):
+                raise ConfigurationError(f"loss={value!r} is no loss of a point: {instead}")
             raise ConfigurationError(
                 f"loss={value!r} is unknown; expected one of {sorted(LOSSES)}, a loss module such "
                 "as nn.CrossEntropyLoss(label_smoothing=0.1), or a callable (outputs, targets) -> "
@@ -51,3 +57,22 @@ def resolve_loss(loss: AnyLoss | PointLoss) -> PointLoss:
     if not callable(value):
         raise ConfigurationError(f"loss={value!r} is neither a name nor a callable")
     return PointLoss(getattr(value, "__name__", type(value).__name__), value)
+
+
+def resolve_objective(objective: TRADES | None, loss: AnyLoss | PointLoss) -> Objective:
+    """What training minimises: adversarial training's loss, or the objective with it.
+
+    Raises:
+        ConfigurationError: there is no such objective or loss.
+    """
+    point_loss = resolve_loss(loss)
+    if objective is None:
+        return Standard(point_loss)
+    if not isinstance(objective, TRADES):
+        named = objective if isinstance(objective, str) else type(objective).__name__
+        instead = way_out_of(named)
+        raise ConfigurationError(
+            f"objective={objective!r} must be TRADES(beta=...), or None for adversarial training"
+            f"{'; ' * bool(instead)}{instead}"
+        )
+    return objective.of(point_loss)

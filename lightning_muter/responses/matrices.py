@@ -45,6 +45,12 @@ class DiagonalLowRank:
         for k in range(self.factors.shape[1]):
             _add_outer_products(total, self.factors[:, k], weights * self.coefficients[:, k])
 
+    def scaled(self, diagonal: Tensor) -> DiagonalLowRank:
+        """J · self · J for J = diag(diagonal) (d,), the same at every point."""
+        return replace(
+            self, diagonal=self.diagonal * diagonal.square(), factors=self.factors * diagonal
+        )
+
     def compressed(self) -> DiagonalLowRank:
         """The same matrices without the factors that vanish, to rounding, at every point."""
         size = self.coefficients.abs() * self.factors.square().sum(dim=2)

@@ -7,8 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lightning_muter.errors import ConfigurationError
 from lightning_muter.linalg.rows import direction, dot, row_norm
 from lightning_muter.threats.base import LEAST_MULTIPLIER, Geometry, Threat
+from lightning_muter.threats.pixels import Values, per_feature
 
 __all__ = ["L2Ball"]
 
@@ -26,6 +28,16 @@ class L2Ball(Threat):
     """
 
     norm = "L2"
+
+    eps: float
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.eps, tuple):
+            raise ConfigurationError(
+                f"eps={self.eps!r}: a Euclidean ball has one radius over all channels together; "
+                "give one number, or a LinfBall, whose eps may be one a channel"
+            )
 
     def project(self, x: Tensor, delta: Tensor) -> Tensor:
         if self.data_range is None:
@@ -58,8 +70,8 @@ class L2Ball(Threat):
         radius = self.eps * torch.rand_like(x[:, :1]) ** (1.0 / x.shape[1])
         return self.project(x, towards * radius)
 
-    def step(self, x: Tensor, delta: Tensor, grad: Tensor, size: float) -> Tensor:
-        return self.project(x, delta + size * direction(grad))
+    def step(self, x: Tensor, delta: Tensor, grad: Tensor, size: Values) -> Tensor:
+        return self.project(x, delta + per_feature(size, x) * direction(grad))
 
     def ascend(self, x: Tensor, delta: Tensor, grad: Tensor, size: Tensor) -> Tensor:
         whole = torch.isinf(size) & (row_norm(grad) > 0)

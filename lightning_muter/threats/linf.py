@@ -11,6 +11,7 @@ from torch import Tensor
 from lightning_muter.errors import ConfigurationError
 from lightning_muter.linalg.rows import row_norm
 from lightning_muter.threats.base import LEAST_MULTIPLIER, Geometry, Threat
+from lightning_muter.threats.pixels import Values, per_feature
 
 __all__ = ["LinfBall"]
 
@@ -18,6 +19,8 @@ __all__ = ["LinfBall"]
 @dataclass(frozen=True)
 class LinfBall(Threat):
     """All perturbations of absolute value at most ``eps`` in every coordinate.
+
+    ``eps`` is one number, or one a channel.
 
     The sign response is smoothed: δ_j = ε g_j / sqrt(g_j² + τ²), the exact maximiser of
     l(x + δ) + τ Σ_j sqrt(ε² - δ_j²), with τ_i = ``smoothing`` · rms(g_i), or the absolute
@@ -55,13 +58,14 @@ class LinfBall(Threat):
 
     def project(self, x: Tensor, delta: Tensor) -> Tensor:
         low, high = self.bounds(x)
-        return delta.clamp(-self.eps, self.eps).clamp(low, high)
+        eps = self._half_widths(x)
+        return delta.clamp(-eps, eps).clamp(low, high)
 
     def random_start(self, x: Tensor) -> Tensor:
-        return self.project(x, torch.empty_like(x).uniform_(-self.eps, self.eps))
+        return self.project(x, torch.empty_like(x).uniform_(-1.0, 1.0) * self._half_widths(x))
 
-    def step(self, x: Tensor, delta: Tensor, grad: Tensor, size: float) -> Tensor:
-        return self.project(x, delta + size * grad.sign())
+    def step(self, x: Tensor, delta: Tensor, grad: Tensor, size: Values) -> Tensor:
+        return self.project(x, delta + per_feature(size, x) * grad.sign())
 
     def ascend(self, x: Tensor, delta: Tensor, grad: Tensor, size: Tensor) -> Tensor:
         tau = self.tau(grad)
@@ -71,15 +75,19 @@ class LinfBall(Threat):
 
     def _target(self, grad: Tensor, tau: Tensor) -> Tensor:
         """The smoothed sign response ε g / sqrt(g² + τ²) (n, d), before the data range."""
-        return self.eps * (grad / torch.hypot(grad, tau))
+        return self._half_widths(grad) * (grad / torch.hypot(grad, tau))
+
+    def _half_widths(self, x: Tensor) -> Tensor:
+        """eps of every coordinate of points like x (n, d): (d,), or one for all."""
+        return torch.as_tensor(per_feature(self.eps, x), dtype=x.dtype, device=x.device)
 
     def merit(self, delta: Tensor, grad: Tensor) -> Tensor:
-        height = (self.eps**2 - delta.square()).clamp(min=0.0).sqrt()
+        height = (self._half_widths(delta).square() - delta.square()).clamp(min=0.0).sqrt()
         return self.tau(grad).squeeze(1) * height.sum(dim=1)
 
     def active(self, x: Tensor, delta: Tensor) -> Tensor:
         low, high = self.bounds(x)
-        limit = torch.where(delta > 0, high, -low).clamp(max=self.eps)
+        limit = torch.where(delta > 0, high, -low).minimum(self._half_widths(x))
         return (delta.abs() >= 0.99 * limit).to(delta).mean(dim=1)
 
     def geometry(self, x: Tensor, delta: Tensor, grad: Tensor) -> Geometry:
@@ -88,10 +96,12 @@ class LinfBall(Threat):
         target = self._target(grad, tau)
         held = (target >= high) | (target <= low)
         length = torch.hypot(grad, tau)
-        shift = torch.where(tau > 0, length * (length / tau).square() / self.eps, 0.0)
+        eps = self._half_widths(x)
+        shift = torch.where(tau > 0, length * (length / tau).square() / eps, 0.0)
         # Λ is τ / ε at the least: where that is nothing the point stays, as on an L2 sphere
-        free = ~held & (tau > LEAST_MULTIPLIER * self.eps)
+        free = ~held & (tau > LEAST_MULTIPLIER * eps)
         return Geometry(shift, free.to(delta), torch.zeros_like(delta))
 
-    def _radius(self, x: Tensor) -> float:
-        return self.eps * math.sqrt(x.shape[1])
+    def radius(self, x: Tensor) -> float:
+        widths = self._half_widths(x).double().expand(x.shape[1])
+        return float(torch.linalg.vector_norm(widths))

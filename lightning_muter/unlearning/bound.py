@@ -35,6 +35,8 @@ def strong_convexity_bound(memory: UnlearningMemory, evaluation: Evaluation) -> 
         return _none("F is convex for a linear head only")
     if strong == 0:
         return _none("without weight decay F is not strongly convex")
+    if settings.objective is not None:
+        return _none("the objective of TRADES need not be convex")
     if settings.threat.temperature is not None:
         return _none("a mixed adversary's soft maximum need not be convex")
     if settings.horizon is not None:

@@ -12,6 +12,8 @@ __all__ = ["MemoryEvidence", "memory_warnings", "request_warnings"]
 RETRACE_LIMIT = 0.3
 #: fewer stationary maximisers than this, and the gradient is not that of the robust objective
 STATIONARY_LIMIT = 0.5
+#: more points than this whose perturbation has two sides by chance are a part of the objective
+TIED_LIMIT = 0.1
 #: a Newton step longer than this share of ‖ω*‖ means that training did not reach an optimum
 DISTANCE_LIMIT = 0.1
 #: a Newton decrement above this share of F means that F would still fall by about half as much
@@ -37,6 +39,7 @@ class MemoryEvidence:
         decrement: ∇Fᵀ M⁻¹ ∇F relative to F.
         solution: of that Newton step.
         weight_decay: λ.
+        tied: share of the points whose two maximisers are too close to tell.
     """
 
     assumes_optimum: bool
@@ -49,6 +52,7 @@ class MemoryEvidence:
     decrement: float | None
     solution: Solution | None
     weight_decay: float
+    tied: float = 0.0
 
 
 def memory_warnings(evidence: MemoryEvidence) -> tuple[str, ...]:
@@ -62,7 +66,8 @@ def memory_warnings(evidence: MemoryEvidence) -> tuple[str, ...]:
         >>> len(memory_warnings(MemoryEvidence(retrace_error=29.0, **base, **rest)))
         1
     """
-    found = [_retrace(evidence), _stationary(evidence), _usable(evidence), _optimum(evidence)]
+    found = [_retrace(evidence), _stationary(evidence), _usable(evidence)]
+    found += [_tied(evidence), _optimum(evidence)]
     return tuple(sentence for sentence in found if sentence is not None)
 
 
@@ -96,6 +101,16 @@ def _usable(e: MemoryEvidence) -> str | None:
     )
 
 
+def _tied(e: MemoryEvidence) -> str | None:
+    if e.tied <= TIED_LIMIT:
+        return None
+    return (
+        f"at {e.tied:.0%} of the training points the adversary has two maxima that are too close "
+        "to tell: where training met the other one, the memory is of another perturbation; give "
+        "the threat a temperature, which mixes the two"
+    )
+
+
 def _optimum(e: MemoryEvidence) -> str | None:
     """Is ω* near the optimum that a request steps from?"""
     if not e.assumes_optimum or e.distance is None or e.decrement is None or e.solution is None:
@@ -124,7 +139,12 @@ def _optimum(e: MemoryEvidence) -> str | None:
 
 
 def request_warnings(
-    solution: Solution, update: float, size: float, stationary: float, distance: float
+    solution: Solution,
+    update: float,
+    size: float,
+    stationary: float,
+    distance: float,
+    tied: float = 0.0,
 ) -> tuple[str, ...]:
     """One sentence for each number of a request that is beyond its limit, with what to do.
 
@@ -134,6 +154,7 @@ def request_warnings(
         size: ‖ω*‖.
         stationary: share of the removed points' maximisers that were stationary.
         distance: of ω* from the optimum that the request steps from; 0 where it assumes none.
+        tied: share of the removed points whose two maximisers are too close to tell.
     """
     found = []
     if solution.status.remedy and solution.status is not Status.MINIMUM_NORM:
@@ -156,5 +177,11 @@ def request_warnings(
             f"only {stationary:.0%} of the removed points' perturbations are stationary: what was "
             "subtracted is not their share of the robust objective; use a wider smoothing or "
             "bandwidth, or a smaller eps"
+        )
+    if tied > TIED_LIMIT:
+        found.append(
+            f"at {tied:.0%} of the removed points the adversary has two maxima that are too close "
+            "to tell: training may have met the other one; give the threat a temperature, which "
+            "mixes the two"
         )
     return tuple(found)

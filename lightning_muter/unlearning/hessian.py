@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from lightning_muter.curvature.dense import DenseCurvature
 from lightning_muter.models import measuring, view_of
 from lightning_muter.objectives.resolve import AnyLoss
+from lightning_muter.objectives.trades import TRADES
 from lightning_muter.responses import resolve_response
 from lightning_muter.threats import Threat
 from lightning_muter.unlearning.point_problem import PointProblem
@@ -25,6 +26,7 @@ def total_hessian(
     head: str | None = None,
     parameters: Sequence[str] | None = None,
     loss: AnyLoss = "cross_entropy",
+    objective: TRADES | None = None,
     response: str = "constrained",
     inverse: str = "neumann",
     neumann_order: int = 3,
@@ -40,18 +42,21 @@ def total_hessian(
 
     Args:
         module: maps x (n, ...) to outputs (n, C); measured in eval mode and left as it was.
-        batch: x (n, ...) on the scale of ``threat.eps``, and targets (n,).
+        batch: x (n, ...) as training receives it, and targets (n,).
         threat: the constraint set.
         head: dotted name of a linear layer.
         parameters: names of parameters instead of a head.
         loss: a name or a callable (outputs, targets) -> (n,).
+        objective: TRADES(beta=...), whose loss at the clean point ``loss`` then is; None for
+            adversarial training.
         response: "constrained" (ours) or "unconstrained" (the paper's eq. 4).
         inverse: with "unconstrained": "neumann" (eq. 15, 16) or "exact".
         neumann_order: the k at which the series is clipped.
         space: "input", or "features" for the variant that perturbs the head's input.
         weight_decay: λ of the training objective.
         sketch: seeded probes a point for the inner response of a network; 0 for the exact one.
-        delta: the maximisers (n, ...), if they are known; found otherwise.
+        delta: the maximisers (n, ...) on the scale of ``threat.eps``, if they are known; found
+            otherwise.
 
     Returns:
         A symmetric matrix (p, p), float64, on the batch's device.
@@ -69,7 +74,7 @@ def total_hessian(
         torch.Size([3, 3])
     """
     threat.check_inputs(batch[0])
-    view = view_of(module, loss, head, parameters, space)
+    view = view_of(module, loss, head, parameters, space, threat.scaling, objective)
     resolved = resolve_response(response, inverse, neumann_order, sketch)
     problem = PointProblem("muter", threat, resolved, weight_decay)
     points = unweighted(batch[0], batch[1])

@@ -53,6 +53,7 @@ class Evaluation:
     stationary: float
     active: float
     usable: float
+    tied: float
 
     @property
     def residual(self) -> float:
@@ -72,6 +73,7 @@ class Evaluation:
             stationary=sums.share(sums.stationary),
             active=sums.share(sums.active),
             usable=sums.share(sums.usable),
+            tied=sums.share(sums.tied),
         )
 
 

@@ -10,8 +10,10 @@ from torch import Tensor
 
 from lightning_muter.adversary.maximiser import InnerMaximum, InputGradient, inspect, maximise
 from lightning_muter.adversary.mixture import Mixture, mix
+from lightning_muter.adversary.two_sided import higher, seeded_start
 from lightning_muter.curvature.base import CurvatureSum
 from lightning_muter.curvature.point import PointCurvature
+from lightning_muter.errors import ConfigurationError
 from lightning_muter.models import ModelView
 from lightning_muter.responses import Response
 from lightning_muter.threats import Threat, unconstrained_geometry
@@ -48,21 +50,43 @@ class PointProblem:
         return replace(self, response=self.response.rough())
 
     def perturb(self, view: ModelView, batch: Batch, start: Tensor | None = None) -> InnerMaximum:
-        """δ* of the points at the module's parameters, found from ``start`` (n, d)."""
-        found, link = [], view.loss.link
+        """δ* of the points at the module's parameters, found from ``start`` (n, d).
+
+        Without a start of the caller's the ascent begins at δ = 0; where the objective has no
+        gradient there, at the point's own seeded perturbation, then at the opposite of what that
+        found, and the higher of the two maxima serves. The losses are the objective's own.
+        """
+        found = []
         for first in range(0, len(batch), _ASCENT):
             some = slice(first, first + _ASCENT)
-            part, at = batch.part(some), None if start is None else start[some]
-            ascent, flat = _ascent(view, part), _flat(part.x)
-            found.append(
-                maximise(ascent, flat, self.threat, self.max_iter, at, view.dtype, link=link)
-            )
+            part = batch.part(some)
+            found.append(self._perturb(view, part, None if start is None else start[some]))
         return InnerMaximum.cat(found)
+
+    def _perturb(self, view: ModelView, batch: Batch, start: Tensor | None) -> InnerMaximum:
+        flat, reference = self._flat(view, batch), _reference(view, batch)
+        ascent = _ascent(view, batch, reference)
+
+        def climb(at: Tensor | None) -> InnerMaximum:
+            link = view.objective.inner.link
+            return maximise(ascent, flat, self.threat, self.max_iter, at, view.dtype, link=link)
+
+        if start is None and view.objective.even:
+            first = climb(seeded_start(self.threat, flat))
+            # from -δ*, near the other maximum: from the seed's opposite some ascents come back
+            second = climb(self.threat.project(flat, -first.delta))
+            found = higher(self.threat, flat, first, second, view.dtype)
+        else:
+            found = climb(start)
+        return _whole(view, batch, reference, found)
 
     def given(self, view: ModelView, batch: Batch, delta: Tensor) -> InnerMaximum:
         """Perturbations (n, ...) of the caller's own, with the evidence of how stationary."""
-        ascent, link = _ascent(view, batch), view.loss.link
-        return inspect(ascent, _flat(batch.x), self.threat, _flat(delta), link)
+        reference, link = _reference(view, batch), view.objective.inner.link
+        flat = delta.detach().reshape(len(delta), -1).double()
+        ascent = _ascent(view, batch, reference)
+        found = inspect(ascent, self._flat(view, batch), self.threat, flat, link)
+        return _whole(view, batch, reference, found)
 
     def chunks(
         self, view: ModelView, batch: Batch, inner: InnerMaximum | None = None
@@ -94,21 +118,26 @@ class PointProblem:
                 yield replace(first, rival=rival, value=mixed.value)
 
     def _clean(self, view: ModelView, batch: Batch) -> Chunk:
-        origin = _flat(batch.x)
-        linearisation = view.linearise(batch.x, batch.targets, batch.weights)
+        origin = self._flat(view, batch)
+        clean = view.scaling.shaped(origin, batch.x)
+        seen = view.objective.seen(clean, clean)
+        linearisation = view.linearise(seen, batch.targets, batch.weights)
         ones = torch.ones_like(batch.weights)
         still = torch.zeros_like(ones)
         geometry = unconstrained_geometry(origin)
         return Chunk(origin, linearisation, geometry, None, ones, still, indices=batch.indices)
 
     def _chunk(self, view: ModelView, batch: Batch, inner: InnerMaximum, mixing: Tensor) -> Chunk:
-        origin = _flat(batch.x)
+        origin = self._flat(view, batch)
         if self.response.constrained:
             geometry = self.threat.geometry(origin, inner.delta, inner.grad)
         else:
             geometry = unconstrained_geometry(inner.delta)
-        perturbed = (origin + inner.delta).reshape(batch.x.shape).to(batch.x)
-        linearisation = view.linearise(perturbed, batch.targets, batch.weights * mixing)
+        clean, perturbed = (
+            view.scaling.shaped(flat, batch.x) for flat in (origin, origin + inner.delta)
+        )
+        seen = view.objective.seen(clean, perturbed)
+        linearisation = view.linearise(seen, batch.targets, batch.weights * mixing)
         active = self.threat.active(origin, inner.delta)
         return Chunk(origin, linearisation, geometry, inner, mixing, active, indices=batch.indices)
 
@@ -116,7 +145,16 @@ class PointProblem:
         if inner is None or self.threat.temperature is None:
             return None
         rival = self.perturb(view, batch, start=-inner.delta)
-        return mix(self.threat, _flat(batch.x), inner, rival)
+        return mix(self.threat, self._flat(view, batch), inner, rival)
+
+    def _flat(self, view: ModelView, batch: Batch) -> Tensor:
+        """The points (n, d) on the threat's scale, float64."""
+        if view.scaling != self.threat.scaling:
+            raise ConfigurationError(
+                f"the model's view has {view.scaling}, the threat {self.threat.scaling}: give "
+                "view_of(...) the threat's own scaling"
+            )
+        return self.threat.flat_pixels(batch.x.double())
 
     def curvature(self, chunk: Chunk) -> PointCurvature:
         """Σ w_i D_i of a chunk, without λI."""
@@ -155,7 +193,7 @@ class PointProblem:
     def _sums(self, chunk: Chunk, usable: Tensor) -> Sums:
         at, n = chunk.linearisation, len(chunk.origin)
         gradient, weights = at.gradient_sum(), at.weights
-        stationary = active = gradient.new_zeros(())
+        stationary = active = tied = gradient.new_zeros(())
         if chunk.inner is None:
             losses = at.losses()
             stationary = stationary + n
@@ -163,7 +201,7 @@ class PointProblem:
             inner = chunk.inner
             losses = inner.losses + self.threat.merit(inner.delta, inner.grad)
             losses = losses if chunk.value is None else chunk.value
-            stationary = inner.stationary.double().sum()
+            stationary, tied = inner.stationary.double().sum(), inner.tied.double().sum()
             active = chunk.active.sum()
         if chunk.rival is not None:
             other = chunk.rival.linearisation
@@ -171,18 +209,30 @@ class PointProblem:
             weights = weights + other.weights
         points = gradient.new_tensor(float(n))
         loss, weight = (weights * losses).sum(), weights.sum()
-        return Sums(gradient, loss, weight, points, stationary, active, usable.double().sum())
+        counted = usable.double().sum()
+        return Sums(gradient, loss, weight, points, stationary, active, counted, tied)
 
 
-def _ascent(view: ModelView, batch: Batch) -> InputGradient:
+def _reference(view: ModelView, batch: Batch) -> Tensor:
+    """What the adversary's loss compares a batch's perturbed outputs with."""
+
+    def clean() -> Tensor:
+        pixels = view.scaling.pixels(batch.x.double())
+        return view.outputs(view.scaling.shaped(pixels, batch.x))
+
+    return view.objective.reference(clean, batch.targets)
+
+
+def _whole(view: ModelView, batch: Batch, reference: Tensor, found: InnerMaximum) -> InnerMaximum:
+    """The maxima with the objective's own losses: with what the adversary cannot move."""
+    fixed = view.objective.fixed(reference, batch.targets)
+    return replace(found, losses=found.losses + fixed)
+
+
+def _ascent(view: ModelView, batch: Batch, reference: Tensor) -> InputGradient:
     """What the adversary ascends at flat float64 versions of the points."""
 
     def ascent(points: Tensor, which: Tensor) -> tuple[Tensor, Tensor]:
-        shaped = points.reshape(len(points), *batch.x.shape[1:]).to(batch.x)
-        return view.ascent(shaped, batch.targets[which])
+        return view.ascent(view.scaling.shaped(points, batch.x), reference[which])
 
     return ascent
-
-
-def _flat(x: Tensor) -> Tensor:
-    return x.detach().reshape(len(x), -1).double()

@@ -53,20 +53,22 @@ class Sums:
     stationary: Tensor
     active: Tensor
     usable: Tensor
+    tied: Tensor
 
     @classmethod
     def zero(cls, p: int, device: torch.device | str) -> Sums:
         """The empty sum."""
-        return cls.unpack(torch.zeros(p + 6, dtype=torch.float64, device=device))
+        return cls.unpack(torch.zeros(p + 7, dtype=torch.float64, device=device))
 
     @classmethod
     def unpack(cls, flat: Tensor) -> Sums:
         """The inverse of `pack`."""
-        return cls(flat[:-6], *flat[-6:].unbind())
+        return cls(flat[:-7], *flat[-7:].unbind())
 
     def pack(self) -> Tensor:
-        """Everything as one vector (p + 6,), to be reduced at once."""
-        scalars = (self.loss, self.weight, self.points, self.stationary, self.active, self.usable)
+        """Everything as one vector (p + 7,), to be reduced at once."""
+        counts = (self.points, self.stationary, self.active, self.usable, self.tied)
+        scalars = (self.loss, self.weight, *counts)
         return torch.cat([self.gradient, torch.stack(scalars)])
 
     def __add__(self, other: Sums) -> Sums:

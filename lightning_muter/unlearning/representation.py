@@ -79,6 +79,8 @@ def footprint_of(settings: Settings, view: ModelView, inputs: int) -> Footprint 
     """
     if not isinstance(view, LinearHead):
         return "rows need a linear head (head=...)"
+    if settings.objective is not None:
+        return "rows are of one perturbed input a point, and TRADES sees the clean one too"
     if settings.threat.temperature is not None:
         return "rows serve no threat with a temperature"
     layer, total = view.layer, METHODS[settings.method].curvature == "total"

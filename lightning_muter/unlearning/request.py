@@ -158,6 +158,7 @@ def _sums(rows: PointRows) -> Sums:
         stationary=facts.stationary.double().sum(),
         active=facts.active.sum(),
         usable=nothing + len(rows),
+        tied=nothing,
     )
 
 
@@ -198,6 +199,7 @@ def _outcome(
         float(torch.linalg.vector_norm(memory.omega_star)),
         gone.sums.share(gone.sums.stationary),
         _distance(memory),
+        gone.sums.share(gone.sums.tied),
     )
     return Outcome(after, solution, gone.sums, time.perf_counter() - start, warnings)
 

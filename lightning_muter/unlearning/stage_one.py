@@ -106,7 +106,7 @@ def _memory(
     evaluation = Evaluation.of(built.sums.reduced(group.sum), omega, settings.weight_decay)
     curvature: Curvature | None = None
     start = None
-    summary = _counts(evaluation, view.p)
+    summary = _counts(settings, evaluation, view.p)
     warnings: tuple[str, ...] = ()
     if built.curvature is not None:
         curvature = built.curvature.finished(group, evaluation.weight, settings.weight_decay)
@@ -152,8 +152,9 @@ def _start(
     return Start(initial, retrace(damped.matvec, gradient, initial - omega, horizon).value)
 
 
-def _counts(evaluation: Evaluation, p: int) -> dict[str, Any]:
-    return {
+def _counts(settings: Settings, evaluation: Evaluation, p: int) -> dict[str, Any]:
+    ties = {} if settings.objective is None else {"tied": evaluation.tied}
+    return ties | {
         "n": evaluation.points,
         "p": p,
         "objective": evaluation.value,
@@ -180,7 +181,7 @@ def summarise(
         omega: ω* (p,).
         start: where training started, with a horizon.
     """
-    summary = _counts(evaluation, curvature.p)
+    summary = _counts(settings, evaluation, curvature.p)
     summary["smallest_eigenvalue"], summary["largest_eigenvalue"] = curvature.extremes()
     retrace_error = None
     if start is not None:
@@ -205,5 +206,6 @@ def summarise(
         decrement=decrement,
         solution=solution,
         weight_decay=settings.weight_decay,
+        tied=evaluation.tied,
     )
     return summary, memory_warnings(evidence)

@@ -200,7 +200,7 @@ def test_ignored_labels_are_left_alone() -> None:
     y = torch.arange(N) % 3
     y[0] = -100
     moved = projected_gradient_ascent(
-        model, resolve_loss("cross_entropy"), L2Ball(0.5), x, y, 5, 0.2, False
+        model, resolve_loss("cross_entropy"), L2Ball(0.5), x, y, 5, 0.2
     )
     assert torch.equal(moved[0], x[0]) and bool((moved[1:] != x[1:]).any(dim=1).all())
 
@@ -222,7 +222,7 @@ class Flat(nn.Module):
 def test_a_flat_spot_is_no_robustness() -> None:
     x, y = torch.zeros(8, 2), torch.ones(8)
     loss, threat = resolve_loss("logistic"), LinfBall(0.5)
-    stuck = projected_gradient_ascent(Plateau(), loss, threat, x, y, 10, 0.1, False)
+    stuck = projected_gradient_ascent(Plateau(), loss, threat, x, y, 10, 0.1)
     assert torch.equal(stuck, x)
     torch.manual_seed(0)
     moved, blind = without_blind_spots(Plateau(), loss, threat, x, y, stuck, 10, 0.1)

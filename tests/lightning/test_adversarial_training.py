@@ -62,7 +62,8 @@ def test_ascent_serves_any_shape_and_stays_inside(threat: L2Ball | LinfBall) -> 
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv1d(2, 3, 3), nn.Flatten(), nn.Linear(12, 1))
     x, y = torch.rand(5, 2, 6), torch.randn(5)
-    moved = projected_gradient_ascent(model, resolve_loss("squared"), threat, x, y, 10, 0.1, True)
+    start = threat.random_start(x.flatten(1))
+    moved = projected_gradient_ascent(model, resolve_loss("squared"), threat, x, y, 10, 0.1, start)
     assert moved.shape == x.shape and float(moved.min()) >= 0 and float(moved.max()) <= 1
     delta = (moved - x).flatten(1)
     size = delta.norm(dim=1) if isinstance(threat, L2Ball) else delta.abs().amax(dim=1)
@@ -93,8 +94,9 @@ def test_fgsm_is_the_maximum_of_a_linear_model_and_pgd_ends_there(
     x, point_loss, eps = torch.rand(40, 12).double(), resolve_loss(loss), 0.1
     y = torch.randint(0, 2, (40,)).double()
     threat = LinfBall(eps, data_range)
-    fgsm = projected_gradient_ascent(model, point_loss, threat, x, y, 1, eps, False)
-    pgd = projected_gradient_ascent(model, point_loss, threat, x, y, 15, eps / 7, random_start)
+    start = threat.random_start(x) if random_start else None
+    fgsm = projected_gradient_ascent(model, point_loss, threat, x, y, 1, eps)
+    pgd = projected_gradient_ascent(model, point_loss, threat, x, y, 15, eps / 7, start)
     residual_keeps_its_sign = torch.ones(40, dtype=torch.bool)
     if loss == "squared":  # from a random start the residual may turn where it is small
         r = (model(x).squeeze(1) - y).abs()

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from lightning_muter.models import LinearHead, measuring
 from lightning_muter.models import linear_head as module_under_test
-from lightning_muter.objectives.resolve import resolve_loss
+from lightning_muter.objectives.resolve import resolve_objective
 
 N, D = 5, 8
 
@@ -31,7 +31,7 @@ def test_products_need_a_pass_an_output_and_none_a_product(
 ) -> None:
     loss, outputs, y = CASES[case]
     net, x = network(outputs), torch.randn(N, D, dtype=torch.float64)
-    view = LinearHead(net, "4", resolve_loss(loss))  # type: ignore[arg-type]
+    view = LinearHead(net, "4", resolve_objective(None, loss))  # type: ignore[arg-type]
     vectors = torch.randn(N, 2, D, dtype=torch.float64)
     expected = torch.zeros_like(vectors)
     for i in range(N):
@@ -49,7 +49,7 @@ def test_products_need_a_pass_an_output_and_none_a_product(
 
     monkeypatch.setattr(net, "forward", counted)
     with measuring(net):
-        points = view.linearise(x, y, torch.ones(N, dtype=torch.float64))
+        points = view.linearise((x,), y, torch.ones(N, dtype=torch.float64))
         product = view._curvature_products(points)
         before = calls[0]
         torch.testing.assert_close(product(vectors), expected, rtol=1e-10, atol=1e-12)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lightning_muter import L2Ball, LinfBall, Threat
 from lightning_muter.models import LinearHead
-from lightning_muter.objectives.resolve import resolve_loss
+from lightning_muter.objectives.resolve import resolve_objective
 from lightning_muter.responses import Constrained
 from lightning_muter.unlearning.objective import HALVINGS, RobustObjective, line_search, newton
 from lightning_muter.unlearning.point_problem import PointProblem
@@ -31,7 +31,7 @@ def robust_objective(threat: Threat) -> RobustObjective:
     torch.manual_seed(0)
     x, y = data()
     model = nn.Sequential(nn.Linear(D, 1, bias=False)).double()
-    derivatives = LinearHead(model, "0", resolve_loss("logistic"))
+    derivatives = LinearHead(model, "0", resolve_objective(None, "logistic"))
     problem = PointProblem("muter", threat, Constrained(), LAM, max_iter=2000)
     return RobustObjective(derivatives, problem, lambda: [unweighted(x, y)])
 

@@ -24,7 +24,8 @@ class Comparison:
     ``omega`` holds the trained parameters, flattened, in the gradient's order; ``points`` is the
     batch's size; ``slack`` the difference in length that rounding may make, as a share of the
     longer gradient; ``floor`` the length below which a gradient has vanished; ``random`` says that
-    training's gradient is the one that the module gives in train mode.
+    training's gradient is the one that the module gives in train mode; ``asked`` is what
+    ``training_step`` was asked to return.
     """
 
     found: Tensor
@@ -34,6 +35,7 @@ class Comparison:
     slack: float
     floor: float
     random: bool = False
+    asked: str = "the callback's loss"
 
     def agrees(self, penalty: float = 0.0) -> bool:
         """Whether they are the same, with an L2 penalty of this coefficient in training's loss."""
@@ -62,8 +64,8 @@ class Comparison:
         """The numbers, what they say of training's loss, and the way out."""
         apart = _length(self.found - self.own) / max(_length(self.own), 1e-300)
         return (
-            f"the gradient that training_step leaves in the trained parameters is not that of the "
-            f"callback's loss (relative difference {apart:.2g}, ratio of lengths {self.ratio:.4g}, "
+            f"the gradient that training_step leaves in the trained parameters is not that of "
+            f"{self.asked} (relative difference {apart:.2g}, ratio of lengths {self.ratio:.4g}, "
             f"cosine {self.cosine:.4f}): {self._diagnosis()}"
         )
 
@@ -89,9 +91,10 @@ class Comparison:
                 f"the optimizer's by weight_decay= (here {penalty:.4g} + the optimizer's)"
             )
         return (
-            "its loss is another one (label smoothing, class weights, a further term such as "
-            "TRADES, labels of another coding, or inputs that the step changes itself): give the "
-            "same loss to both, as a callable (outputs, targets) -> one value a point"
+            "its loss is another one (label smoothing, class weights, labels of another coding, a "
+            "further term, or inputs that the step changes itself): give the same loss to both, as "
+            "a callable (outputs, targets) -> one value a point, or objective=TRADES(beta=...); "
+            "MART, mixup and free adversarial training have no memory"
         )
 
     @property

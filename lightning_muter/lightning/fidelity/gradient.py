@@ -14,16 +14,17 @@ from lightning_muter.lightning.fidelity.difference import Comparison
 from lightning_muter.lightning.fidelity.outputs import head_outputs
 from lightning_muter.lightning.kept_state import untouched
 from lightning_muter.models import measuring
-from lightning_muter.objectives.losses import PointLoss
+from lightning_muter.models.base import Seen
+from lightning_muter.objectives.base import Objective
 
 __all__ = ["GradientWatch"]
 
 
 @dataclass(frozen=True)
 class _Batch:
-    """The points of a step as the attack left them, and the random states before it."""
+    """What the objective sees of a step's points, and the random states before it."""
 
-    x: Tensor
+    seen: Seen
     targets: Tensor
     states: tuple[Tensor, ...]
 
@@ -31,13 +32,13 @@ class _Batch:
 class GradientWatch:
     """Compares the gradients of chosen batches with the package's own, at the same weights.
 
-    The package's own is what Stage I differentiates: the mean over the batch of the loss at the
-    module's outputs, in eval mode. Training's is `BackwardSum`'s, of this process alone.
+    The package's own is what Stage I differentiates: the mean over the batch of the objective at
+    the module's outputs, in eval mode. Training's is `BackwardSum`'s, of this process alone.
 
     Args:
         module: the module.
         parameters: the trained ones.
-        loss: the loss a point.
+        objective: the objective a point.
         head: the linear layer that is trained, or None where parameters are named.
         context: the precision that training's forward runs in.
         slack: the relative difference that rounding may make.
@@ -49,13 +50,14 @@ class GradientWatch:
         self,
         module: nn.Module,
         parameters: list[nn.Parameter],
-        loss: PointLoss,
+        objective: Objective,
         head: nn.Module | None,
         context: Callable[[], AbstractContextManager[None]],
         slack: float,
         vanished: float,
     ) -> None:
-        self._module, self._parameters, self._loss, self._head = module, parameters, loss, head
+        self._module, self._parameters, self._head = module, parameters, head
+        self._objective = objective
         self._context, self._slack, self._vanished = context, slack, vanished
         self._batch: _Batch | None = None
         self._longest = 0.0
@@ -66,12 +68,13 @@ class GradientWatch:
         """Whether a batch waits for its gradient."""
         return self._batch is not None
 
-    def arm(self, x: Tensor, targets: Tensor) -> None:
+    def arm(self, seen: Seen, targets: Tensor) -> None:
         """Compare the gradient of the step that follows, on these points as they are now."""
-        states = [torch.get_rng_state()]
-        if x.device.type == "cuda":
-            states.append(torch.cuda.get_rng_state(x.device))
-        self._batch = _Batch(x.detach().clone(), targets.detach().clone(), tuple(states))
+        states, device = [torch.get_rng_state()], seen[-1].device
+        if device.type == "cuda":
+            states.append(torch.cuda.get_rng_state(device))
+        kept = tuple(x.detach().clone() for x in seen)
+        self._batch = _Batch(kept, targets.detach().clone(), tuple(states))
 
     def drop(self) -> None:
         """Compare nothing until the next batch that is chosen."""
@@ -104,17 +107,18 @@ class GradientWatch:
             found,
             own,
             tuple(p.detach().reshape(-1).double() for p in self._parameters),
-            len(batch.x),
+            len(batch.targets),
             self._slack,
             self._vanished * self._longest,
+            asked=self._objective.asked,
         )
         if comparison.agrees():
             return comparison
         return self._beside_train_mode(comparison, batch)
 
     def _own(self, batch: _Batch) -> Tensor:
-        outputs = head_outputs(self._module, self._head, batch.x, self._slack)
-        total = self._loss(outputs, batch.targets).mean()
+        outputs = [head_outputs(self._module, self._head, x, self._slack) for x in batch.seen]
+        total = self._objective.outer(outputs, batch.targets).mean()
         found = torch.autograd.grad(total, self._parameters, allow_unused=True)
         parts = [
             torch.zeros_like(p) if g is None else g
@@ -124,12 +128,12 @@ class GradientWatch:
 
     def _beside_train_mode(self, comparison: Comparison, batch: _Batch) -> Comparison:
         """Whether dropout or batch statistics explain what differs."""
-        devices = [batch.x.device] if len(batch.states) > 1 else []
+        devices = [batch.seen[-1].device] if len(batch.states) > 1 else []
         buffers = [(b, b.clone()) for b in self._module.buffers()]
         with self.sum.paused(), torch.random.fork_rng(devices), self._context():
             torch.set_rng_state(batch.states[0])
             if devices:
-                torch.cuda.set_rng_state(batch.states[1], batch.x.device)
+                torch.cuda.set_rng_state(batch.states[1], devices[0])
             own = self._own(batch)
         with torch.no_grad():
             for buffer, value in buffers:

@@ -19,10 +19,12 @@ from lightning_muter.lightning.fidelity.frozen import FrozenPart
 from lightning_muter.lightning.fidelity.gradient import GradientWatch
 from lightning_muter.lightning.fidelity.outputs import head_outputs
 from lightning_muter.lightning.fidelity.points import PointCount, sampling_of
+from lightning_muter.lightning.fidelity.pushed import PushedWeights
 from lightning_muter.lightning.flavour import pl, rank_zero_info
 from lightning_muter.lightning.kept_state import untouched
 from lightning_muter.memory.points import digests_of
 from lightning_muter.models import ModelView, measuring
+from lightning_muter.models.base import Seen
 from lightning_muter.objectives.targets import check_targets
 
 __all__ = ["TrainingWatch"]
@@ -76,13 +78,13 @@ class TrainingWatch:
             None if flow_time is None else StepWatch(self._parameters, self._slack, flow_time)
         )
         self._gradient = GradientWatch(
-            module, self._parameters, view.loss, layer, self._context, self._slack, vanished
+            module, self._parameters, view.objective, layer, self._context, self._slack, vanished
         )
         self._due, self._compared = True, False
         self._window = 0
         self._divisor: int | None = None
         self._epochs, self._open = 0, False
-        self._armed_at: list[Tensor] = []
+        self._pushed = PushedWeights(self._parameters)
 
     @contextmanager
     def _topic(self, topic: str) -> Iterator[None]:
@@ -132,6 +134,8 @@ class TrainingWatch:
 
     def received(self, batch: Any, batch_idx: int) -> None:
         """A training batch as the module receives it, before the perturbation."""
+        with self._topic("pushed"):
+            self._pushed.check()
         with self._topic("flags"):
             self._frozen.check_flags()
         position = batch_idx + 1
@@ -142,13 +146,13 @@ class TrainingWatch:
             with self._topic("content"):
                 self._count.see(digests_of(self.key, batch[0], batch[1]))
 
-    def perturbed(self, x: Tensor, targets: Tensor) -> None:
-        """The batch as the attack left it: what training_step is about to see."""
+    def perturbed(self, seen: Seen, targets: Tensor) -> None:
+        """The batch as the attack left it: what training_step is about to see of its inputs."""
         self._gradient.drop()
         self._gradient.sum.begin_batch()
         if self._due:
-            self._gradient.arm(x, targets)
-            self._armed_at = [p.detach().clone() for p in self._parameters]
+            self._gradient.arm(seen, targets)
+            self._pushed.begin()
 
     def before_backward(self) -> None:
         """Automatic optimization's one backward pass begins."""
@@ -160,6 +164,7 @@ class TrainingWatch:
         share = 0.0
         if holds(optimizer, self._parameters):
             with self._topic("gradient"):
+                self._pushed.backward_passed()
                 self._compare()
             with self._topic("gradient"):
                 share = self._share()
@@ -233,10 +238,7 @@ class TrainingWatch:
             )
 
     def _compare_unstepped(self) -> None:
-        moved = any(
-            not torch.equal(p, q) for p, q in zip(self._parameters, self._armed_at, strict=True)
-        )
-        if moved:
+        if self._pushed.moved():
             self._gradient.drop()
             raise ConfigurationError(
                 "the trained parameters moved in training_step without a step that Lightning "
@@ -306,6 +308,8 @@ class TrainingWatch:
         if self._steps is not None:
             with self._topic("steps"):
                 self._steps.settle()
+        with self._topic("pushed"):
+            self._pushed.check()
         with self._topic("frozen"):
             self._frozen.check_values()
         with self._topic("content"):

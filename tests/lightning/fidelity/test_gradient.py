@@ -264,3 +264,49 @@ def test_the_user_s_hooks_and_parameters_are_left_alone() -> None:
     model = Net()
     train(model)
     assert not any(p._backward_hooks for p in model.parameters())
+
+
+class WeightPerturbation(Net):
+    """Adversarial weight perturbation: forward and backward at ω + v, the step from ω."""
+
+    pushed: Tensor | None = None
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        weight = self.classifier.weight
+        self.pushed = 0.05 * torch.randn_like(weight)
+        weight.data.add_(self.pushed)
+        return F.cross_entropy(self(batch[0]), batch[1])
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        super().optimizer_step(*args, **kwargs)
+        assert self.pushed is not None
+        self.classifier.weight.data.sub_(self.pushed)
+
+
+class TakenBackLater(WeightPerturbation):
+    """The same, taken back when the batch is over."""
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        Net.optimizer_step(self, *args, **kwargs)
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        assert self.pushed is not None
+        self.classifier.weight.data.sub_(self.pushed)
+
+
+class Projected(Net):
+    """Weights that are put back into a box before each batch: a lasting change, and no refusal."""
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        self.classifier.weight.data.clamp_(-0.3, 0.3)
+
+
+@pytest.mark.parametrize("module", [WeightPerturbation, TakenBackLater])
+def test_weights_that_the_step_perturbs_are_named(module: type[Net]) -> None:
+    """The two gradients agree at the perturbed weights: values tell, gradients do not."""
+    with pytest.raises(ConfigurationError, match="AWP"):
+        train(module())
+
+
+def test_weights_that_are_set_before_a_batch_are_not_taken_for_that() -> None:
+    assert train(Projected()).findings == []

@@ -1,0 +1,141 @@
+"""TRADES on MNIST 1 against 7: distance of one step to a Retrain that was really run.
+
+A linear softmax model is trained by TRADES with an L2 threat, to the optimum of its objective, and
+again without the forgotten points. Beside MUter's step with the curvature of TRADES stand the same
+step with adversarial training's Hessian, a memory that takes the training for adversarial training
+altogether, and the step without the adversary's response (newton_delta).
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+import warnings
+from dataclasses import replace
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from common import QUIET, Points, arguments, one_or_seven
+from torch import Tensor, nn
+
+from lightning_muter import TRADES, L2Ball, MUterCallback, Trainer, UnlearningMemory
+from lightning_muter.linalg.cholesky import direct
+from lightning_muter.spec import Settings
+from lightning_muter.unlearning.points import unweighted
+from lightning_muter.unlearning.request import forget
+from lightning_muter.unlearning.stage_one import build_memories
+
+SHARES = (0.01, 0.02, 0.03)
+
+
+class Softmax(pl.LightningModule):
+    """Two outputs of the pixels, trained by TRADES."""
+
+    def __init__(self, objective: TRADES, weight_decay: float, features: int = 784) -> None:
+        super().__init__()
+        self.head = nn.Linear(features, 2)
+        self.objective, self.weight_decay = objective, weight_decay
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(x)
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        return self.objective.loss(self, batch)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.05, weight_decay=self.weight_decay)
+
+
+def train(
+    seed: int, x: Tensor, y: Tensor, threat: L2Ball, objective: TRADES, weight_decay: float
+) -> tuple[Softmax, UnlearningMemory]:
+    """From the seed's own initial weights to the optimum."""
+    pl.seed_everything(seed, verbose=False)
+    model = Softmax(objective, weight_decay, x.shape[1])
+    muter = MUterCallback(
+        threat, head="head", objective=objective, newton_steps=30, attack_steps=5, batch_size=2048
+    )
+    trainer = Trainer(max_epochs=5, callbacks=[muter], precision="64-true", **QUIET)
+    trainer.fit(model, Points(x, y))
+    assert muter.memory is not None
+    return model, muter.memory
+
+
+def memory_of(model: nn.Module, x: Tensor, y: Tensor, settings: Settings) -> UnlearningMemory:
+    """Another memory at the trained weights."""
+    digests = torch.zeros(len(x), 16, dtype=torch.uint8)
+    (found,) = build_memories(model, [settings], [unweighted(x, y)], digests, bytes(16))
+    return found
+
+
+def one_seed(
+    seed: int, x: Tensor, y: Tensor, threat: L2Ball, objective: TRADES, weight_decay: float
+) -> list[dict[str, Any]]:
+    """A row for each share of removed points and each step."""
+    n, start = len(x), time.perf_counter()
+    model, trades = train(seed, x, y, threat, objective, weight_decay)
+    settings = trades.settings
+    others = {
+        "newton_delta": memory_of(model, x, y, replace(settings, method="newton_delta")),
+        "adversarial training": memory_of(model, x, y, replace(settings, objective=None)),
+    }
+    order, rows = torch.randperm(n), []
+    for share in SHARES:
+        gone, rest = order[: round(share * n)].tolist(), order[round(share * n) :].sort().values
+        _, again = train(seed, x[rest], y[rest], threat, objective, weight_decay)
+        optimum, before = again.omega_star, trades.omega_star
+        outcomes = {
+            name: forget(memory, memory.settings.view(model), gone, x[gone], y[gone])
+            for name, memory in {"muter": trades, **others}.items()
+        }
+        ends = {name: outcome.memory.omega for name, outcome in outcomes.items()}
+        rhs = outcomes["muter"].memory.gradient
+        other = outcomes["adversarial training"].memory.curvature
+        assert other is not None
+        ends["adversarial Hessian"] = before + direct(other.matrix, rhs).value
+        none = float((before - optimum).norm())
+        for name, omega in ends.items():
+            rows.append(
+                {
+                    "seed": seed,
+                    "n": n,
+                    "removed": len(gone),
+                    "step": name,
+                    "relative_to_none": float((omega - optimum).norm()) / none,
+                    "none": none,
+                    "gradient": trades.summary["residual_gradient"],
+                    "retrain_gradient": again.summary["residual_gradient"],
+                    "smallest_eigenvalue": trades.summary["smallest_eigenvalue"],
+                    "stationary": trades.summary["stationary"],
+                    "tied": trades.summary["tied"],
+                    "seconds": time.perf_counter() - start,
+                }
+            )
+    return rows
+
+
+def main() -> None:
+    """Print a JSON line for every seed, share and step."""
+    parser = arguments(__doc__ or "")
+    parser.add_argument("--eps", type=float, default=1.0)
+    parser.add_argument("--beta", type=float, default=6.0)
+    parser.add_argument("--points", type=int, default=1000)
+    parser.add_argument("--weight-decay", type=float, default=1e-3)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    given = parser.parse_args()
+    warnings.simplefilter("ignore")
+    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
+    all_x, all_y = one_or_seven(given.data)
+    for seed in given.seeds:
+        torch.manual_seed(100 + seed)
+        some = torch.randperm(len(all_x))[: given.points]
+        threat, objective = L2Ball(given.eps), TRADES(beta=given.beta)
+        found = one_seed(seed, all_x[some], all_y[some], threat, objective, given.weight_decay)
+        for row in found:
+            print(json.dumps(row), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,200 @@
+"""TRADES: the loss at the clean point, and how far the adversary can move the outputs from it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightning_muter.errors import ConfigurationError
+from lightning_muter.objectives.base import Objective
+from lightning_muter.objectives.losses import LOSSES, PointLoss
+from lightning_muter.objectives.output_curvature import (
+    Categorical,
+    OutputCurvature,
+    restored_output,
+)
+
+__all__ = ["TRADES", "BoundTRADES", "PairedOutput"]
+
+
+@dataclass(frozen=True)
+class TRADES:
+    """O = l(z(x), y) + β KL(softmax z(x) ‖ softmax z(x + δ)), its δ the maximiser of the KL term.
+
+    A value for ``MUterCallback(objective=TRADES(beta=6.0))``. A training batch is then
+    [x, target, x_adversarial], and ``training_step`` may return ``TRADES(beta=6.0).loss(self,
+    batch)``, or compute the same.
+
+    Source: Zhang et al., Theoretically principled trade-off between robustness and accuracy, 2019;
+    its curvature is ours (docs/theory.md).
+
+    Attributes:
+        beta: how much the divergence counts beside the loss at the clean point.
+
+    Example:
+        >>> import torch
+        >>> model = torch.nn.Linear(3, 2)
+        >>> x = torch.randn(4, 3)
+        >>> batch = [x, torch.tensor([0, 1, 1, 0]), x + 0.1]
+        >>> TRADES(beta=6.0).loss(model, batch).shape
+        torch.Size([])
+    """
+
+    beta: float = 6.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.beta < math.inf:
+            raise ConfigurationError(
+                f"beta={self.beta!r} must be positive and finite: without the divergence there is "
+                "no adversary"
+            )
+
+    def loss(
+        self, module: nn.Module, batch: Sequence[Any], loss: PointLoss | None = None
+    ) -> Tensor:
+        """The mean of O over a batch [x, target, x_adversarial], for ``training_step``.
+
+        Args:
+            module: maps x (n, ...) to logits (n, C).
+            batch: as the callback hands it over.
+            loss: of the clean point; the cross-entropy by default.
+        """
+        outputs = module(batch[0]), module(batch[2])
+        each = BoundTRADES(self.beta, loss or LOSSES["cross_entropy"]).outer(outputs, batch[1])
+        return each.mean().to(outputs[0].dtype)
+
+    def of(self, loss: PointLoss) -> BoundTRADES:
+        """The objective with the loss of a clean point."""
+        return BoundTRADES(self.beta, loss)
+
+
+@dataclass(frozen=True)
+class BoundTRADES(Objective):
+    """`TRADES` with the loss of a clean point."""
+
+    beta: float
+    point_loss: PointLoss
+    even: ClassVar[bool] = True
+
+    @property
+    def loss(self) -> PointLoss:
+        return self.point_loss
+
+    @property
+    def asked(self) -> str:
+        own = f"TRADES(beta={self.beta:g})"
+        return f"{own}.loss(self, batch), for a batch [x, target, x_adversarial],"
+
+    @cached_property
+    def inner(self) -> PointLoss:
+        """β KL of the perturbed outputs; its target are the clean ones."""
+
+        def divergence(outputs: Tensor, clean: Tensor) -> Tensor:
+            return self.beta * _divergence(clean, outputs)
+
+        return PointLoss(f"TRADES(beta={self.beta:g})", divergence, classifies=False)
+
+    def reference(self, clean: Callable[[], Tensor], targets: Tensor) -> Tensor:
+        with torch.no_grad():
+            return _logits(clean())
+
+    def fixed(self, reference: Tensor, targets: Tensor) -> Tensor:
+        return self.point_loss(reference, targets).double()
+
+    def seen(self, clean: Tensor, perturbed: Tensor) -> tuple[Tensor, ...]:
+        return (clean, perturbed)
+
+    def outer(self, outputs: Sequence[Tensor], targets: Tensor) -> Tensor:
+        clean, perturbed = outputs
+        return self.point_loss(clean, targets) + self.beta * _divergence(clean, perturbed)
+
+    def hand_over(self, batch: list[Any], perturbed: Tensor) -> None:
+        batch.insert(2, perturbed)
+
+    def trained_on(self, batch: Sequence[Any]) -> tuple[Tensor, ...]:
+        return (batch[0], batch[2])
+
+    def derivatives(
+        self, clean: Tensor, perturbed: Tensor, targets: Tensor
+    ) -> tuple[Tensor, Tensor, PairedOutput]:
+        """∂O in the clean logits and in the perturbed ones (n, C), and its second derivatives."""
+        log_p, log_q = (F.log_softmax(_logits(z), dim=1) for z in (clean, perturbed))
+        p, q, apart = log_p.exp(), log_q.exp(), log_p - log_q
+        f = p * (apart - (p * apart).sum(dim=1, keepdim=True))
+        r, s = self.point_loss.derivatives(clean, targets)
+        second = PairedOutput(self.beta, s, p, q, f)
+        return r + self.beta * f, self.beta * (q - p), second
+
+
+@dataclass(frozen=True)
+class PairedOutput:
+    """∂²O of some points in their clean logits c and their perturbed ones a.
+
+    ∂_aa = β S_q, ∂_ca = -β S_p, ∂_cc = S + β (S_p + diag f - f pᵀ - p fᵀ) with S_p = diag p - ppᵀ
+    and f = p∘(u - pᵀu), u = log p - log q. ∂_cc can be indefinite.
+
+    Attributes:
+        beta: β.
+        clean: S of the loss at the clean point.
+        p: softmax of c (n, C).
+        q: softmax of a (n, C).
+        f: ∂_c KL (n, C).
+    """
+
+    beta: float
+    clean: OutputCurvature
+    p: Tensor
+    q: Tensor
+    f: Tensor
+
+    def apply(self, c: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
+        """The products (n, C) with directions of the clean and of the perturbed logits (n, C)."""
+        p, f = self.p, self.f
+        along = (p * c).sum(dim=1, keepdim=True), (f * c).sum(dim=1, keepdim=True)
+        own = Categorical(p).apply(c - a) + f * c - f * along[0] - p * along[1]
+        other = Categorical(self.q).apply(a) - Categorical(p).apply(c)
+        return self.clean.apply(c) + self.beta * own, self.beta * other
+
+    def dense(self) -> tuple[Tensor, Tensor, Tensor]:
+        """∂_cc, ∂_ca and ∂_aa (n, C, C)."""
+        s_p, outer = Categorical(self.p).dense(), self.f.unsqueeze(2) * self.p.unsqueeze(1)
+        own = s_p + torch.diag_embed(self.f) - outer - outer.mT
+        second = self.beta * Categorical(self.q).dense()
+        return self.clean.dense() + self.beta * own, -self.beta * s_p, second
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What it is made of, by name, with one row a point."""
+        clean = {f"clean_{name}": one for name, one in self.clean.tensors().items()}
+        return {"p": self.p, "shares": self.q, "f": self.f, **clean}
+
+    @classmethod
+    def restore(cls, beta: float, tensors: Mapping[str, Tensor]) -> PairedOutput:
+        """The inverse of `tensors`; others among them are left aside."""
+        clean = {
+            name.removeprefix("clean_"): one
+            for name, one in tensors.items()
+            if name.startswith("clean_")
+        }
+        return cls(beta, restored_output(clean), tensors["p"], tensors["shares"], tensors["f"])
+
+
+def _divergence(clean: Tensor, perturbed: Tensor) -> Tensor:
+    """KL(softmax clean ‖ softmax perturbed) (n,), float64."""
+    log_p, log_q = (F.log_softmax(_logits(z), dim=1) for z in (clean, perturbed))
+    return (log_p.exp() * (log_p - log_q)).sum(dim=1)
+
+
+def _logits(outputs: Tensor) -> Tensor:
+    if outputs.ndim != 2 or outputs.shape[1] < 2:
+        raise ConfigurationError(
+            f"TRADES compares the shares of classes, and the outputs have shape "
+            f"{tuple(outputs.shape)}: give the head one output a class, two at the least"
+        )
+    return outputs.double()
