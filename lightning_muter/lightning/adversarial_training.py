@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,7 +18,13 @@ from lightning_muter.adversary.ascent import (
 from lightning_muter.adversary.attack_library import Attack
 from lightning_muter.errors import ConfigurationError, MuterError
 from lightning_muter.lightning.flavour import pl
-from lightning_muter.models import evaluating
+from lightning_muter.lightning.kept_state import untouched
+from lightning_muter.lightning.preflight import check_gradient, check_outputs
+from lightning_muter.models import BatchForm, Logits, LogitsForm, evaluating
+from lightning_muter.models.batches import Where
+from lightning_muter.models.logits import Forward, Output
+from lightning_muter.objectives.losses import PointLoss
+from lightning_muter.objectives.module_loss import ModuleLoss, asked_loss, loss_in
 from lightning_muter.objectives.resolve import AnyLoss, resolve_loss
 from lightning_muter.threats import Threat
 
@@ -27,8 +34,9 @@ __all__ = ["AdversarialTraining"]
 class AdversarialTraining(pl.Callback):
     """Swaps each training batch for its adversarial version; logs clean and robust accuracy.
 
-    The batch's list is changed, never a tensor of the data set. In validation and test the clean
-    and robust accuracy (mean loss for regression) are logged as ``val_clean_acc``,
+    The batch's list, dictionary or object is changed, never a tensor of the data set, and
+    ``training_step`` sees it in the shape in which the loader gave it. In validation and test the
+    clean and robust accuracy (mean loss for regression) are logged as ``val_clean_acc``,
     ``val_robust_acc``, ``test_clean_acc``, ``test_robust_acc``. A point at which the attack had no
     gradient is attacked again from random starts before it counts as robust. Inputs outside the
     threat's ``data_range`` are refused before anything is trained on them.
@@ -36,10 +44,16 @@ class AdversarialTraining(pl.Callback):
     Args:
         threat: the constraint set.
         attack: an `Attack`, or None for the threat's own projected gradient ascent.
-        loss: what the attack ascends.
+        loss: what the attack ascends; the name of an attribute of the module takes its loss object.
         attack_steps: steps of the threat's own ascent.
         attack_step_size: its step; None for 2.5 · eps / attack_steps.
         random_start: start at a random allowed perturbation.
+        batch: where a batch's input and target are: two names or positions, or a function batch ->
+            (x, target); None to find them.
+        output: where the logits are in what the module returns: a key, a position, an attribute, or
+            a function of it; None to find them.
+        forward: a method's name or a function (module, x) -> logits, where calling the module with
+            x alone gives none.
     """
 
     def __init__(
@@ -50,6 +64,9 @@ class AdversarialTraining(pl.Callback):
         attack_steps: int = 10,
         attack_step_size: float | None = None,
         random_start: bool = True,
+        batch: Where | None = None,
+        output: Output | None = None,
+        forward: Forward | None = None,
     ) -> None:
         self.threat = threat
         self.attack = attack
@@ -57,20 +74,26 @@ class AdversarialTraining(pl.Callback):
         self.attack_steps = attack_steps
         self.attack_step_size = attack_step_size or 2.5 * threat.eps / max(attack_steps, 1)
         self.random_start = random_start
-        self._point_loss = resolve_loss(loss)
+        self._batch, self._logits = BatchForm.of(batch), LogitsForm(forward, output)
+        if not isinstance(asked_loss(loss), ModuleLoss):  # which is looked up in the module
+            resolve_loss(loss)
+        self._put_back: Callable[[], None] | None = None
+        self._tried = False
         self._clean, self._robust = MeanMetric(), MeanMetric()
         self._blind = SumMetric()
         self._inputs_refused = False
 
     def perturb(self, module: nn.Module, x: Tensor, targets: Tensor) -> Tensor:
         """Adversarial inputs (n, ...); module mode, gradients and RNG are left as they were."""
+        logits, loss = self._logits.of(module), self._loss_in(module)
+        self._try(logits, loss, x, targets)
         with evaluating(module), own_random_numbers(x):
             x = x.detach().clone()
             if self.attack is not None:
-                return self.attack(module, x, targets.clone())
+                return self.attack(logits, x, targets.clone())
             return projected_gradient_ascent(
-                module,
-                self._point_loss,
+                logits,
+                loss,
                 self.threat,
                 x,
                 targets.clone(),
@@ -79,19 +102,51 @@ class AdversarialTraining(pl.Callback):
                 self.random_start,
             )
 
+    def _loss_in(self, module: nn.Module) -> PointLoss:
+        return resolve_loss(loss_in(self.loss, module))
+
+    def _try(self, logits: Logits, loss: PointLoss, x: Tensor, targets: Tensor) -> None:
+        """Two points first: what the module cannot do is said by what would help."""
+        if not self._tried:
+            with untouched(logits), evaluating(logits):
+                check_outputs(logits, x[:2].clone())
+                check_gradient(logits, loss, x[:2].clone(), targets[:2].clone())
+        self._tried = True
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self._tried = False
+        self._loss_in(pl_module)
+
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._inputs_refused = False
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        if not isinstance(batch, list):
-            raise ConfigurationError(
-                f"a training batch is a {type(batch).__name__}; expected a list [input, target], "
-                "as default_collate makes it: return one from collate_fn"
-            )
-        self._check_inputs(batch[0])
-        batch[0] = self.perturb(pl_module, batch[0], batch[1])
+        x, targets = self._batch.read(batch)
+        self._check_inputs(x)
+        self._put_back = self._batch.put(batch, x, self.perturb(pl_module, x, targets))
+
+    def on_train_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        self._unperturb()
+
+    def on_exception(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
+    ) -> None:
+        self._unperturb()
+
+    def _unperturb(self) -> None:
+        """A tensor that showed the perturbed values shows its own again."""
+        if self._put_back is not None:
+            self._put_back()
+        self._put_back = None
 
     def _check_inputs(self, x: Tensor) -> None:
         """Refuse inputs (n, ...) on which the threat is not what it says; once, where it goes on.
@@ -115,8 +170,8 @@ class AdversarialTraining(pl.Callback):
         adversarial = self.perturb(module, x, targets)
         with evaluating(module), own_random_numbers(x):
             return without_blind_spots(
-                module,
-                self._point_loss,
+                self._logits.of(module),
+                self._loss_in(module),
                 self.threat,
                 x.detach().clone(),
                 targets.clone(),
@@ -126,19 +181,20 @@ class AdversarialTraining(pl.Callback):
             )
 
     def _measure(self, pl_module: pl.LightningModule, batch: Any) -> None:
-        x, targets = batch[0], batch[1]
+        x, targets = self._batch.read(batch)
+        logits, loss = self._logits.of(pl_module), self._loss_in(pl_module)
         self._check_inputs(x)
         adversarial, blind = self._attack_hard(pl_module, x, targets)
         self._blind.to(x.device).update(blind.sum())
         with torch.no_grad():
             for metric, inputs in ((self._clean, x), (self._robust, adversarial)):
-                outputs = pl_module(inputs)
-                correct = self._point_loss.is_correct(outputs, targets)
-                value = self._point_loss(outputs, targets) if correct is None else correct.float()
+                outputs = logits(inputs)
+                correct = loss.is_correct(outputs, targets)
+                value = loss(outputs, targets) if correct is None else correct.float()
                 metric.to(x.device).update(value)
 
     def _report(self, pl_module: pl.LightningModule, stage: str) -> None:
-        kind = "acc" if self._point_loss.classifies else "loss"
+        kind = "acc" if self._loss_in(pl_module).classifies else "loss"
         for name, metric in (("clean", self._clean), ("robust", self._robust)):
             pl_module.log(f"{stage}_{name}_{kind}", metric.compute())
             metric.reset()

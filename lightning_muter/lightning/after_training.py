@@ -18,6 +18,7 @@ from lightning_muter.lightning.preflight import Preflight, rehearse, time_pass
 from lightning_muter.lightning.process_group import process_group
 from lightning_muter.lightning.rescue import check_not_stopped
 from lightning_muter.memory.memory import UnlearningMemory
+from lightning_muter.models import BatchForm
 from lightning_muter.spec import Settings
 from lightning_muter.unlearning.methods import METHODS
 from lightning_muter.unlearning.objective import RobustObjective, newton
@@ -160,8 +161,8 @@ class AfterTraining:
                 bar.update(len(batch))
 
 
-def points_of(trainer: pl.Trainer) -> TrainingPoints:
-    """The training points of a trainer that is set up.
+def points_of(trainer: pl.Trainer, form: BatchForm) -> TrainingPoints:
+    """The training points of a trainer that is set up, their batches read by ``form``.
 
     Raises:
         ConfigurationError: there is not one loader of one data set.
@@ -171,7 +172,7 @@ def points_of(trainer: pl.Trainer) -> TrainingPoints:
         raise ConfigurationError(
             f"the training data is a {type(loader).__name__}; one DataLoader is needed"
         )
-    return TrainingPoints(loader.dataset, loader.collate_fn)
+    return TrainingPoints(loader.dataset, loader.collate_fn, form)
 
 
 def refuse_spawned(trainer: pl.Trainer, cause: BaseException | None = None) -> None:

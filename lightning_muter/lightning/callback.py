@@ -35,8 +35,12 @@ from lightning_muter.lightning.unlearn import unlearn
 from lightning_muter.memory.ids import id_digests, ids_key
 from lightning_muter.memory.memory import UnlearningMemory
 from lightning_muter.memory.rebase_policy import RebasePolicy
+from lightning_muter.models import BatchForm, LogitsForm
+from lightning_muter.models.batches import Where
+from lightning_muter.models.logits import Forward, Output
 from lightning_muter.models.names import listed
-from lightning_muter.objectives.resolve import AnyLoss, as_value
+from lightning_muter.objectives.module_loss import asked_loss, loss_in
+from lightning_muter.objectives.resolve import AnyLoss
 from lightning_muter.options import Ascent, Options, flat
 from lightning_muter.spec import Settings
 from lightning_muter.threats import Threat
@@ -75,7 +79,8 @@ class MUterCallback(MemoryKeeper, AdversarialTraining):
         head: dotted name of the linear layer that is trained.
         parameters: names of the trained parameters instead of a head.
         loss: "cross_entropy", "logistic", "squared"; a loss module of torch by its own arguments,
-            ``nn.CrossEntropyLoss(label_smoothing=0.1)``; or a callable (outputs, targets) -> (n,).
+            ``nn.CrossEntropyLoss(label_smoothing=0.1)``; a callable (outputs, targets) -> (n,); or
+            the name of the module's attribute that holds its loss module, as "criterion".
         method: a row of ``METHODS``.
         attack: the training attack: an `Attack` of a library, or an `Ascent`; None for the threat's
             own ascent as the three keywords below describe it.
@@ -117,6 +122,13 @@ class MUterCallback(MemoryKeeper, AdversarialTraining):
             points; the memory keeps keyed digests of them.
         rebase_every: requests after which a result asks for a rebase; None never asks.
         rebase_after: days from the first request that was not followed by a rebase, likewise.
+        batch: where a batch's input and target are: two names or positions, or a function batch ->
+            (x, target); None to find them.
+        output: where the logits are in what the module returns: a key, a position, an attribute, or
+            a function of it; None to find them.
+        forward: a method's name or a function (module, x) -> logits, where calling the module with
+            x alone gives none: it flattens elsewhere, runs its backbone without gradients, or has
+            no ``forward``.
 
     Raises:
         ConfigurationError: an argument is outside what it says here; in fit, training is not what
@@ -154,6 +166,9 @@ class MUterCallback(MemoryKeeper, AdversarialTraining):
         ids: Ids | None = None,
         rebase_every: int | None = None,
         rebase_after: float | None = None,
+        batch: Where | None = None,
+        output: Output | None = None,
+        forward: Forward | None = None,
     ) -> None:
         given = {name: value for name, value in locals().items() if name in _DEFAULTS}
         options = {
@@ -169,13 +184,17 @@ class MUterCallback(MemoryKeeper, AdversarialTraining):
             threat=threat,
             head=head,
             parameters=listed(parameters),
-            loss=as_value(loss),
+            loss=asked_loss(loss),
+            batch=BatchForm.of(batch),
+            logits=LogitsForm(forward, output),
             weight_decay=weight_decay or 0.0,
             horizon=None if horizon == "training" else horizon,
             **keywords,
         )
         library = None if isinstance(attack, Ascent) else attack
-        super().__init__(threat, library, loss, **ascent)
+        super().__init__(
+            threat, library, loss, batch=batch, output=output, forward=forward, **ascent
+        )
         if newton_steps < 0 or batch_size < 1:
             raise ConfigurationError(
                 f"newton_steps={newton_steps} must be >= 0 and batch_size={batch_size} >= 1"
@@ -212,6 +231,8 @@ class MUterCallback(MemoryKeeper, AdversarialTraining):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         refuse_other(trainer=trainer, model=pl_module)
+        super().setup(trainer, pl_module, stage)
+        self.settings = replace(self.settings, loss=loss_in(self.loss, pl_module))
         if not hasattr(trainer, "unlearn"):
             trainer.unlearn = types.MethodType(unlearn, trainer)  # type: ignore[attr-defined]
         if stage != "fit":
@@ -231,7 +252,7 @@ class MUterCallback(MemoryKeeper, AdversarialTraining):
             self._refuse(error)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        points, view = points_of(trainer), self.settings.view(pl_module)
+        points, view = points_of(trainer, self.settings.batch), self.settings.view(pl_module)
         points.check()
         self._id_texts = ids_of(points.dataset, self.ids)
         check_held(trainer.optimizers, view, self.newton_steps)
@@ -299,7 +320,7 @@ class MUterCallback(MemoryKeeper, AdversarialTraining):
         watch = self._watching()
         watch.received(batch, batch_idx)
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
-        watch.perturbed(batch[0], batch[1])
+        watch.perturbed(*self.settings.batch.read(batch))
 
     def _freeze_modes(self, pl_module: nn.Module) -> None:
         trained = set(self.settings.view(pl_module).names)
@@ -327,6 +348,7 @@ class MUterCallback(MemoryKeeper, AdversarialTraining):
         batch_idx: int,
     ) -> None:
         self._watching().ended()
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._watching().epoch_ended()
@@ -337,6 +359,7 @@ class MUterCallback(MemoryKeeper, AdversarialTraining):
     def on_exception(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
     ) -> None:
+        super().on_exception(trainer, pl_module, exception)
         if self._kept is not None:  # Lightning does not call teardown after an exception
             self._kept.restore_modes()
         self._restore()

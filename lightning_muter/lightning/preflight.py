@@ -15,7 +15,8 @@ from torch.func import functional_call
 
 from lightning_muter.errors import ConfigurationError, MuterError
 from lightning_muter.lightning.kept_state import untouched
-from lightning_muter.models import ModelView, measuring
+from lightning_muter.models import Logits, ModelView, measuring
+from lightning_muter.models.logits import described
 from lightning_muter.objectives.losses import PointLoss
 from lightning_muter.objectives.targets import check_targets as check_values
 from lightning_muter.parallel import Group
@@ -26,7 +27,15 @@ from lightning_muter.unlearning.point_problem import PointProblem
 from lightning_muter.unlearning.points import Batch, Chunk
 from lightning_muter.unlearning.representation import Representation
 
-__all__ = ["Preflight", "check_forward", "check_targets", "rehearse", "time_pass"]
+__all__ = [
+    "Preflight",
+    "check_forward",
+    "check_gradient",
+    "check_outputs",
+    "check_targets",
+    "rehearse",
+    "time_pass",
+]
 
 _FEW, _USUAL = 8, 30  # passes of the maximiser: enough to see that it runs, and what it takes
 _CHEAP = 0.1  # seconds of two points: with less more of them are timed, for better numbers
@@ -43,6 +52,12 @@ _EIGENVALUES = 10.0  # the extreme eigenvalues of a memory take about so many fa
 _CURVATURE = (
     "the loss must be twice differentiable in the trained parameters and in the input: replace the "
     "layer that is not (a fused kernel, a custom backward), or train a smaller part of the module"
+)
+_FORWARD = (
+    "forward(x) must make logits (n, C) of a batch of inputs alone: define it so, or say by "
+    "forward= the name of the method that does, or a function (module, x) -> logits, as where "
+    "training_step flattens or normalises its inputs itself; output= says where in its result the "
+    "logits are"
 )
 _OUT_OF_MEMORY = (
     "take a smaller head, sketch=1 for a wide network's head, a smaller batch_size, or a machine "
@@ -136,11 +151,11 @@ def rehearse(
         batch = read(2)
         x, targets = batch.x, batch.targets
         view = settings[-1].view(module)
-        outputs = check_forward(module, x)
+        outputs = check_forward(view.logits, x)
         check_targets(view.loss, targets, outputs)
         if known_targets is not None:
             check_targets(view.loss, known_targets.to(targets), outputs)
-        _check_gradient(view, x, targets)
+        check_gradient(view.logits, view.loss, x, targets)
         if any(METHODS[one.method].curvature in ("total", "hessian") for one in settings):
             _check_double_backward(view, x, targets)
         for one in settings:
@@ -208,23 +223,14 @@ def _step(name: str, way_out: str) -> Iterator[None]:
         ) from error
 
 
-def check_forward(module: nn.Module, x: Tensor) -> Tensor:
+def check_forward(logits: Logits, x: Tensor) -> Tensor:
     """The outputs (2, C) of a forward that gives one row of a tensor for each of two points.
 
     Raises:
         ConfigurationError: another type or shape, outputs that are not finite, change from call to
             call, or depend on the other points of the batch.
     """
-    with (
-        torch.no_grad(),
-        _step(
-            "forward(x)", "define forward(x) -> outputs (n, C) that takes a batch of inputs alone"
-        ),
-    ):
-        outputs, again, single = module(x.clone()), module(x.clone()), module(x[:1].clone())
-    outputs, again, single = (
-        _rows(found, n) for found, n in ((outputs, len(x)), (again, len(x)), (single, 1))
-    )
+    outputs, again, single = (check_outputs(logits, part) for part in (x, x, x[:1]))
     if single.shape[1:] != outputs.shape[1:]:
         raise ConfigurationError(
             f"forward returns shape {tuple(single.shape)} for one point and {tuple(outputs.shape)} "
@@ -246,12 +252,18 @@ def check_forward(module: nn.Module, x: Tensor) -> Tensor:
     return outputs
 
 
-def _rows(outputs: Any, n: int) -> Tensor:
-    """The outputs of n points, as they were."""
+def check_outputs(logits: Logits, x: Tensor) -> Tensor:
+    """The outputs (n, C), one row of a tensor for each of the points x (n, ...).
+
+    Raises:
+        ConfigurationError: another type or shape, or outputs that are not finite.
+    """
+    with torch.no_grad(), _step(f"{logits.form.name}(x)", _FORWARD):
+        outputs, n = logits(x.clone()), len(x)
     if not isinstance(outputs, Tensor):
         raise ConfigurationError(
-            f"forward returns {_described(outputs)}, one tensor of outputs (n, C) is expected: "
-            "return the logits alone from forward"
+            f"the logits are {described(outputs)}, one tensor (n, C) is expected: say by output= "
+            "where it is in what forward returns, or by forward= what makes it"
         )
     if outputs.ndim == 0 or len(outputs) != n or not outputs.is_floating_point():
         raise ConfigurationError(
@@ -265,18 +277,6 @@ def _rows(outputs: Any, n: int) -> Tensor:
             "the inputs or the model's initial weights"
         )
     return outputs
-
-
-def _described(value: Any) -> str:
-    if value is None:
-        return "None"
-    name = type(value).__name__
-    if isinstance(value, dict):
-        return f"a {name} with the keys {[str(key) for key in value]}"
-    if isinstance(value, (tuple, list)):
-        return f"a {name} of {[type(item).__name__ for item in value]}"
-    tensors = [key for key, item in vars(value).items() if isinstance(item, Tensor)]
-    return f"a {name} with the tensors {tensors}" if tensors else f"a {name}"
 
 
 def check_targets(loss: PointLoss, targets: Tensor, outputs: Tensor) -> None:
@@ -317,14 +317,20 @@ def _takes(loss: PointLoss, outputs: Tensor, target: Tensor) -> bool:
     return all(bool(torch.isfinite(values).all()) for values in found)
 
 
-def _check_gradient(view: ModelView, x: Tensor, targets: Tensor) -> None:
+def check_gradient(logits: Logits, loss: PointLoss, x: Tensor, targets: Tensor) -> None:
+    """Refuse a module from whose loss no finite gradient reaches the input.
+
+    Raises:
+        ConfigurationError: with the way out.
+    """
     inputs = x.detach().clone().requires_grad_(True)
     with _step(
         "∂l/∂x, which the attack ascends",
         "forward must be differentiable in its input: without torch.no_grad(), "
-        "torch.inference_mode() or changes in place",
+        "torch.inference_mode() or changes in place; or say by forward= a function (module, x) -> "
+        "logits that is",
     ):
-        losses = view.loss(view.module(inputs), targets)
+        losses = loss(logits(inputs), targets)
         gradient = None
         if losses.requires_grad:
             (gradient,) = torch.autograd.grad(losses.sum(), inputs, allow_unused=True)
@@ -332,7 +338,8 @@ def _check_gradient(view: ModelView, x: Tensor, targets: Tensor) -> None:
         raise ConfigurationError(
             "no gradient of the loss reaches the input, so that nothing can be attacked: forward "
             "runs a part under torch.no_grad() or detaches it; take that out (MUterCallback "
-            "freezes the part by itself), or give the module a forward of its own"
+            "freezes the part by itself), or say by forward= a method or a function (module, x) -> "
+            "logits that runs it without"
         )
     if not bool(torch.isfinite(losses).all()) or not bool(torch.isfinite(gradient).all()):
         raise ConfigurationError(
@@ -349,11 +356,11 @@ def _check_double_backward(view: ModelView, x: Tensor, targets: Tensor) -> None:
     """
     inputs = x.detach().clone().requires_grad_(True)
     omega = {
-        name: parameter.detach().clone().requires_grad_(True)
+        f"module.{name}": parameter.detach().clone().requires_grad_(True)
         for name, parameter in zip(view.names, view.parameters, strict=True)
     }
     with _step("the second derivative of the loss, by double backward,", _CURVATURE):
-        losses = view.loss(functional_call(view.module, omega, (inputs,)), targets)
+        losses = view.loss(functional_call(view.logits, omega, (inputs,)), targets)
         (gradient,) = torch.autograd.grad(losses.sum(), inputs, create_graph=True)
         if gradient.requires_grad:
             torch.autograd.backward(gradient.sum())  # into the .grad of the copies above

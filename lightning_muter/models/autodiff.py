@@ -28,16 +28,16 @@ class Autodiff(ModelView):
 
     def point_function(self) -> tuple[PointFunction, Tensor]:
         """(ω, x, y) -> l of one point, and the module's ω (p,)."""
-        module, shapes = self.module, [p.shape for p in self.parameters]
+        logits, shapes = self.logits, [p.shape for p in self.parameters]
         sizes = [p.numel() for p in self.parameters]
 
         def loss(omega: Tensor, x: Tensor, y: Tensor) -> Tensor:
             parts = torch.split(omega, sizes)
             values = {
-                name: part.reshape(shape)
+                f"module.{name}": part.reshape(shape)
                 for name, part, shape in zip(self.names, parts, shapes, strict=True)
             }
-            outputs = functional_call(module, values, (x.unsqueeze(0),))
+            outputs = functional_call(logits, values, (x.unsqueeze(0),))
             return self.loss(outputs, y.unsqueeze(0)).squeeze(0)
 
         return loss, torch.cat([p.detach().reshape(-1) for p in self.parameters])
@@ -57,7 +57,7 @@ class AutodiffLinearisation(Linearisation):
 
     def losses(self) -> Tensor:
         with torch.no_grad():
-            return self.view.loss(self.view.module(self.x), self.targets).double()
+            return self.view.loss(self.view.logits(self.x), self.targets).double()
 
     def gradients(self) -> Tensor:
         loss, omega = self.view.point_function()

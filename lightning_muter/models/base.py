@@ -14,6 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from lightning_muter.curvature.kept import OuterProducts
 from lightning_muter.curvature.point import PointCurvature
 from lightning_muter.errors import ConfigurationError
+from lightning_muter.models.logits import CALLED, LogitsForm
 from lightning_muter.models.names import suggest
 from lightning_muter.objectives.losses import PointLoss
 from lightning_muter.responses import Response
@@ -113,7 +114,13 @@ class ModelView(ABC):
     are float64 whatever the module computes in. Call inside `measuring`.
     """
 
-    def __init__(self, module: nn.Module, names: list[str], loss: PointLoss) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        names: list[str],
+        loss: PointLoss,
+        form: LogitsForm = CALLED,
+    ) -> None:
         parameters = dict(module.named_parameters())
         missing = [name for name in names if name not in parameters]
         if missing or not names:
@@ -122,6 +129,7 @@ class ModelView(ABC):
                 f"{suggest((missing or ['']), parameters)}"
             )
         self.module = module
+        self.logits = form.of(module)
         self.names = list(names)
         self.loss = loss
         self.parameters = [parameters[name] for name in names]
@@ -169,13 +177,13 @@ class ModelView(ABC):
 
     def ascent(self, x: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """What an adversary ascends in the loss's place: levels (n,), gradients (n, d), float64."""
-        slope = self.loss.slope(self.module, x, targets)
+        slope = self.loss.slope(self.logits, x, targets)
         return slope.level.double(), slope.scaled.double() * slope.scale.double()
 
     def second_input_derivatives(self, x: Tensor, targets: Tensor) -> Tensor:
         """∂δδ l (n, d, d), one coordinate of every point at a time, float64."""
         inputs = x.detach().requires_grad_(True)
-        losses = self.loss(self.module(inputs), targets)
+        losses = self.loss(self.logits(inputs), targets)
         (g,) = torch.autograd.grad(losses.sum(), inputs, create_graph=True)
         flat = g.reshape(len(x), -1)
         rows = []
@@ -192,7 +200,7 @@ class ModelView(ABC):
     def products(self, x: Tensor, targets: Tensor, weights: Tensor) -> Products:
         """Second-order products through one stored graph of the points' weighted losses."""
         inputs = x.detach().requires_grad_(True)
-        total = self.loss(self.module(inputs), targets) @ weights.to(inputs)
+        total = self.loss(self.logits(inputs), targets) @ weights.to(inputs)
         *g_omega, g_delta = torch.autograd.grad(
             total, [*self.parameters, inputs], create_graph=True
         )

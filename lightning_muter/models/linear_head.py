@@ -11,6 +11,7 @@ from lightning_muter.curvature.head import HeadHessian, HeadPoints, HeadTotal
 from lightning_muter.curvature.point import PointCurvature
 from lightning_muter.errors import ConfigurationError
 from lightning_muter.models.base import Linearisation, ModelView
+from lightning_muter.models.logits import CALLED, LogitsForm
 from lightning_muter.models.names import linear_layers, suggest
 from lightning_muter.objectives.losses import PointLoss
 from lightning_muter.objectives.output_curvature import Outer
@@ -32,7 +33,9 @@ class LinearHead(ModelView):
     skipped when the head reads the input itself.
     """
 
-    def __init__(self, module: nn.Module, head: str, loss: PointLoss) -> None:
+    def __init__(
+        self, module: nn.Module, head: str, loss: PointLoss, form: LogitsForm = CALLED
+    ) -> None:
         modules = dict(module.named_modules())
         if head not in modules:
             raise ConfigurationError(
@@ -46,7 +49,7 @@ class LinearHead(ModelView):
                 "parameters=[...] to use Autodiff instead"
             )
         names = [f"{head}.weight"] + ([f"{head}.bias"] if layer.bias is not None else [])
-        super().__init__(module, names, loss)
+        super().__init__(module, names, loss, form)
         self.layer = layer
         self._bends: bool | None = None
 
@@ -55,7 +58,7 @@ class LinearHead(ModelView):
         seen: list[Tensor] = []
         handle = self.layer.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
         try:
-            outputs = self.module(x)
+            outputs = self.logits(x)
         finally:
             handle.remove()
         if len(seen) != 1:

@@ -10,6 +10,7 @@ from lightning_muter.errors import ConfigurationError
 from lightning_muter.models.autodiff import Autodiff
 from lightning_muter.models.base import ModelView
 from lightning_muter.models.linear_head import FeatureHead, LinearHead
+from lightning_muter.models.logits import CALLED, LogitsForm
 from lightning_muter.models.names import listed
 from lightning_muter.objectives.losses import PointLoss
 from lightning_muter.objectives.resolve import AnyLoss, resolve_loss
@@ -26,6 +27,7 @@ def view_of(
     head: str | None = None,
     parameters: Sequence[str] | None = None,
     space: str = "input",
+    form: LogitsForm = CALLED,
 ) -> ModelView:
     """The view of a linear head, or of any named parameters.
 
@@ -35,6 +37,7 @@ def view_of(
         head: dotted name of a linear layer; or
         parameters: names of parameters.
         space: "input", or "features" for perturbations of the head's input.
+        form: what makes logits of the module.
 
     Raises:
         ConfigurationError: not exactly one of head and parameters, or a name that is none.
@@ -47,7 +50,7 @@ def view_of(
         raise ConfigurationError(f"space={space!r} is unknown; expected 'input' or 'features'")
     resolved = resolve_loss(loss)
     if head is not None:
-        return _HEADS[space](module, head, resolved)
+        return _HEADS[space](module, head, resolved, form)
     if space == "features":
         raise ConfigurationError("space='features' needs a linear head: give head=...")
-    return Autodiff(module, list(listed(parameters) or ()), resolved)
+    return Autodiff(module, list(listed(parameters) or ()), resolved, form)
