@@ -188,7 +188,7 @@ class AdversarialTraining(pl.Callback):
         self._blind.to(x.device).update(blind.sum())
         with torch.no_grad():
             for metric, inputs in ((self._clean, x), (self._robust, adversarial)):
-                outputs = logits(inputs)
+                outputs = logits(inputs).detach()
                 correct = loss.is_correct(outputs, targets)
                 value = loss(outputs, targets) if correct is None else correct.float()
                 metric.to(x.device).update(value)

@@ -23,6 +23,7 @@ from lightning_muter.lightning.after_training import (
 from lightning_muter.lightning.fidelity.averaging import check_order
 from lightning_muter.lightning.fidelity.decay import check_held, decay_of, declared_penalty
 from lightning_muter.lightning.fidelity.flow import check_rates
+from lightning_muter.lightning.fidelity.frozen import check_finetuning
 from lightning_muter.lightning.fidelity.watch import TrainingWatch
 from lightning_muter.lightning.flavour import pl, refuse_other
 from lightning_muter.lightning.folder import check_free, create, model_path, rewritten
@@ -248,6 +249,7 @@ class MUterCallback(MemoryKeeper, AdversarialTraining):
         self._watch, self._resumed, self.findings, self.point_weights = None, {}, [], None
         try:
             check_order(trainer.callbacks, self)  # type: ignore[attr-defined]
+            check_finetuning(trainer.callbacks)  # type: ignore[attr-defined]
         except ConfigurationError as error:
             self._refuse(error)
 

@@ -312,6 +312,8 @@ def _takes(loss: PointLoss, outputs: Tensor, target: Tensor) -> bool:
             found = [loss(outputs, target), r, s.dense()]
         else:
             found = [loss(outputs, target)]
+    except MuterError:
+        raise
     except (RuntimeError, IndexError, ValueError):
         return False
     return all(bool(torch.isfinite(values).all()) for values in found)

@@ -57,7 +57,7 @@ class AutodiffLinearisation(Linearisation):
 
     def losses(self) -> Tensor:
         with torch.no_grad():
-            return self.view.loss(self.view.logits(self.x), self.targets).double()
+            return self.view.loss(self.view.logits(self.x), self.targets).detach().double()
 
     def gradients(self) -> Tensor:
         loss, omega = self.view.point_function()

@@ -211,7 +211,8 @@ class HeadLinearisation(Linearisation):
     def __init__(self, view: LinearHead, x: Tensor, targets: Tensor, weights: Tensor) -> None:
         super().__init__(view, x, targets, weights)
         with torch.no_grad():
-            h, self._outputs = view.features(x)
+            h, outputs = view.features(x)
+        h, self._outputs = h.detach(), outputs.detach()  # a forward may switch gradients on
         # the head of a linear model reads the input's own memory: J is the identity
         self.reads_input = h.data_ptr() == x.data_ptr() and h.numel() == x.numel()
         r, s = view.loss.derivatives(self._outputs.reshape(len(x), -1).double(), targets)
