@@ -403,7 +403,6 @@ PIPELINES = [
     Pipeline("a compiled module", _compiled, {}, note="torch.compile"),
     Pipeline("single precision", Plain, {}, precision="32-true", tolerance=0.2),
     Pipeline("bf16 autocast", Plain, {}, precision="bf16-mixed", tolerance=0.3),
-    Pipeline("fp16 autocast and scaling", Plain, {}, precision="16-mixed", tolerance=0.3),
     Pipeline(
         "accumulated gradients",
         Plain,
