@@ -13,9 +13,9 @@ from lightning_muter.errors import ConfigurationError
 
 __all__ = ["FOUND", "BatchForm", "Where"]
 
-Name = Union[str, int]  # noqa: UP007 - read by jsonargparse
+Name = Union[int, str]  # noqa: UP007 - read by jsonargparse
 #: what a user can give as ``batch=``
-Where = Union[Sequence[Name], Callable[[Any], Any]]  # noqa: UP007
+Where = Union[Callable[[Any], Any], Sequence[Name]]  # noqa: UP007
 
 _INPUTS = ("image", "images", "img", "input", "inputs", "pixel_values", "x")
 _TARGETS = ("label", "labels", "target", "targets", "y")

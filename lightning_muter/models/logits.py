@@ -13,9 +13,9 @@ from lightning_muter.models.names import suggest
 
 __all__ = ["CALLED", "Forward", "Logits", "LogitsForm", "Output", "described"]
 
-#: what a user can give as ``forward=`` and as ``output=``
-Forward = Union[str, Callable[[nn.Module, Tensor], Any]]  # noqa: UP007 - read by jsonargparse
-Output = Union[str, int, Callable[[Any], Any]]  # noqa: UP007
+#: what a user can give as ``forward=`` and as ``output=``; in YAML an import path comes before a name
+Forward = Union[Callable[[nn.Module, Tensor], Any], str]  # noqa: UP007 - read by jsonargparse
+Output = Union[Callable[[Any], Any], int, str]  # noqa: UP007
 
 
 @dataclass(frozen=True)
