@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_muter.adversary.attack_library import Attack
 from lightning_muter.errors import ConfigurationError, MuterError, StateError
@@ -20,7 +20,7 @@ from lightning_muter.lightning.after_training import (
     refuse_spawned,
     report,
 )
-from lightning_muter.lightning.fidelity.averaging import check_order
+from lightning_muter.lightning.fidelity.averaging import check_order, check_unmoved
 from lightning_muter.lightning.fidelity.decay import check_held, decay_of, declared_penalty
 from lightning_muter.lightning.fidelity.flow import check_rates
 from lightning_muter.lightning.fidelity.frozen import check_finetuning
@@ -318,18 +318,12 @@ class MUterCallback(MemoryKeeper, AdversarialTraining):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        self._freeze_modes(pl_module)
+        if self._kept is not None:
+            self._kept.evaluate_frozen(pl_module, set(self.settings.view(pl_module).names))
         watch = self._watching()
         watch.received(batch, batch_idx)
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
         watch.perturbed(*self.settings.batch.read(batch))
-
-    def _freeze_modes(self, pl_module: nn.Module) -> None:
-        trained = set(self.settings.view(pl_module).names)
-        for name, module in pl_module.named_modules():
-            own = {f"{name}.{k}" if name else k for k, _ in module.named_parameters()}
-            if name and not own & trained and self._kept is not None:
-                self._kept.evaluate(module)
 
     def on_before_backward(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor
@@ -414,17 +408,11 @@ class MUterCallback(MemoryKeeper, AdversarialTraining):
         memory, view = self.memory, self.settings.view(pl_module)
         if memory is None:
             return
-        now = view.get()
-        kept = memory.omega.to(now.device).to(view.dtype).double()
-        if torch.allclose(now, kept, rtol=1e-6, atol=1e-8):
+        try:
+            check_unmoved(memory.omega, view)
             return
-        self._refuse(
-            ConfigurationError(
-                "a callback listed after MUterCallback changed the trained parameters by "
-                f"{float(torch.linalg.vector_norm(now - kept)):.3g} when training ended, after "
-                "their memory was built: list it before MUterCallback"
-            )
-        )
+        except ConfigurationError as error:
+            self._refuse(error)
         said = tuple(dict.fromkeys((*memory.warnings, *self.findings)))
         self.memory = replace(memory, warnings=said)
         self.memory = rewritten(self.memory, self.folder, trainer.is_global_zero)

@@ -184,7 +184,7 @@ def _report(result: UnlearningResult | RebaseResult) -> None:
 
 
 class MUterCLI(LightningCLI):
-    """``LightningCLI`` with our Trainer and its verbs ``unlearn``, ``rebase`` and ``build_memory``."""
+    """``LightningCLI`` with our Trainer's verbs ``unlearn``, ``rebase``, ``build_memory``."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         kwargs.setdefault("trainer_class", CLITrainer)

@@ -13,7 +13,7 @@ from lightning_muter.models.names import suggest
 
 __all__ = ["CALLED", "Forward", "Logits", "LogitsForm", "Output", "described"]
 
-#: what a user can give as ``forward=`` and as ``output=``; in YAML an import path comes before a name
+#: what a user can give as ``forward=`` and ``output=``; in YAML an import path comes before a name
 Forward = Union[Callable[[nn.Module, Tensor], Any], str]  # noqa: UP007 - read by jsonargparse
 Output = Union[Callable[[Any], Any], int, str]  # noqa: UP007
 

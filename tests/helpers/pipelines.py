@@ -257,6 +257,14 @@ PIPELINES = [
         data="dict inputs, y",
     ),
     Pipeline(
+        "forward needs another entry",
+        people.Masked,
+        {},
+        make=lambda x, y, i: {"x": x, "mask": x > 0.1, "y": y},
+        data="dict x, mask, y",
+        outcome="forward(x) must make logits (n, C) of a batch of inputs alone",
+    ),
+    Pipeline(
         "index first",
         lambda: people.Stepping(_step(lambda b: (b[1], b[2]))),
         {"batch": (1, 2)},
