@@ -24,7 +24,7 @@ from lightning_muter.lightning.flavour import pl, refuse_other
 from lightning_muter.memory.ids import id_texts
 from lightning_muter.memory.points import digests_of, integer, listing, training_indices
 from lightning_muter.models import BatchForm
-from lightning_muter.models.batches import FOUND
+from lightning_muter.models.batches import FOUND, Where
 from lightning_muter.unlearning.points import Batch, unweighted
 from lightning_muter.unlearning.serving import RemovalBatch
 
@@ -196,6 +196,8 @@ class RemovalDataModule(pl.LightningDataModule):
         batch_size: points a request; 1 forgets one after the other, None all at once.
         ids: keys in the place of indices, as ``MUterCallback(ids=...)`` was given them; all points
             of a key are forgotten.
+        batch: where a batch's input and target are, as ``MUterCallback(batch=...)`` was told; only
+            a predict loop of one's own needs it, since ``trainer.unlearn`` asks the memory.
 
     Raises:
         RemovalError: no index, one that is no integer, or one outside the data set (when the data
@@ -215,6 +217,7 @@ class RemovalDataModule(pl.LightningDataModule):
         indices: Sequence[int] | None = None,
         batch_size: int | None = None,
         ids: Sequence[str | int] | None = None,
+        batch: Where | None = None,
     ) -> None:
         super().__init__()
         if (indices is None) == (ids is None):
@@ -225,6 +228,7 @@ class RemovalDataModule(pl.LightningDataModule):
         self.ids = None if ids is None else _keys(ids)
         if not self.indices and not self.ids:
             raise RemovalError("the request is empty: name at least one training index or id")
+        self._form = BatchForm.of(batch)
         self._points: TrainingPoints | None = None
         self._names: list[int] | None = None
         self._all = batch_size is None
@@ -233,9 +237,11 @@ class RemovalDataModule(pl.LightningDataModule):
             raise RemovalError(f"batch_size={batch_size!r} must be at least 1, or None for all")
         self.batch_size = size
 
-    def training_points(self, form: BatchForm = FOUND) -> TrainingPoints:
+    def training_points(self, form: BatchForm | None = None) -> TrainingPoints:
         """The whole training set behind the request, its batches read by ``form``."""
-        return training_points(self.source, form) if self._points is None else self._points
+        if self._points is not None:
+            return self._points
+        return training_points(self.source, form or self._form)
 
     def located(
         self, points: TrainingPoints, positions: list[int], names: list[int]

@@ -133,7 +133,9 @@ def test_a_predict_loop_of_ones_own(tmp_path: Path) -> None:
     _, model, own = fitted()
     module = UnlearningModule(model, memory(own), own)
     Trainer(**QUIET).predict(module, DataLoader(Subset(MASKED, [4]), batch_size=1))
-    assert torch.nonzero(module.memory.removed).flatten().tolist() == [4]
+    named = RemovalDataModule(MASKED, [9], batch=("left", "label"))
+    Trainer(**QUIET).predict(module, named)
+    assert torch.nonzero(module.memory.removed).flatten().tolist() == [4, 9]
 
 
 def test_retrain_trains_again_on_batches_of_the_same_shape() -> None:
