@@ -91,7 +91,9 @@ class Comparison:
         return (
             "its loss is another one (label smoothing, class weights, a further term such as "
             "TRADES, labels of another coding, or inputs that the step changes itself): give the "
-            "same loss to both, as a callable (outputs, targets) -> one value a point"
+            "same loss to both, by the name of the module's attribute (loss='criterion'), a loss "
+            "module with its arguments, or a callable (outputs, targets) -> one value a point; and "
+            "by forward= what makes the step's outputs, where it calls something else"
         )
 
     @property
