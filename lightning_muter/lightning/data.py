@@ -63,7 +63,16 @@ class TrainingPoints:
     def _collated(self, indices: Sequence[int]) -> Any:
         if type(self.dataset) is TensorDataset and self.collate is default_collate:
             return [tensor[list(indices)] for tensor in self.dataset.tensors]  # no Python loop
-        return self.collate([self.dataset[i] for i in indices])
+        points = [self.dataset[i] for i in indices]
+        if self.collate is not default_collate:
+            return self.collate(points)
+        try:
+            return default_collate(points)
+        except TypeError as error:
+            raise ConfigurationError(
+                f"default_collate makes no batch of the data set's {type(points[0]).__name__} "
+                f"({error}): give the datamodule, whose loader has the collate_fn"
+            ) from error
 
     def known_targets(self) -> Tensor | None:
         """All targets, where they lie in one tensor and no point need be read for them."""

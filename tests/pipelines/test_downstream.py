@@ -212,3 +212,25 @@ def test_a_sanity_check_before_training_gets_the_same_errors() -> None:
     with pytest.raises(ConfigurationError, match="forward="):
         trainer.fit(model, loader, loader)
     assert all(p.requires_grad for p in model.parameters())
+
+
+def test_a_data_set_that_only_its_own_collate_fn_batches() -> None:
+    data = Points(lambda x, y, i: people.namespace(x, y))
+    pl.seed_everything(0, verbose=False)
+    model = people.Stepping(lambda m, b: m.loss(m(b.inputs), b.targets))
+    own = MUterCallback(L2Ball(EPS), head="head", newton_steps=12)
+    trainer = Trainer(max_epochs=1, callbacks=[own], **QUIET)
+
+    class Module(pl.LightningDataModule):
+        def train_dataloader(self) -> DataLoader[Any]:
+            return DataLoader(data, batch_size=10, collate_fn=as_namespaces)
+
+    trainer.fit(model, Module())
+    with pytest.raises(ConfigurationError, match="give the datamodule"):
+        trainer.unlearn(RemovalDataModule(data, [3]))
+    assert trainer.unlearn(RemovalDataModule(Module(), [3])).indices == (3,)
+
+
+def as_namespaces(points: list[Any]) -> Any:
+    x = torch.stack([one.inputs for one in points]).double()  # no precision plugin looks inside
+    return people.namespace(x, torch.stack([one.targets for one in points]))
