@@ -19,7 +19,7 @@ from lightning_muter.adversary.attack_library import Attack
 from lightning_muter.errors import ConfigurationError, MuterError
 from lightning_muter.lightning.flavour import pl
 from lightning_muter.lightning.kept_state import untouched
-from lightning_muter.lightning.preflight import check_gradient, check_outputs
+from lightning_muter.lightning.two_points import check_gradient, check_outputs
 from lightning_muter.models import BatchForm, Logits, LogitsForm, evaluating
 from lightning_muter.models.batches import Where
 from lightning_muter.models.logits import Forward, Output

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,7 +17,9 @@ from lightning_muter.lightning.flavour import pl, rank_zero_info
 from lightning_muter.lightning.preflight import Preflight, rehearse, time_pass
 from lightning_muter.lightning.process_group import process_group
 from lightning_muter.lightning.rescue import check_not_stopped
+from lightning_muter.memory.ids import id_digests, ids_key
 from lightning_muter.memory.memory import UnlearningMemory
+from lightning_muter.memory.rebase_policy import RebasePolicy
 from lightning_muter.models import BatchForm
 from lightning_muter.spec import Settings
 from lightning_muter.unlearning.methods import METHODS
@@ -144,6 +146,31 @@ class AfterTraining:
                 "or training diverged; no memory was built"
             )
         return memory
+
+    def finished(
+        self,
+        memory: UnlearningMemory,
+        texts: Sequence[str] | None,
+        findings: Sequence[str],
+        policy: RebasePolicy,
+    ) -> UnlearningMemory:
+        """The memory with the users' keys of its points, what was found, and one id everywhere.
+
+        Args:
+            memory: as Stage I made it.
+            texts: a key a point, or None.
+            findings: what the memory does not assume of its training.
+            policy: when a rebase is due.
+        """
+        own = ids_key(memory.key)
+        return replace(
+            memory,
+            warnings=(*memory.warnings, *findings),
+            ids=None if texts is None else id_digests(own, texts),
+            ids_key=own,
+            rebase_policy=policy,
+            memory_id=self.trainer.strategy.broadcast(memory.memory_id),
+        )
 
     def _batches(self, weights: Tensor) -> Iterator[Batch]:
         """This process's share of the points that were trained on, with a progress bar."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,6 @@ from lightning_muter.lightning.kept_state import KeptState, untouched
 from lightning_muter.lightning.point_ids import ids_of
 from lightning_muter.lightning.process_group import process_group
 from lightning_muter.lightning.rescue import Rescue
-from lightning_muter.memory.ids import id_digests, ids_key
 from lightning_muter.memory.memory import UnlearningMemory
 from lightning_muter.memory.points import digests_of
 from lightning_muter.models import ModelView, measuring
@@ -65,7 +64,6 @@ def build_memory(
     with _weights_of(model, checkpoint), kept_random_state(group.device):
         keeper.settings = keeper.settings.of(model)
         view = keeper.settings.view(model)
-        AfterTraining.check_size(keeper.settings, view.p)
         points = training_points(datamodule, keeper.settings.batch)
         points.check()
         past = _Past.of(keeper, trainer, view, checkpoint)
@@ -110,14 +108,7 @@ def _built(
     if keeper.newton_steps:
         after.newton(settings, weights)
     memory = after.stage_one(settings, weights, digests, key, past.initial)
-    own = ids_key(key)
-    return replace(
-        memory,
-        warnings=(*memory.warnings, *past.findings, _UNSEEN),
-        ids=None if texts is None else id_digests(own, texts),
-        ids_key=own,
-        rebase_policy=keeper.rebase_policy,
-    )
+    return after.finished(memory, texts, (*past.findings, _UNSEEN), keeper.rebase_policy)
 
 
 def _read(keeper: MemoryKeeper, view: ModelView, points: TrainingPoints, key: bytes) -> Tensor:

@@ -33,7 +33,6 @@ from lightning_muter.lightning.point_ids import Ids, ids_of
 from lightning_muter.lightning.process_group import process_group
 from lightning_muter.lightning.rescue import Rescue
 from lightning_muter.lightning.unlearn import unlearn
-from lightning_muter.memory.ids import id_digests, ids_key
 from lightning_muter.memory.memory import UnlearningMemory
 from lightning_muter.memory.rebase_policy import RebasePolicy
 from lightning_muter.models import BatchForm, LogitsForm
@@ -42,28 +41,11 @@ from lightning_muter.models.logits import Forward, Output
 from lightning_muter.models.names import listed
 from lightning_muter.objectives.module_loss import asked_loss, loss_in
 from lightning_muter.objectives.resolve import AnyLoss
-from lightning_muter.options import Ascent, Options, flat
+from lightning_muter.options import FLAT_DEFAULTS, Ascent, Options, flat
 from lightning_muter.spec import Settings
 from lightning_muter.threats import Threat
 
 __all__ = ["MUterCallback"]
-
-#: the flat keywords that option values can stand for, with their defaults
-_DEFAULTS: dict[str, Any] = {
-    "response": "constrained",
-    "inverse": "neumann",
-    "neumann_order": 3,
-    "space": "input",
-    "damping": 0.0,
-    "solver": "auto",
-    "sketch": 0,
-    "representation": "auto",
-    "row_dtype": "float64",
-    "solver_tol": None,
-    "attack_steps": 10,
-    "attack_step_size": None,
-    "random_start": True,
-}
 
 
 class MUterCallback(MemoryKeeper, AdversarialTraining):
@@ -171,14 +153,14 @@ class MUterCallback(MemoryKeeper, AdversarialTraining):
         output: Output | None = None,
         forward: Forward | None = None,
     ) -> None:
-        given = {name: value for name, value in locals().items() if name in _DEFAULTS}
+        given = {name: value for name, value in locals().items() if name in FLAT_DEFAULTS}
         options = {
             "attack": attack,
             "response": response,
             "solver": solver,
             "representation": representation,
         }
-        keywords = flat(given, _DEFAULTS, options)
+        keywords = flat(given, FLAT_DEFAULTS, options)
         ascent = {k: keywords.pop(k) for k in ("attack_steps", "attack_step_size", "random_start")}
         self.settings = Settings(
             method=method,
@@ -389,17 +371,7 @@ class MUterCallback(MemoryKeeper, AdversarialTraining):
             rescue.keep()
         with rescue.guarding("Stage I"):
             memory = after.stage_one(settings, weights, watch.digests, watch.key, self.initial)
-        texts = self._id_texts
-        own = ids_key(watch.key)
-        keys = None if texts is None else id_digests(own, texts)
-        self.memory = replace(
-            memory,
-            warnings=(*memory.warnings, *self.findings),
-            ids=keys,
-            ids_key=own,
-            rebase_policy=self.rebase_policy,
-            memory_id=trainer.strategy.broadcast(memory.memory_id),
-        )
+        self.memory = after.finished(memory, self._id_texts, self.findings, self.rebase_policy)
         create(self.memory, self.folder, rescue, self.overwrite)
         rescue.done()
         report(memory)
