@@ -7,7 +7,9 @@ own loss, at its own adversary, on the points that are left.
 from __future__ import annotations
 
 import copy
+import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,17 @@ NOISE = (
     "ignore:.*find_unused_parameters.*|.*batch_size.*ambiguous.*|.*NoneType.*batch size.*",
 )
 pytestmark = [pytest.mark.filterwarnings(one) for one in NOISE]
+
+
+@pytest.fixture(autouse=True)
+def _no_process_group() -> Iterator[None]:
+    """What ddp starts in this process ends with its test."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def named(pipelines: list[Pipeline]) -> Any:
