@@ -184,15 +184,15 @@ def _averaging(name: str, **options: Any) -> Callable[[], list[pl.Callback]]:
 
 
 def _cosine(module: Any) -> dict[str, Any]:
-    optimizer = people.sgd(module, lr=0.02)
+    optimizer = people.sgd(module, lr=0.03)
     steps = int(module.trainer.estimated_stepping_batches)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
 def _by_epoch(module: Any) -> dict[str, Any]:
-    optimizer = people.sgd(module, lr=0.02)
-    schedule = torch.optim.lr_scheduler.StepLR(optimizer, 8)
+    optimizer = people.sgd(module, lr=0.03)
+    schedule = torch.optim.lr_scheduler.StepLR(optimizer, 4)
     return {"optimizer": optimizer, "lr_scheduler": schedule}
 
 
@@ -468,7 +468,7 @@ PIPELINES = [
         "SGD that stops early, schedule by step",
         lambda: people.Stepping(_step(), _cosine),
         HORIZON,
-        trainer={"max_epochs": 20},
+        trainer={"max_epochs": 10},
         batch_size=3,
         judge="retrain",
         note="cosine schedule over all steps",
@@ -477,7 +477,7 @@ PIPELINES = [
         "SGD that stops early, schedule by epoch",
         lambda: people.Stepping(_step(), _by_epoch),
         HORIZON,
-        trainer={"max_epochs": 20},
+        trainer={"max_epochs": 10},
         batch_size=3,
         judge="retrain",
         note="step schedule",

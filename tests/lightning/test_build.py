@@ -163,3 +163,18 @@ def test_no_callback_a_taken_folder_and_another_models_checkpoint(tmp_path: Path
     torch.save([1], tmp_path / "none.ckpt")
     with pytest.raises(ConfigurationError, match="no checkpoint with a state_dict"):
         trainer.build_memory(Net().double(), Data(), tmp_path / "none.ckpt")
+
+
+def test_a_memory_of_rows_serves_indices_alone() -> None:
+    _, _, model, data = fit()
+    dense, _ = builder(sketch=2)
+    dense.build_memory(model, data)
+    rows, _ = builder(sketch=2, representation="rows")
+    twin = Net().double()
+    twin.load_state_dict(model.state_dict())
+    rows.build_memory(twin, data)
+    dense.unlearn(RemovalDataModule(data, [3, 5]))
+    rows.unlearn([3, 5])
+    torch.testing.assert_close(
+        model.classifier.weight, twin.classifier.weight, rtol=1e-6, atol=1e-7
+    )
