@@ -20,6 +20,7 @@ from lightning_muter.lightning.data import TrainingPoints, training_points
 from lightning_muter.lightning.fidelity.decay import decay_of
 from lightning_muter.lightning.fidelity.flow import holds
 from lightning_muter.lightning.fidelity.outputs import head_outputs
+from lightning_muter.lightning.fidelity.own_loss import check_own_loss
 from lightning_muter.lightning.flavour import pl, refuse_other
 from lightning_muter.lightning.folder import check_free, create, model_path
 from lightning_muter.lightning.keeper import MemoryKeeper, keeper_of
@@ -39,9 +40,10 @@ _BLOCK = 512
 _SLACK = 1e-2  # outputs that are the head's own differ by rounding alone, in any precision
 _UNSEEN = (
     "the memory is of a model that was trained already: that its training used these points, each "
-    "as often as the others, this loss, perturbations of this threat, and nothing but the trained "
+    "as often as the others,{} perturbations of this threat, and nothing but the trained "
     "parameters, could not be compared"
 )
+_COMPARED = 16  # points whose loss is the module's own
 
 
 def build_memory(
@@ -105,10 +107,24 @@ def _built(
     if horizon == "training":
         horizon = past.flow_time / len(points)
     settings = keeper.settings.trained(past.weight_decay, horizon)
+    compared = check_own_loss(
+        model, settings, _batch(trainer, model, points), trainer.precision_plugin.train_step_context
+    )
     if keeper.newton_steps:
         after.newton(settings, weights)
     memory = after.stage_one(settings, weights, digests, key, past.initial)
-    return after.finished(memory, texts, (*past.findings, _UNSEEN), keeper.rebase_policy)
+    unseen = _UNSEEN.format("" if compared else " this loss,")
+    return after.finished(memory, texts, (*past.findings, unseen), keeper.rebase_policy)
+
+
+def _batch(trainer: pl.Trainer, model: pl.LightningModule, points: TrainingPoints) -> Any:
+    """Some points as training's loader gives them, in training's precision."""
+    batch = points.collated(range(min(_COMPARED, len(points))))
+    x, _ = points.form.read(batch)
+    batch = trainer.precision_plugin.convert_input(batch)
+    moved = trainer.strategy.batch_to_device(batch)
+    points.form.put(moved, points.form.read(moved)[0], x.to(next(model.parameters())))
+    return moved
 
 
 def _read(keeper: MemoryKeeper, view: ModelView, points: TrainingPoints, key: bytes) -> Tensor:

@@ -58,9 +58,10 @@ class TrainingPoints:
 
     def batch(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Inputs and targets of some points."""
-        return self.form.read(self._collated(indices))
+        return self.form.read(self.collated(indices))
 
-    def _collated(self, indices: Sequence[int]) -> Any:
+    def collated(self, indices: Sequence[int]) -> Any:
+        """Some points as a batch in the loader's own shape."""
         if type(self.dataset) is TensorDataset and self.collate is default_collate:
             return [tensor[list(indices)] for tensor in self.dataset.tensors]  # no Python loop
         points = [self.dataset[i] for i in indices]

@@ -99,9 +99,10 @@ class Trainer(pl.Trainer):
         """Stage I for a model that is trained already, or for a checkpoint.
 
         The trainer's `MUterCallback` says what the model was trained with. The points' range, their
-        targets and the outputs are checked as in fit, and how far the model is from the optimum of
-        its robust objective is measured; what only training itself could show is named in the
-        memory's warnings. The callback keeps the memory, so that `unlearn` serves from it.
+        targets and the outputs are checked as in fit, the gradient of its ``training_step`` is
+        compared where that runs without a trainer, and how far the model is from the optimum of its
+        robust objective is measured; what only training itself could show is named in the memory's
+        warnings. The callback keeps the memory, so that `unlearn` serves from it.
 
         Args:
             model: the module; a checkpoint's weights are loaded into it. Newton's steps of the

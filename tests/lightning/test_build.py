@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 import pytorch_lightning as pl
 import torch
+import torch.nn.functional as F
 from cases import QUIET, Data, Net, fit, memory_of
 from pytorch_lightning.callbacks import ModelCheckpoint
+from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_muter import (
@@ -178,3 +180,55 @@ def test_a_memory_of_rows_serves_indices_alone() -> None:
     torch.testing.assert_close(
         model.classifier.weight, twin.classifier.weight, rtol=1e-6, atol=1e-7
     )
+
+
+def smoothed(module: Any, batch: Any) -> torch.Tensor:
+    return F.cross_entropy(module(batch[0]), batch[1], label_smoothing=0.2)
+
+
+def penalised(module: Any, batch: Any) -> torch.Tensor:
+    weights = sum(p.square().sum() for p in module.classifier.parameters())
+    return F.cross_entropy(module(batch[0]), batch[1]) + 0.005 * weights
+
+
+def needing(module: Any, batch: Any) -> torch.Tensor:
+    return F.cross_entropy(module(batch[0]), batch[1]) * module.trainer.world_size
+
+
+@pytest.mark.parametrize(
+    ("step", "options", "match"),
+    [
+        (smoothed, {}, "is not that of the callback's loss"),
+        (smoothed, {"loss": nn.CrossEntropyLoss(label_smoothing=0.2)}, None),
+        (penalised, {}, None),
+        (penalised, {"weight_decay": 0.0}, "L2 penalty of its own"),
+    ],
+)
+def test_the_loss_of_its_training_step_is_compared(step: Any, options: Any, match: Any) -> None:
+    class Stepping(Net):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            loss = step(self, batch)
+            self.log("loss", loss)
+            return {"loss": loss}
+
+    pl.seed_everything(0, verbose=False)
+    model, state = Stepping().double(), {}
+    trainer, _ = builder(newton_steps=12, **options)
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    if match is None:
+        memory = trainer.build_memory(model, Data())
+        assert "this loss" not in memory.warnings[-1]
+        return
+    with pytest.raises(ConfigurationError, match=match):
+        trainer.build_memory(model, Data())
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+
+def test_a_step_that_needs_a_trainer_is_named_as_not_compared() -> None:
+    class Stepping(Net):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            return needing(self, batch)
+
+    trainer, _ = builder(newton_steps=12)
+    memory = trainer.build_memory(Stepping().double(), Data())
+    assert "this loss, perturbations of this threat" in memory.warnings[-1]
