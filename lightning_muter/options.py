@@ -10,6 +10,7 @@ from typing import Any, Literal
 from lightning_muter.errors import ConfigurationError
 
 __all__ = [
+    "FLAT_DEFAULTS",
     "Ascent",
     "BlockSolver",
     "ConstrainedResponse",
@@ -19,6 +20,23 @@ __all__ = [
     "UnconstrainedResponse",
     "flat",
 ]
+
+#: the flat keywords that option values can stand for, with their defaults
+FLAT_DEFAULTS: dict[str, Any] = {
+    "response": "constrained",
+    "inverse": "neumann",
+    "neumann_order": 3,
+    "space": "input",
+    "damping": 0.0,
+    "solver": "auto",
+    "sketch": 0,
+    "representation": "auto",
+    "row_dtype": "float64",
+    "solver_tol": None,
+    "attack_steps": 10,
+    "attack_step_size": None,
+    "random_start": True,
+}
 
 
 class Options(ABC):

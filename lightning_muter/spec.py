@@ -15,8 +15,9 @@ from lightning_muter.curvature.dense import DenseCurvature
 from lightning_muter.curvature.rows import RowsOptions, RowsSum
 from lightning_muter.errors import ConfigurationError, MemoryFormatError
 from lightning_muter.identity import fingerprint_of, identify, import_path
-from lightning_muter.models import ModelView, view_of
+from lightning_muter.models import BatchForm, LogitsForm, ModelView, view_of
 from lightning_muter.objectives.losses import LOSSES, LossFunction, PointLoss
+from lightning_muter.objectives.module_loss import ModuleLoss
 from lightning_muter.objectives.resolve import as_value, resolve_objective
 from lightning_muter.objectives.torch_losses import TorchLoss
 from lightning_muter.objectives.trades import TRADES
@@ -29,6 +30,7 @@ from lightning_muter.unlearning.point_problem import PointProblem
 __all__ = ["Settings"]
 
 _THREATS: dict[str, type[Threat]] = {"L2Ball": L2Ball, "LinfBall": LinfBall}
+_FORMS = ("batch", "forward", "output")
 _SOLVERS = ("auto", "direct", "schur")
 _REPRESENTATIONS = ("auto", "dense", "rows")
 _ROW_DTYPES = {"float64": torch.float64, "float32": torch.float32}
@@ -42,7 +44,7 @@ _BUDGET = 1 << 30  # bytes, where free memory is not known
 
 
 class _ByPath(ConfigurationError):
-    """A memory's loss or threat is the user's own."""
+    """A memory's loss, threat, or a function that reads batches or outputs is the user's own."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +60,7 @@ class Settings:
     threat: Threat
     head: str | None
     parameters: tuple[str, ...] | None
-    loss: str | LossFunction | TorchLoss
+    loss: str | LossFunction | TorchLoss | ModuleLoss
     response: str
     inverse: str
     neumann_order: int
@@ -72,11 +74,14 @@ class Settings:
     row_dtype: str = "float64"
     solver_tol: float | None = None
     objective: TRADES | None = None
+    batch: BatchForm = BatchForm()
+    logits: LogitsForm = LogitsForm()
 
     def __post_init__(self) -> None:
         resolve_method(self.method)
-        object.__setattr__(self, "loss", as_value(self.loss))
-        resolve_objective(self.objective, self.loss)
+        if not isinstance(self.loss, ModuleLoss):  # which is looked up when there is a module
+            object.__setattr__(self, "loss", as_value(self.loss))
+            resolve_objective(self.objective, self.loss)
         resolve_response(self.response, self.inverse, self.neumann_order, self.sketch)
         if not isinstance(self.threat, Threat):
             raise ConfigurationError(f"threat={self.threat!r} must be a Threat: L2Ball(eps=0.5)")
@@ -119,21 +124,27 @@ class Settings:
         """The same settings with the λ and the horizon of the training behind the memory."""
         return replace(self, weight_decay=weight_decay, horizon=horizon)
 
+    def of(self, module: nn.Module) -> Settings:
+        """The same settings with the module's own loss, where it was named by its attribute."""
+        loss = self.loss
+        return replace(self, loss=loss.of(module)) if isinstance(loss, ModuleLoss) else self
+
     def robust(self) -> Settings:
         """The settings of the robust objective itself: ω* is every method's, its optimum."""
         return replace(self, method="muter", response="constrained", space="input")
 
     def view(self, module: nn.Module) -> ModelView:
         """The trained parameters of ``module``."""
-        scaling = self.threat.scaling
+        loss: Any = self.of(module).loss  # no attribute's name any more
         return view_of(
             module,
-            self.loss,
+            loss,
             self.head,
             self.parameters,
             self.space,
-            scaling,
+            self.threat.scaling,
             self.objective,
+            self.logits,
         )
 
     def problem(self) -> PointProblem:
@@ -160,7 +171,8 @@ class Settings:
         The package's own losses and threats by name; the user's own by import path and a
         fingerprint of their code.
         """
-        data = {one.name: _plain(getattr(self, one.name)) for one in fields(self)}
+        names = [one.name for one in fields(self) if one.name not in ("batch", "logits")]
+        data = {name: _plain(getattr(self, name)) for name in names} | self._forms()
         data["loss"] = _loss_identity(self.loss)
         data["threat"] = _threat_identity(self.threat)
         if self.objective is None:  # as in every memory from before there was a choice
@@ -169,25 +181,43 @@ class Settings:
             data["objective"] = {"own": "TRADES", "beta": float(self.objective.beta)}
         return data
 
+    def _forms(self) -> dict[str, Any]:
+        """How batches and outputs are read, as far as it was said."""
+        said = {
+            "batch": self.batch.where,
+            "forward": self.logits.forward,
+            "output": self.logits.output,
+        }
+        return {
+            name: identify(one) if callable(one) else _plain(one)
+            for name, one in said.items()
+            if one is not None
+        }
+
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Settings:
         """Settings from a manifest; no class or function is looked up by what the file says.
 
         Raises:
-            ConfigurationError: the threat or loss is the user's own, which no name rebuilds; put
-                the MUterCallback that made the memory into the trainer.
+            ConfigurationError: the threat, the loss, or a function that reads batches or outputs is
+                the user's own, which no name rebuilds; put the MUterCallback that made the memory
+                into the trainer.
             MemoryFormatError: the data are no settings.
         """
         try:
             threat, loss = dict(data["threat"]), dict(data["loss"])
-            if users := [one["path"] for one in (threat, loss) if "path" in one]:
+            forms = {name: data[name] for name in _FORMS if name in data}
+            own = (threat, loss, *(one for one in forms.values() if isinstance(one, Mapping)))
+            if users := [one["path"] for one in own if "path" in one]:
                 raise _ByPath(
                     f"{' and '.join(map(str, users))}: no class or function of this package, and "
                     "a file's word is not enough to run one: give the trainer the MUterCallback "
                     "that built this memory"
                 )
             values = {
-                **data,
+                **{name: one for name, one in data.items() if name not in _FORMS},
+                "batch": BatchForm.of(forms.get("batch")),
+                "logits": LogitsForm(forms.get("forward"), forms.get("output")),
                 "threat": _THREATS[threat.pop("own")](**threat),
                 "loss": _loss_of(loss),
                 "objective": _objective_of(data.get("objective")),
@@ -217,11 +247,13 @@ class Settings:
         return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 
 
-def _loss_identity(loss: str | LossFunction | PointLoss | TorchLoss) -> dict[str, Any]:
+def _loss_identity(loss: str | LossFunction | PointLoss | TorchLoss | ModuleLoss) -> dict[str, Any]:
     if isinstance(loss, str):
         return {"own": loss}
     if isinstance(loss, TorchLoss):
         return loss.to_dict()
+    if isinstance(loss, ModuleLoss):
+        return {"attribute": loss.attribute}
     own = [name for name, one in LOSSES.items() if one is loss]
     return {"own": own[0]} if own else {**identify(loss)}
 

@@ -137,7 +137,7 @@ class Judge:
 
     def _scores(self) -> dict[str, float]:
         found = {}
-        module, loss, attacks = self.view.module, self.view.loss, self.attacks
+        module, loss, attacks = self.view.logits, self.view.loss, self.attacks
         with _seeded():
             for name, points in self._sets().items():
                 some = _first(points, attacks.points)
@@ -167,9 +167,9 @@ class Judge:
         metric, x = OutputDivergence(loss.name), self.test[0]
         with torch.no_grad():
             for part in torch.split(x, _BATCH):
-                mine = self.view.module(part)
+                mine = self.view.logits(part)
                 with self._at_retrained():
-                    theirs = self.view.module(part)
+                    theirs = self.view.logits(part)
                 metric.to(part.device).update(theirs, mine)
         return {"kl": float(metric.compute())}
 
@@ -191,7 +191,7 @@ class Judge:
         return found
 
     def _losses(self, points: Points) -> Tensor:
-        module, loss = self.view.module, self.view.loss
+        module, loss = self.view.logits, self.view.loss
         with torch.no_grad():
             parts = zip(*(torch.split(t, _BATCH) for t in points), strict=True)
             return torch.cat([loss(module(x), y).double() for x, y in parts])

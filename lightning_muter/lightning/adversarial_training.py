@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,9 +19,15 @@ from lightning_muter.adversary.attack_library import Attack
 from lightning_muter.adversary.two_sided import seeded_start
 from lightning_muter.errors import ConfigurationError, MuterError
 from lightning_muter.lightning.flavour import pl
-from lightning_muter.models import evaluating
+from lightning_muter.lightning.kept_state import untouched
+from lightning_muter.lightning.two_points import check_gradient, check_outputs
+from lightning_muter.models import BatchForm, Logits, LogitsForm, evaluating
+from lightning_muter.models.batches import Where
+from lightning_muter.models.logits import Forward, Output
 from lightning_muter.objectives.base import Objective
-from lightning_muter.objectives.resolve import AnyLoss, resolve_objective
+from lightning_muter.objectives.losses import PointLoss
+from lightning_muter.objectives.module_loss import ModuleLoss, asked_loss, loss_in
+from lightning_muter.objectives.resolve import AnyLoss, resolve_loss, resolve_objective
 from lightning_muter.objectives.standard import Standard
 from lightning_muter.objectives.trades import TRADES
 from lightning_muter.threats import Threat
@@ -31,8 +38,9 @@ __all__ = ["AdversarialTraining"]
 class AdversarialTraining(pl.Callback):
     """Swaps each training batch for its adversarial version; logs clean and robust accuracy.
 
-    The batch's list is changed, never a tensor of the data set. In validation and test the clean
-    and robust accuracy (mean loss for regression) are logged as ``val_clean_acc``,
+    The batch's list, dictionary or object is changed, never a tensor of the data set, and
+    ``training_step`` sees it in the shape in which the loader gave it. In validation and test the
+    clean and robust accuracy (mean loss for regression) are logged as ``val_clean_acc``,
     ``val_robust_acc``, ``test_clean_acc``, ``test_robust_acc``. A point at which the attack had no
     gradient is attacked again from random starts before it counts as robust. Inputs outside the
     threat's ``data_range`` are refused before anything is trained on them.
@@ -40,13 +48,19 @@ class AdversarialTraining(pl.Callback):
     Args:
         threat: the constraint set.
         attack: an `Attack`, or None for the threat's own projected gradient ascent.
-        loss: what the attack ascends.
+        loss: what the attack ascends; the name of an attribute of the module takes its loss object.
         attack_steps: steps of the threat's own ascent.
         attack_step_size: its step; None for 2.5 · eps / attack_steps.
         random_start: start at a random allowed perturbation.
         objective: `TRADES`: the attack moves the outputs away from those of the clean point,
             training batches are [input, target, perturbed input], and accuracies are of attacks
             on ``loss``, as they are without; None for adversarial training.
+        batch: where a batch's input and target are: two names or positions, or a function batch ->
+            (x, target); None to find them.
+        output: where the logits are in what the module returns: a key, a position, an attribute, or
+            a function of it; None to find them.
+        forward: a method's name or a function (module, x) -> logits, where calling the module with
+            x alone gives none.
     """
 
     def __init__(
@@ -58,6 +72,9 @@ class AdversarialTraining(pl.Callback):
         attack_step_size: float | None = None,
         random_start: bool = True,
         objective: TRADES | None = None,
+        batch: Where | None = None,
+        output: Output | None = None,
+        forward: Forward | None = None,
     ) -> None:
         self.threat = threat
         self.attack = None if attack is None else attack.scaled(threat.scaling)
@@ -65,31 +82,36 @@ class AdversarialTraining(pl.Callback):
         self.attack_steps = attack_steps
         self.attack_step_size = attack_step_size or threat.step_size(attack_steps)
         self.random_start = random_start
-        self._objective = resolve_objective(objective, loss)
-        self._point_loss = self._objective.loss
-        self._standard = Standard(self._point_loss)
+        self._batch, self._logits = BatchForm.of(batch), LogitsForm(forward, output)
+        if not isinstance(asked_loss(loss), ModuleLoss):  # which is looked up in the module
+            resolve_objective(objective, loss)
+        self._trades = objective
         _check_attack(attack, objective)
+        self._put_back: Callable[[], None] | None = None
+        self._tried = False
         self._clean, self._robust = MeanMetric(), MeanMetric()
         self._blind = SumMetric()
         self._inputs_refused = False
 
     def perturb(self, module: nn.Module, x: Tensor, targets: Tensor) -> Tensor:
         """Adversarial inputs (n, ...); module mode, gradients and RNG are left as they were."""
-        return self._attacked(module, self._objective, x, targets)
+        return self._attacked(module, self._objective_in(module), x, targets)
 
     def _attacked(
         self, module: nn.Module, objective: Objective, x: Tensor, targets: Tensor
     ) -> Tensor:
+        logits = self._logits.of(module)
+        self._try(logits, objective.loss, x, targets)
         with evaluating(module), own_random_numbers(x):
             x = x.detach().clone()
             if self.attack is not None:
-                return self.attack(module, x, targets.clone())
+                return self.attack(logits, x, targets.clone())
             return projected_gradient_ascent(
-                module,
+                logits,
                 objective.inner,
                 self.threat,
                 x,
-                objective.reference(lambda: module(x), targets.clone()),
+                objective.reference(lambda: logits(x), targets.clone()),
                 self.attack_steps,
                 self.attack_step_size,
                 self._start(objective, x),
@@ -102,19 +124,58 @@ class AdversarialTraining(pl.Callback):
             return self.threat.random_start(flat)
         return seeded_start(self.threat, flat) if objective.even else torch.zeros_like(flat)
 
+    def _loss_in(self, module: nn.Module) -> PointLoss:
+        return resolve_loss(loss_in(self.loss, module))
+
+    def _objective_in(self, module: nn.Module) -> Objective:
+        return resolve_objective(self._trades, loss_in(self.loss, module))
+
+    def _try(self, logits: Logits, loss: PointLoss, x: Tensor, targets: Tensor) -> None:
+        """Two points first: what the module cannot do is said by what would help."""
+        if not self._tried:
+            with untouched(logits), evaluating(logits):
+                check_outputs(logits, x[:2].clone())
+                check_gradient(logits, loss, x[:2].clone(), targets[:2].clone())
+        self._tried = True
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self._tried = False
+        self._loss_in(pl_module)
+
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._inputs_refused = False
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        if not isinstance(batch, list):
-            raise ConfigurationError(
-                f"a training batch is a {type(batch).__name__}; expected a list [input, target], "
-                "as default_collate makes it: return one from collate_fn"
-            )
-        self._check_inputs(batch[0])
-        self._objective.hand_over(batch, self.perturb(pl_module, batch[0], batch[1]))
+        x, targets = self._batch.read(batch)
+        self._check_inputs(x)
+        perturbed = self.perturb(pl_module, x, targets)
+        if self._trades is None:
+            self._put_back = self._batch.put(batch, x, perturbed)
+        else:
+            self._trades.hand_over(batch, perturbed)
+
+    def on_train_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        self._unperturb()
+
+    def on_exception(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
+    ) -> None:
+        self._unperturb()
+
+    def _unperturb(self) -> None:
+        """A tensor that showed the perturbed values shows its own again."""
+        if self._put_back is not None:
+            self._put_back()
+        self._put_back = None
 
     def _check_inputs(self, x: Tensor) -> None:
         """Refuse inputs (n, ...) on which the threat is not what it says; once, where it goes on.
@@ -135,11 +196,11 @@ class AdversarialTraining(pl.Callback):
 
     def _attack_hard(self, module: nn.Module, x: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Adversarial inputs to measure by, and the points (n,) that no gradient led anywhere."""
-        adversarial = self._attacked(module, self._standard, x, targets)
+        adversarial = self._attacked(module, Standard(self._loss_in(module)), x, targets)
         with evaluating(module), own_random_numbers(x):
             return without_blind_spots(
-                module,
-                self._point_loss,
+                self._logits.of(module),
+                self._loss_in(module),
                 self.threat,
                 x.detach().clone(),
                 targets.clone(),
@@ -149,19 +210,20 @@ class AdversarialTraining(pl.Callback):
             )
 
     def _measure(self, pl_module: pl.LightningModule, batch: Any) -> None:
-        x, targets = batch[0], batch[1]
+        x, targets = self._batch.read(batch)
+        logits, loss = self._logits.of(pl_module), self._loss_in(pl_module)
         self._check_inputs(x)
         adversarial, blind = self._attack_hard(pl_module, x, targets)
         self._blind.to(x.device).update(blind.sum())
         with torch.no_grad():
             for metric, inputs in ((self._clean, x), (self._robust, adversarial)):
-                outputs = pl_module(inputs)
-                correct = self._point_loss.is_correct(outputs, targets)
-                value = self._point_loss(outputs, targets) if correct is None else correct.float()
+                outputs = logits(inputs).detach()
+                correct = loss.is_correct(outputs, targets)
+                value = loss(outputs, targets) if correct is None else correct.float()
                 metric.to(x.device).update(value)
 
     def _report(self, pl_module: pl.LightningModule, stage: str) -> None:
-        kind = "acc" if self._point_loss.classifies else "loss"
+        kind = "acc" if self._loss_in(pl_module).classifies else "loss"
         for name, metric in (("clean", self._clean), ("robust", self._robust)):
             pl_module.log(f"{stage}_{name}_{kind}", metric.compute())
             metric.reset()

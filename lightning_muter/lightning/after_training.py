@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,7 +17,10 @@ from lightning_muter.lightning.flavour import pl, rank_zero_info
 from lightning_muter.lightning.preflight import Preflight, rehearse, time_pass
 from lightning_muter.lightning.process_group import process_group
 from lightning_muter.lightning.rescue import check_not_stopped
+from lightning_muter.memory.ids import id_digests, ids_key
 from lightning_muter.memory.memory import UnlearningMemory
+from lightning_muter.memory.rebase_policy import RebasePolicy
+from lightning_muter.models import BatchForm
 from lightning_muter.spec import Settings
 from lightning_muter.unlearning.methods import METHODS
 from lightning_muter.unlearning.objective import RobustObjective, newton
@@ -144,6 +147,31 @@ class AfterTraining:
             )
         return memory
 
+    def finished(
+        self,
+        memory: UnlearningMemory,
+        texts: Sequence[str] | None,
+        findings: Sequence[str],
+        policy: RebasePolicy,
+    ) -> UnlearningMemory:
+        """The memory with the users' keys of its points, what was found, and one id everywhere.
+
+        Args:
+            memory: as Stage I made it.
+            texts: a key a point, or None.
+            findings: what the memory does not assume of its training.
+            policy: when a rebase is due.
+        """
+        own = ids_key(memory.key)
+        return replace(
+            memory,
+            warnings=(*memory.warnings, *findings),
+            ids=None if texts is None else id_digests(own, texts),
+            ids_key=own,
+            rebase_policy=policy,
+            memory_id=self.trainer.strategy.broadcast(memory.memory_id),
+        )
+
     def _batches(self, weights: Tensor) -> Iterator[Batch]:
         """This process's share of the points that were trained on, with a progress bar."""
         trainer = self.trainer
@@ -160,8 +188,8 @@ class AfterTraining:
                 bar.update(len(batch))
 
 
-def points_of(trainer: pl.Trainer) -> TrainingPoints:
-    """The training points of a trainer that is set up.
+def points_of(trainer: pl.Trainer, form: BatchForm) -> TrainingPoints:
+    """The training points of a trainer that is set up, their batches read by ``form``.
 
     Raises:
         ConfigurationError: there is not one loader of one data set.
@@ -171,7 +199,7 @@ def points_of(trainer: pl.Trainer) -> TrainingPoints:
         raise ConfigurationError(
             f"the training data is a {type(loader).__name__}; one DataLoader is needed"
         )
-    return TrainingPoints(loader.dataset, loader.collate_fn)
+    return TrainingPoints(loader.dataset, loader.collate_fn, form)
 
 
 def refuse_spawned(trainer: pl.Trainer, cause: BaseException | None = None) -> None:

@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_muter.adversary.attack_library import Attack
 from lightning_muter.errors import ConfigurationError, MuterError, StateError
@@ -20,9 +20,10 @@ from lightning_muter.lightning.after_training import (
     refuse_spawned,
     report,
 )
-from lightning_muter.lightning.fidelity.averaging import check_order
+from lightning_muter.lightning.fidelity.averaging import check_order, check_unmoved
 from lightning_muter.lightning.fidelity.decay import check_held, decay_of, declared_penalty
 from lightning_muter.lightning.fidelity.flow import check_rates
+from lightning_muter.lightning.fidelity.frozen import check_finetuning
 from lightning_muter.lightning.fidelity.watch import TrainingWatch
 from lightning_muter.lightning.flavour import pl, refuse_other
 from lightning_muter.lightning.folder import check_free, create, model_path, rewritten
@@ -32,34 +33,20 @@ from lightning_muter.lightning.point_ids import Ids, ids_of
 from lightning_muter.lightning.process_group import process_group
 from lightning_muter.lightning.rescue import Rescue
 from lightning_muter.lightning.unlearn import unlearn
-from lightning_muter.memory.ids import id_digests, ids_key
 from lightning_muter.memory.memory import UnlearningMemory
 from lightning_muter.memory.rebase_policy import RebasePolicy
+from lightning_muter.models import BatchForm, LogitsForm
+from lightning_muter.models.batches import Where
+from lightning_muter.models.logits import Forward, Output
 from lightning_muter.models.names import listed
-from lightning_muter.objectives.resolve import AnyLoss, as_value
+from lightning_muter.objectives.module_loss import asked_loss, loss_in
+from lightning_muter.objectives.resolve import AnyLoss
 from lightning_muter.objectives.trades import TRADES
-from lightning_muter.options import Ascent, Options, flat
+from lightning_muter.options import FLAT_DEFAULTS, Ascent, Options, flat
 from lightning_muter.spec import Settings
 from lightning_muter.threats import Threat
 
 __all__ = ["MUterCallback"]
-
-#: the flat keywords that option values can stand for, with their defaults
-_DEFAULTS: dict[str, Any] = {
-    "response": "constrained",
-    "inverse": "neumann",
-    "neumann_order": 3,
-    "space": "input",
-    "damping": 0.0,
-    "solver": "auto",
-    "sketch": 0,
-    "representation": "auto",
-    "row_dtype": "float64",
-    "solver_tol": None,
-    "attack_steps": 10,
-    "attack_step_size": None,
-    "random_start": True,
-}
 
 
 class MUterCallback(MemoryKeeper, AdversarialTraining):
@@ -76,7 +63,8 @@ class MUterCallback(MemoryKeeper, AdversarialTraining):
         head: dotted name of the linear layer that is trained.
         parameters: names of the trained parameters instead of a head.
         loss: "cross_entropy", "logistic", "squared"; a loss module of torch by its own arguments,
-            ``nn.CrossEntropyLoss(label_smoothing=0.1)``; or a callable (outputs, targets) -> (n,).
+            ``nn.CrossEntropyLoss(label_smoothing=0.1)``; a callable (outputs, targets) -> (n,); or
+            the name of the module's attribute that holds its loss module, as "criterion".
         method: a row of ``METHODS``.
         attack: the training attack: an `Attack` of a library, or an `Ascent`; None for the threat's
             own ascent as the three keywords below describe it.
@@ -121,6 +109,13 @@ class MUterCallback(MemoryKeeper, AdversarialTraining):
         objective: ``TRADES(beta=6.0)``, with ``loss`` at the clean point; training batches are then
             [input, target, perturbed input], and ``training_step`` may return
             ``objective.loss(self, batch)``; None for adversarial training.
+        batch: where a batch's input and target are: two names or positions, or a function batch ->
+            (x, target); None to find them.
+        output: where the logits are in what the module returns: a key, a position, an attribute, or
+            a function of it; None to find them.
+        forward: a method's name or a function (module, x) -> logits, where calling the module with
+            x alone gives none: it flattens elsewhere, runs its backbone without gradients, or has
+            no ``forward``.
 
     Raises:
         ConfigurationError: an argument is outside what it says here; in fit, training is not what
@@ -159,29 +154,43 @@ class MUterCallback(MemoryKeeper, AdversarialTraining):
         rebase_every: int | None = None,
         rebase_after: float | None = None,
         objective: TRADES | None = None,
+        batch: Where | None = None,
+        output: Output | None = None,
+        forward: Forward | None = None,
     ) -> None:
-        given = {name: value for name, value in locals().items() if name in _DEFAULTS}
+        given = {name: value for name, value in locals().items() if name in FLAT_DEFAULTS}
         options = {
             "attack": attack,
             "response": response,
             "solver": solver,
             "representation": representation,
         }
-        keywords = flat(given, _DEFAULTS, options)
+        keywords = flat(given, FLAT_DEFAULTS, options)
         ascent = {k: keywords.pop(k) for k in ("attack_steps", "attack_step_size", "random_start")}
         self.settings = Settings(
             method=method,
             threat=threat,
             head=head,
             parameters=listed(parameters),
-            loss=as_value(loss),
+            loss=asked_loss(loss),
             objective=objective,
+            batch=BatchForm.of(batch),
+            logits=LogitsForm(forward, output),
             weight_decay=weight_decay or 0.0,
             horizon=None if horizon == "training" else horizon,
             **keywords,
         )
         library = None if isinstance(attack, Ascent) else attack
-        super().__init__(threat, library, loss, objective=objective, **ascent)
+        super().__init__(
+            threat,
+            library,
+            loss,
+            objective=objective,
+            batch=batch,
+            output=output,
+            forward=forward,
+            **ascent,
+        )
         if newton_steps < 0 or batch_size < 1:
             raise ConfigurationError(
                 f"newton_steps={newton_steps} must be >= 0 and batch_size={batch_size} >= 1"
@@ -218,6 +227,8 @@ class MUterCallback(MemoryKeeper, AdversarialTraining):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         refuse_other(trainer=trainer, model=pl_module)
+        super().setup(trainer, pl_module, stage)
+        self.settings = replace(self.settings, loss=loss_in(self.loss, pl_module))
         if not hasattr(trainer, "unlearn"):
             trainer.unlearn = types.MethodType(unlearn, trainer)  # type: ignore[attr-defined]
         if stage != "fit":
@@ -233,11 +244,12 @@ class MUterCallback(MemoryKeeper, AdversarialTraining):
         self._watch, self._resumed, self.findings, self.point_weights = None, {}, [], None
         try:
             check_order(trainer.callbacks, self)  # type: ignore[attr-defined]
+            check_finetuning(trainer.callbacks)  # type: ignore[attr-defined]
         except ConfigurationError as error:
             self._refuse(error)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        points, view = points_of(trainer), self.settings.view(pl_module)
+        points, view = points_of(trainer, self.settings.batch), self.settings.view(pl_module)
         points.check()
         self._id_texts = ids_of(points.dataset, self.ids)
         check_held(trainer.optimizers, view, self.newton_steps)
@@ -301,18 +313,14 @@ class MUterCallback(MemoryKeeper, AdversarialTraining):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        self._freeze_modes(pl_module)
+        if self._kept is not None:
+            self._kept.evaluate_frozen(pl_module, set(self.settings.view(pl_module).names))
         watch = self._watching()
         watch.received(batch, batch_idx)
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
-        watch.perturbed(self._objective.trained_on(batch), batch[1])
-
-    def _freeze_modes(self, pl_module: nn.Module) -> None:
-        trained = set(self.settings.view(pl_module).names)
-        for name, module in pl_module.named_modules():
-            own = {f"{name}.{k}" if name else k for k, _ in module.named_parameters()}
-            if name and not own & trained and self._kept is not None:
-                self._kept.evaluate(module)
+        x, targets = self.settings.batch.read(batch)
+        trades = self.settings.objective
+        watch.perturbed((x,) if trades is None else trades.trained_on(batch), targets)
 
     def on_before_backward(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor
@@ -333,6 +341,7 @@ class MUterCallback(MemoryKeeper, AdversarialTraining):
         batch_idx: int,
     ) -> None:
         self._watching().ended()
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._watching().epoch_ended()
@@ -343,6 +352,7 @@ class MUterCallback(MemoryKeeper, AdversarialTraining):
     def on_exception(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
     ) -> None:
+        super().on_exception(trainer, pl_module, exception)
         if self._kept is not None:  # Lightning does not call teardown after an exception
             self._kept.restore_modes()
         self._restore()
@@ -376,17 +386,7 @@ class MUterCallback(MemoryKeeper, AdversarialTraining):
             rescue.keep()
         with rescue.guarding("Stage I"):
             memory = after.stage_one(settings, weights, watch.digests, watch.key, self.initial)
-        texts = self._id_texts
-        own = ids_key(watch.key)
-        keys = None if texts is None else id_digests(own, texts)
-        self.memory = replace(
-            memory,
-            warnings=(*memory.warnings, *self.findings),
-            ids=keys,
-            ids_key=own,
-            rebase_policy=self.rebase_policy,
-            memory_id=trainer.strategy.broadcast(memory.memory_id),
-        )
+        self.memory = after.finished(memory, self._id_texts, self.findings, self.rebase_policy)
         create(self.memory, self.folder, rescue, self.overwrite)
         rescue.done()
         report(memory)
@@ -395,17 +395,11 @@ class MUterCallback(MemoryKeeper, AdversarialTraining):
         memory, view = self.memory, self.settings.view(pl_module)
         if memory is None:
             return
-        now = view.get()
-        kept = memory.omega.to(now.device).to(view.dtype).double()
-        if torch.allclose(now, kept, rtol=1e-6, atol=1e-8):
+        try:
+            check_unmoved(memory.omega, view)
             return
-        self._refuse(
-            ConfigurationError(
-                "a callback listed after MUterCallback changed the trained parameters by "
-                f"{float(torch.linalg.vector_norm(now - kept)):.3g} when training ended, after "
-                "their memory was built: list it before MUterCallback"
-            )
-        )
+        except ConfigurationError as error:
+            self._refuse(error)
         said = tuple(dict.fromkeys((*memory.warnings, *self.findings)))
         self.memory = replace(memory, warnings=said)
         self.memory = rewritten(self.memory, self.folder, trainer.is_global_zero)

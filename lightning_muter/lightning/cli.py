@@ -17,6 +17,7 @@ from lightning_muter.errors import ConfigurationError
 from lightning_muter.evaluation.commands import COMMANDS
 from lightning_muter.lightning.data import RemovalDataModule
 from lightning_muter.lightning.flavour import pl
+from lightning_muter.lightning.keeper import keeper_of
 from lightning_muter.lightning.memory_commands import (
     MEMORY_COMMANDS,
     check_target,
@@ -27,6 +28,7 @@ from lightning_muter.lightning.trainer import Trainer
 from lightning_muter.memory import model_file
 from lightning_muter.memory.folder import MemoryStore
 from lightning_muter.memory.kept_model import bring_model_up_to_date
+from lightning_muter.memory.memory import UnlearningMemory
 from lightning_muter.unlearning.result import RebaseResult, UnlearningResult
 
 __all__ = ["CLITrainer", "MUterCLI", "main"]
@@ -100,6 +102,32 @@ class CLITrainer(Trainer):
                 write_checkpoint({**checkpoint, "state_dict": model.state_dict()}, target)
         return result
 
+    def build_memory(  # type: ignore[override]
+        self,
+        model: pl.LightningModule,
+        datamodule: pl.LightningDataModule,
+        ckpt_path: str | None = None,
+    ) -> UnlearningMemory:
+        """Build the memory of a model that is trained already; the config's callback says how.
+
+        Args:
+            model: the module of the config.
+            datamodule: the data that it was trained on.
+            ckpt_path: its checkpoint.
+        """
+        if ckpt_path is None:
+            raise ConfigurationError(
+                "the config's model has random weights: say --ckpt_path, the checkpoint of the "
+                "trained model"
+            )
+        keeper = keeper_of(self)
+        if keeper is not None and keeper.memory_dir is None:
+            raise ConfigurationError(
+                "the memory would be lost when the command ends: give the config's MUterCallback "
+                "a memory_dir"
+            )
+        return super().build_memory(model, datamodule, ckpt_path)
+
     def rebase(  # type: ignore[override]
         self,
         model: pl.LightningModule,
@@ -156,7 +184,7 @@ def _report(result: UnlearningResult | RebaseResult) -> None:
 
 
 class MUterCLI(LightningCLI):
-    """``LightningCLI`` with our Trainer and the subcommands ``unlearn`` and ``rebase``."""
+    """``LightningCLI`` with our Trainer's verbs ``unlearn``, ``rebase``, ``build_memory``."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         kwargs.setdefault("trainer_class", CLITrainer)
@@ -168,7 +196,8 @@ class MUterCLI(LightningCLI):
     def subcommands() -> dict[str, set[str]]:
         """Lightning's verbs and ours, with the arguments that the CLI fills in itself."""
         ours = {"model", "datamodule"}
-        return {**LightningCLI.subcommands(), "unlearn": ours, "rebase": ours}
+        verbs = ("unlearn", "rebase", "build_memory")
+        return {**LightningCLI.subcommands(), **dict.fromkeys(verbs, ours)}
 
     def _parse_ckpt_path(self) -> None:
         """Leave the config as it is: a checkpoint's word imports no class and sets no argument.
@@ -182,6 +211,8 @@ def main(args: ArgsType = None) -> None:
     """The console script: Lightning's verbs and ``unlearn``, or a command of the evaluation."""
     sys.path.insert(0, os.getcwd())  # the user's own classes
     words = sys.argv[1:] if args is None else args
+    if isinstance(words, list) and words[:1] == ["build-memory"]:  # a method's name has no hyphen
+        words = ["build_memory", *words[1:]]
     commands = {**COMMANDS, **MEMORY_COMMANDS}
     if isinstance(words, list) and words and words[0] in commands:
         commands[words[0]](words[1:])
@@ -192,7 +223,7 @@ def main(args: ArgsType = None) -> None:
         subclass_mode_data=True,
         model_class=pl.LightningModule,
         datamodule_class=pl.LightningDataModule,
-        args=args,
+        args=words,
         parser_kwargs={
             "description": "Also: export --memory DIR --output CKPT, report DIR, verify DIR; "
             "evaluate -c EXPERIMENT --output DIR, plot RESULTS, tables FILES."

@@ -23,7 +23,10 @@ from lightning_muter.errors import ConfigurationError, RemovalError
 from lightning_muter.lightning.flavour import pl, refuse_other
 from lightning_muter.memory.ids import id_texts
 from lightning_muter.memory.points import digests_of, integer, listing, training_indices
+from lightning_muter.models import BatchForm
+from lightning_muter.models.batches import FOUND, Where
 from lightning_muter.unlearning.points import Batch, unweighted
+from lightning_muter.unlearning.serving import RemovalBatch
 
 __all__ = ["RemovalDataModule", "TrainingPoints", "training_points"]
 
@@ -35,7 +38,12 @@ Collate = Callable[[list[Any]], Any]
 class TrainingPoints:
     """A map-style data set read by index in batches, untouched by shuffling or samplers."""
 
-    def __init__(self, dataset: Dataset[Any], collate: Collate | None = None) -> None:
+    def __init__(
+        self,
+        dataset: Dataset[Any],
+        collate: Collate | None = None,
+        form: BatchForm = FOUND,
+    ) -> None:
         if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__"):
             raise ConfigurationError(
                 f"{type(dataset).__name__} has no length or no index: a point to forget is named "
@@ -43,38 +51,35 @@ class TrainingPoints:
             )
         self.dataset = dataset
         self.collate = collate or default_collate
+        self.form = form
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def batch(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Inputs and targets of some points."""
-        batch = self._collated(indices)
-        if not isinstance(batch, (list, tuple)) or len(batch) < 2:
-            raise ConfigurationError(
-                f"a batch is a {type(batch).__name__}; expected (input, target) tensors"
-            )
-        x, targets = batch[0], batch[1]
-        if not isinstance(x, Tensor) or not x.is_floating_point():
-            raise ConfigurationError(
-                f"inputs are {getattr(x, 'dtype', type(x).__name__)}; the perturbation needs "
-                "floating-point tensors: convert in the data set"
-            )
-        if not isinstance(targets, Tensor):
-            raise ConfigurationError(
-                f"targets are a {type(targets).__name__}; a tensor of one target a point is "
-                "expected: convert them in the data set or in collate_fn"
-            )
-        return x, targets
+        return self.form.read(self.collated(indices))
 
-    def _collated(self, indices: Sequence[int]) -> Any:
+    def collated(self, indices: Sequence[int]) -> Any:
+        """Some points as a batch in the loader's own shape."""
         if type(self.dataset) is TensorDataset and self.collate is default_collate:
             return [tensor[list(indices)] for tensor in self.dataset.tensors]  # no Python loop
-        return self.collate([self.dataset[i] for i in indices])
+        points = [self.dataset[i] for i in indices]
+        if self.collate is not default_collate:
+            return self.collate(points)
+        try:
+            return default_collate(points)
+        except TypeError as error:
+            raise ConfigurationError(
+                f"default_collate makes no batch of the data set's {type(points[0]).__name__} "
+                f"({error}): give the datamodule, whose loader has the collate_fn"
+            ) from error
 
     def known_targets(self) -> Tensor | None:
         """All targets, where they lie in one tensor and no point need be read for them."""
         dataset, positions = self.dataset, None
+        if not self.form.is_pair(()):
+            return None
         while type(dataset) is Subset:
             own = torch.as_tensor(list(dataset.indices))
             positions = own if positions is None else own[positions]
@@ -151,10 +156,12 @@ class TrainingPoints:
                 )
 
 
-def training_points(source: pl.LightningDataModule | Dataset[Any]) -> TrainingPoints:
+def training_points(
+    source: pl.LightningDataModule | Dataset[Any], form: BatchForm = FOUND
+) -> TrainingPoints:
     """The training points of a datamodule (by its own train loader) or of a data set."""
     if not isinstance(source, pl.LightningDataModule):
-        return TrainingPoints(source)
+        return TrainingPoints(source, form=form)
     source.prepare_data()
     source.setup("fit")
     loader = source.train_dataloader()
@@ -162,10 +169,10 @@ def training_points(source: pl.LightningDataModule | Dataset[Any]) -> TrainingPo
         raise ConfigurationError(
             f"train_dataloader gave a {type(loader).__name__}; one DataLoader is needed"
         )
-    return TrainingPoints(loader.dataset, loader.collate_fn)
+    return TrainingPoints(loader.dataset, loader.collate_fn, form)
 
 
-class _Indexed(Dataset[tuple[Tensor, Tensor, int]]):
+class _Indexed(Dataset[RemovalBatch]):
     def __init__(self, points: TrainingPoints, indices: list[int], names: list[int] | None) -> None:
         self.points, self.indices = points, indices
         self.names = indices if names is None else names
@@ -173,9 +180,9 @@ class _Indexed(Dataset[tuple[Tensor, Tensor, int]]):
     def __len__(self) -> int:
         return len(self.indices)
 
-    def __getitem__(self, position: int) -> tuple[Tensor, Tensor, int]:
+    def __getitem__(self, position: int) -> RemovalBatch:
         x, target = self.points.batch([self.indices[position]])
-        return x[0], target[0], self.names[position]
+        return RemovalBatch(x[0], target[0], self.names[position])
 
 
 def _keys(ids: Sequence[str | int]) -> list[str]:
@@ -199,6 +206,8 @@ class RemovalDataModule(pl.LightningDataModule):
         batch_size: points a request; 1 forgets one after the other, None all at once.
         ids: keys in the place of indices, as ``MUterCallback(ids=...)`` was given them; all points
             of a key are forgotten.
+        batch: where a batch's input and target are, as ``MUterCallback(batch=...)`` was told; only
+            a predict loop of one's own needs it, since ``trainer.unlearn`` asks the memory.
 
     Raises:
         RemovalError: no index, one that is no integer, or one outside the data set (when the data
@@ -218,6 +227,7 @@ class RemovalDataModule(pl.LightningDataModule):
         indices: Sequence[int] | None = None,
         batch_size: int | None = None,
         ids: Sequence[str | int] | None = None,
+        batch: Where | None = None,
     ) -> None:
         super().__init__()
         if (indices is None) == (ids is None):
@@ -228,6 +238,7 @@ class RemovalDataModule(pl.LightningDataModule):
         self.ids = None if ids is None else _keys(ids)
         if not self.indices and not self.ids:
             raise RemovalError("the request is empty: name at least one training index or id")
+        self._form = BatchForm.of(batch)
         self._points: TrainingPoints | None = None
         self._names: list[int] | None = None
         self._all = batch_size is None
@@ -236,9 +247,11 @@ class RemovalDataModule(pl.LightningDataModule):
             raise RemovalError(f"batch_size={batch_size!r} must be at least 1, or None for all")
         self.batch_size = size
 
-    def training_points(self) -> TrainingPoints:
-        """The whole training set behind the request."""
-        return training_points(self.source) if self._points is None else self._points
+    def training_points(self, form: BatchForm | None = None) -> TrainingPoints:
+        """The whole training set behind the request, its batches read by ``form``."""
+        if self._points is not None:
+            return self._points
+        return training_points(self.source, form or self._form)
 
     def located(
         self, points: TrainingPoints, positions: list[int], names: list[int]
@@ -262,7 +275,7 @@ class RemovalDataModule(pl.LightningDataModule):
         points, gone = self.training_points(), set(self.indices)
         return Subset(points.dataset, [i for i in range(len(points)) if i not in gone])
 
-    def predict_dataloader(self) -> DataLoader[tuple[Tensor, Tensor, int]]:
+    def predict_dataloader(self) -> DataLoader[RemovalBatch]:
         self._refuse_ids()
         points = self.training_points()
         points.check_positions(self.indices)

@@ -9,6 +9,7 @@ from torch import Tensor
 from lightning_muter.lightning.flavour import pl
 from lightning_muter.lightning.point_ids import Ids
 from lightning_muter.memory.memory import UnlearningMemory
+from lightning_muter.memory.rebase_policy import RebasePolicy
 from lightning_muter.spec import Settings
 
 __all__ = ["MemoryKeeper", "keeper_of"]
@@ -27,6 +28,9 @@ class MemoryKeeper(pl.Callback):
         initial: the ω (p,) that training started from.
         batch_size: points a pass reads at once.
         ids: the user's keys of the training points, or the data set's attribute that holds them.
+        newton_steps: how many are taken before Stage I.
+        overwrite: whether a memory in the folder may be replaced.
+        rebase_policy: when a rebase is due.
     """
 
     settings: Settings
@@ -38,6 +42,9 @@ class MemoryKeeper(pl.Callback):
     initial: Tensor | None
     batch_size: int
     ids: Ids | None
+    newton_steps: int
+    overwrite: bool
+    rebase_policy: RebasePolicy
 
 
 def keeper_of(trainer: pl.Trainer) -> MemoryKeeper | None:

@@ -41,6 +41,13 @@ class KeptState:
             self._evaluated[module] = None
             module.training = False
 
+    def evaluate_frozen(self, module: nn.Module, trained: Collection[str]) -> None:
+        """Put every submodule without a trained parameter of its own into eval mode."""
+        for name, one in module.named_modules():
+            own = {f"{name}.{k}" if name else k for k, _ in one.named_parameters()}
+            if name and own.isdisjoint(trained):
+                self.evaluate(one)
+
     def restore(self) -> None:
         """Put the flags and modes back that were changed."""
         for parameter, flag in self._flags:

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
-from lightning_muter.errors import ConfigurationError, MuterError
+from lightning_muter.errors import ConfigurationError
 from lightning_muter.lightning.kept_state import untouched
+from lightning_muter.lightning.two_points import (
+    CURVATURE,
+    check_double_backward,
+    check_forward,
+    check_gradient,
+    check_targets,
+    step,
+)
 from lightning_muter.models import ModelView, measuring
-from lightning_muter.objectives.losses import PointLoss
-from lightning_muter.objectives.targets import check_targets as check_values
 from lightning_muter.parallel import Group
 from lightning_muter.spec import Settings
 from lightning_muter.unlearning.cost import Cost, product_seconds, solve_seconds
@@ -26,7 +29,7 @@ from lightning_muter.unlearning.point_problem import PointProblem
 from lightning_muter.unlearning.points import Batch, Chunk
 from lightning_muter.unlearning.representation import Representation
 
-__all__ = ["Preflight", "check_forward", "check_targets", "rehearse", "time_pass"]
+__all__ = ["Preflight", "rehearse", "time_pass"]
 
 _FEW, _USUAL = 8, 30  # passes of the maximiser: enough to see that it runs, and what it takes
 _CHEAP = 0.1  # seconds of two points: with less more of them are timed, for better numbers
@@ -34,20 +37,10 @@ _TIMED = 16
 #: passes of which the fastest counts, as long as they are cheap
 _REPEATS = 4
 _TIMING_SECONDS = 0.5
-_SAME = 1e-2  # outputs of a point differ by rounding alone, whatever is in its batch
 _PIECE_SECONDS = 2.0
 _PIECE = 256.0  # points that a piece has at the least: a batch has costs of its own
 _PRODUCTS = 80.0  # of a solve with rows, about
 _EIGENVALUES = 10.0  # the extreme eigenvalues of a memory take about so many factorisations
-
-_CURVATURE = (
-    "the loss must be twice differentiable in the trained parameters and in the input: replace the "
-    "layer that is not (a fused kernel, a custom backward), or train a smaller part of the module"
-)
-_OUT_OF_MEMORY = (
-    "take a smaller head, sketch=1 for a wide network's head, a smaller batch_size, or a machine "
-    "with more memory"
-)
 
 
 @dataclass(frozen=True)
@@ -136,15 +129,15 @@ def rehearse(
         batch = read(2)
         x, targets = batch.x, batch.targets
         view = settings[-1].view(module)
-        outputs = check_forward(module, x)
+        outputs = check_forward(view.logits, x)
         check_targets(view.loss, targets, outputs)
         if known_targets is not None:
             check_targets(view.loss, known_targets.to(targets), outputs)
-        _check_gradient(view, x, targets)
+        check_gradient(view.logits, view.loss, x, targets)
         if any(METHODS[one.method].curvature in ("total", "hessian") for one in settings):
-            _check_double_backward(view, x, targets)
+            check_double_backward(view, x, targets)
         for one in settings:
-            with _step(f"the curvature of method {one.method!r}", _CURVATURE):
+            with step(f"the curvature of method {one.method!r}", CURVATURE):
                 seconds, share = _once(one, one.view(module), batch, _FEW)
         alone = seconds
         if seconds > _CHEAP:  # is it the points that are dear, or a pass whatever its points?
@@ -188,175 +181,6 @@ def _fastest(settings: Settings, view: ModelView, batch: Batch, passes: int) -> 
     while len(found) < _REPEATS and sum(seconds for seconds, _ in found) < _TIMING_SECONDS:
         found.append(_once(settings, view, batch, passes))
     return min(found)
-
-
-@contextmanager
-def _step(name: str, way_out: str) -> Iterator[None]:
-    """Say which step of the rehearsal an error of torch's or of the module's own is from."""
-    try:
-        yield
-    except MuterError:
-        raise
-    except Exception as error:
-        message = " ".join(str(error).split())[:600]
-        full = isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError))
-        full = full or "can't allocate memory" in message
-        raise ConfigurationError(
-            f"before training, two training points go through what comes after it, and {name} "
-            f"failed with {type(error).__name__}: {message}; "
-            f"{_OUT_OF_MEMORY if full else way_out}"
-        ) from error
-
-
-def check_forward(module: nn.Module, x: Tensor) -> Tensor:
-    """The outputs (2, C) of a forward that gives one row of a tensor for each of two points.
-
-    Raises:
-        ConfigurationError: another type or shape, outputs that are not finite, change from call to
-            call, or depend on the other points of the batch.
-    """
-    with (
-        torch.no_grad(),
-        _step(
-            "forward(x)", "define forward(x) -> outputs (n, C) that takes a batch of inputs alone"
-        ),
-    ):
-        outputs, again, single = module(x.clone()), module(x.clone()), module(x[:1].clone())
-    outputs, again, single = (
-        _rows(found, n) for found, n in ((outputs, len(x)), (again, len(x)), (single, 1))
-    )
-    if single.shape[1:] != outputs.shape[1:]:
-        raise ConfigurationError(
-            f"forward returns shape {tuple(single.shape)} for one point and {tuple(outputs.shape)} "
-            "for two: it must return (n, C) for any n"
-        )
-    size = _SAME * max(float(outputs.abs().max()), 1e-300)
-    if float((again - outputs).abs().max()) > size:
-        raise ConfigurationError(
-            "forward gives other outputs when it is called again on the same inputs in eval mode: "
-            "no derivative of it is that of the trained model; use nn.Dropout, which eval mode "
-            "switches off, or F.dropout(..., training=self.training)"
-        )
-    if float((single - outputs[:1]).abs().max()) > size:
-        raise ConfigurationError(
-            "forward gives a point other outputs when another point is in the batch, in eval mode: "
-            "a point to forget would be in every other point's loss; take out what mixes the "
-            "points (batch statistics, a normalisation over the batch)"
-        )
-    return outputs
-
-
-def _rows(outputs: Any, n: int) -> Tensor:
-    """The outputs of n points, as they were."""
-    if not isinstance(outputs, Tensor):
-        raise ConfigurationError(
-            f"forward returns {_described(outputs)}, one tensor of outputs (n, C) is expected: "
-            "return the logits alone from forward"
-        )
-    if outputs.ndim == 0 or len(outputs) != n or not outputs.is_floating_point():
-        raise ConfigurationError(
-            f"forward returns shape {tuple(outputs.shape)} of {outputs.dtype} for {n} point"
-            f"{'s' * (n > 1)}, floating-point outputs ({n}, C) are expected; squeeze() drops the "
-            "dimension of a batch of one: use squeeze(1), or none"
-        )
-    if not bool(torch.isfinite(outputs).all()):
-        raise ConfigurationError(
-            "forward returns NaN or infinite outputs on two training points before training: mend "
-            "the inputs or the model's initial weights"
-        )
-    return outputs
-
-
-def _described(value: Any) -> str:
-    if value is None:
-        return "None"
-    name = type(value).__name__
-    if isinstance(value, dict):
-        return f"a {name} with the keys {[str(key) for key in value]}"
-    if isinstance(value, (tuple, list)):
-        return f"a {name} of {[type(item).__name__ for item in value]}"
-    tensors = [key for key, item in vars(value).items() if isinstance(item, Tensor)]
-    return f"a {name} with the tensors {tensors}" if tensors else f"a {name}"
-
-
-def check_targets(loss: PointLoss, targets: Tensor, outputs: Tensor) -> None:
-    """Refuse targets that are not finite, or that the loss cannot take.
-
-    Args:
-        loss: the loss a point.
-        targets: of some points (n, ...); each value of integer ones is looked at once.
-        outputs: of at least one point (n, C).
-
-    Raises:
-        ConfigurationError: with the targets.
-    """
-    check_values(loss, targets, outputs[0].numel())
-    integers = targets.ndim == 1 and not targets.is_floating_point()
-    distinct: Any = torch.unique  # its stub has no types
-    values: Tensor = distinct(targets) if integers else targets[:2]
-    bad = [value.tolist() for value in values if not _takes(loss, outputs[:1], value[None])]
-    if bad:
-        raise ConfigurationError(
-            f"loss {loss.name!r} with outputs {tuple(outputs.shape[1:])} a point cannot take the "
-            f"targets {bad[:5]}: mend the labels, leave points without a label (-100 and the like) "
-            "out of the training data set, or give the head as many outputs as there are classes"
-        )
-
-
-def _takes(loss: PointLoss, outputs: Tensor, target: Tensor) -> bool:
-    """Whether the loss and its view are finite numbers at one point's target."""
-    try:
-        if loss.closed_form is not None:  # on the CPU: a wrong class would end a GPU's process
-            outputs, target = outputs.double().cpu(), target.cpu()
-            r, s = loss.derivatives(outputs.reshape(1, -1), target)
-            found = [loss(outputs, target), r, s.dense()]
-        else:
-            found = [loss(outputs, target)]
-    except (RuntimeError, IndexError, ValueError):
-        return False
-    return all(bool(torch.isfinite(values).all()) for values in found)
-
-
-def _check_gradient(view: ModelView, x: Tensor, targets: Tensor) -> None:
-    inputs = x.detach().clone().requires_grad_(True)
-    with _step(
-        "∂l/∂x, which the attack ascends",
-        "forward must be differentiable in its input: without torch.no_grad(), "
-        "torch.inference_mode() or changes in place",
-    ):
-        losses = view.loss(view.module(inputs), targets)
-        gradient = None
-        if losses.requires_grad:
-            (gradient,) = torch.autograd.grad(losses.sum(), inputs, allow_unused=True)
-    if gradient is None:
-        raise ConfigurationError(
-            "no gradient of the loss reaches the input, so that nothing can be attacked: forward "
-            "runs a part under torch.no_grad() or detaches it; take that out (MUterCallback "
-            "freezes the part by itself), or give the module a forward of its own"
-        )
-    if not bool(torch.isfinite(losses).all()) or not bool(torch.isfinite(gradient).all()):
-        raise ConfigurationError(
-            "the loss of two training points, or its gradient in the input, is NaN or infinite "
-            "before training: mend the inputs, the targets or the model's initial weights"
-        )
-
-
-def _check_double_backward(view: ModelView, x: Tensor, targets: Tensor) -> None:
-    """∂δδ l and ∂ωδ l through every node of the graph.
-
-    ``autograd.grad`` visits only nodes that lead to what it is asked for, and takes a layer whose
-    backward is no graph (``once_differentiable``) for a constant; ``backward`` meets its error.
-    """
-    inputs = x.detach().clone().requires_grad_(True)
-    omega = {
-        name: parameter.detach().clone().requires_grad_(True)
-        for name, parameter in zip(view.names, view.parameters, strict=True)
-    }
-    with _step("the second derivative of the loss, by double backward,", _CURVATURE):
-        losses = view.loss(functional_call(view.module, omega, (inputs,)), targets)
-        (gradient,) = torch.autograd.grad(losses.sum(), inputs, create_graph=True)
-        if gradient.requires_grad:
-            torch.autograd.backward(gradient.sum())  # into the .grad of the copies above
 
 
 def _once(settings: Settings, view: ModelView, batch: Batch, passes: int) -> tuple[float, float]:

@@ -47,7 +47,7 @@ def rebase(
     group = destination.group
     with destination.writing():
         with kept_random_state(group.device), group.together():
-            state = current_memory(destination, keeper)
+            state = current_memory(destination, keeper, module)
             if not METHODS[state.settings.method].has_memory:
                 raise ConfigurationError(
                     f"method={state.settings.method!r} keeps no curvature: there is nothing to "
@@ -55,7 +55,7 @@ def rebase(
                 )
             view = state.settings.view(module)
             destination.check_model(state, view)
-            points = training_points(datamodule)
+            points = training_points(datamodule, state.settings.batch)
             rest = RemainingPoints(state, points, places_of(state, points), group)
         with kept_random_state(group.device), borrowed(view, group.device):
             found = _measured(state.to(group.device), view, rest, newton_steps)

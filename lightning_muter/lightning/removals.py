@@ -12,7 +12,7 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset, default_collate
 
 from lightning_muter.curvature.rows import RowsCurvature
 from lightning_muter.errors import RemovalError
@@ -28,6 +28,7 @@ from lightning_muter.memory.points import (
     listing,
     training_indices,
 )
+from lightning_muter.unlearning.serving import RemovalBatch
 
 __all__ = [
     "Asked",
@@ -121,7 +122,7 @@ def check_removals(
     Raises:
         RemovalError: with the offending indices.
     """
-    points = removals.training_points()
+    points = removals.training_points(memory.settings.batch)
     if removals.ids is not None:
         names = memory.owned(removals.ids)
         positions = _positions(memory, points, names)
@@ -169,7 +170,7 @@ def _check_fixed(
     moved = [(i, name) for i, name in zip(positions, names, strict=True) if i != name]
     if not moved or not isinstance(removals.source, pl.LightningDataModule):
         return
-    again = removals.training_points()
+    again = removals.training_points(memory.settings.batch)
     rows = [i for i, _ in moved if i < len(again)]
     expected = memory.digests[[name for i, name in moved if i < len(again)]].cpu().numpy()
     found = again.digests(memory.key, rows)
@@ -295,4 +296,10 @@ def points_in(path: Path, batch_size: int | None) -> DataLoader[Any]:
             f"{path} holds no points ({type(error).__name__}: {error}): give a safetensors file "
             'with the tensors "x" and "target", one row a point, as training received them'
         ) from error
-    return DataLoader(dataset, batch_size=len(dataset) if batch_size is None else batch_size)
+    size = len(dataset) if batch_size is None else batch_size
+    return DataLoader(dataset, batch_size=size, collate_fn=_as_removal)
+
+
+def _as_removal(points: list[tuple[Tensor, ...]]) -> RemovalBatch:
+    x, targets = default_collate(points)
+    return RemovalBatch(x, targets, None)

@@ -1,4 +1,4 @@
-"""`Trainer`: Lightning's, with the verbs ``unlearn`` and ``rebase``."""
+"""`Trainer`: Lightning's, with the verbs ``unlearn``, ``rebase`` and ``build_memory``."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any, Literal, ParamSpec, TypeVar
 
 from torch.utils.data import DataLoader, Dataset
 
+from lightning_muter.lightning.build import build_memory
 from lightning_muter.lightning.flavour import pl, refuse_other
 from lightning_muter.lightning.rebase import rebase
 from lightning_muter.lightning.unlearn import unlearn
@@ -88,6 +89,34 @@ class Trainer(pl.Trainer):
         return unlearn(
             self, datamodule, model, memory, noise_std, corrector_steps, bound, already, note
         )
+
+    def build_memory(
+        self,
+        model: pl.LightningModule,
+        datamodule: pl.LightningDataModule | Dataset[Any],
+        ckpt_path: str | os.PathLike[str] | None = None,
+    ) -> UnlearningMemory:
+        """Stage I for a model that is trained already, or for a checkpoint.
+
+        The trainer's `MUterCallback` says what the model was trained with. The points' range, their
+        targets and the outputs are checked as in fit, the gradient of its ``training_step`` is
+        compared where that runs without a trainer, and how far the model is from the optimum of its
+        robust objective is measured; what only training itself could show is named in the memory's
+        warnings. The callback keeps the memory, so that `unlearn` serves from it.
+
+        Args:
+            model: the module; a checkpoint's weights are loaded into it. Newton's steps of the
+                callback, where it has any, move its trained parameters.
+            datamodule: the points that it was trained on.
+            ckpt_path: "best" of this trainer's last fit, or a path; None for the weights as they
+                are.
+
+        Raises:
+            ConfigurationError: no `MUterCallback`, a checkpoint that is not the model's, a weight
+                decay or horizon that nothing says, points or outputs that are not what the
+                callback says; the model is as it was.
+        """
+        return build_memory(self, model, datamodule, ckpt_path)
 
     def rebase(
         self,

@@ -83,7 +83,7 @@ def _serve(
 ) -> UnlearningResult:
     start, group = time.perf_counter(), destination.group
     with kept_random_state(group.device), group.together():
-        state = current_memory(destination, keeper)
+        state = current_memory(destination, keeper, module)
         view = state.settings.view(module)
         destination.check_model(state, view)
         asked = _check(state, datamodule, extras, group)
@@ -206,8 +206,12 @@ def module_of(trainer: pl.Trainer, model: pl.LightningModule | None) -> pl.Light
     return module.model if isinstance(module, UnlearningModule) else module
 
 
-def current_memory(destination: Destination, keeper: MemoryKeeper | None) -> UnlearningMemory:
+def current_memory(
+    destination: Destination, keeper: MemoryKeeper | None, module: pl.LightningModule
+) -> UnlearningMemory:
     """The memory to serve from, of this very moment where a folder is kept."""
+    if keeper is not None:  # whose loss may be an attribute's name until there is a module
+        keeper.settings = keeper.settings.of(module)
     found = destination.newest(keeper)
     if keeper is not None and destination.held is None:
         _check_keeper(keeper, found)

@@ -28,17 +28,17 @@ class Autodiff(ModelView):
 
     def point_function(self) -> tuple[PointFunction, Tensor]:
         """(ω, y, *seen) -> O of one point, and the module's ω (p,)."""
-        module, shapes = self.module, [p.shape for p in self.parameters]
+        logits, shapes = self.logits, [p.shape for p in self.parameters]
         sizes = [p.numel() for p in self.parameters]
 
         def loss(omega: Tensor, y: Tensor, *seen: Tensor) -> Tensor:
             parts = torch.split(omega, sizes)
             values = {
-                name: part.reshape(shape)
+                f"module.{name}": part.reshape(shape)
                 for name, part, shape in zip(self.names, parts, shapes, strict=True)
             }
             outputs = [
-                functional_call(module, values, (self.received(x.unsqueeze(0)),)) for x in seen
+                functional_call(logits, values, (self.received(x.unsqueeze(0)),)) for x in seen
             ]
             return self.objective.outer(outputs, y.unsqueeze(0)).squeeze(0)
 
@@ -59,7 +59,7 @@ class AutodiffLinearisation(Linearisation):
 
     def losses(self) -> Tensor:
         with torch.no_grad():
-            return self.view.outer(self.seen, self.targets).double()
+            return self.view.outer(self.seen, self.targets).detach().double()
 
     def gradients(self) -> Tensor:
         loss, omega = self.view.point_function()

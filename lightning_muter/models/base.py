@@ -14,6 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from lightning_muter.curvature.kept import OuterProducts
 from lightning_muter.curvature.point import PointCurvature
 from lightning_muter.errors import ConfigurationError
+from lightning_muter.models.logits import CALLED, LogitsForm
 from lightning_muter.models.names import suggest
 from lightning_muter.objectives.base import Objective
 from lightning_muter.responses import Response
@@ -130,6 +131,7 @@ class ModelView(ABC):
         names: list[str],
         objective: Objective,
         scaling: Scaling | None = None,
+        form: LogitsForm = CALLED,
     ) -> None:
         parameters = dict(module.named_parameters())
         missing = [name for name in names if name not in parameters]
@@ -139,6 +141,7 @@ class ModelView(ABC):
                 f"{suggest((missing or ['']), parameters)}"
             )
         self.module = module
+        self.logits = form.of(module)
         self.names = list(names)
         self.objective = objective
         self.loss = objective.loss
@@ -188,8 +191,8 @@ class ModelView(ABC):
         return self.scaling.normalised(x).to(next(self.module.parameters()).dtype)
 
     def outputs(self, x: Tensor) -> Tensor:
-        """The module's outputs (n, ...) at points x, with the graph to x."""
-        found: Tensor = self.module(self.received(x))
+        """The logits (n, ...) at points x, with the graph to x."""
+        found: Tensor = self.logits(self.received(x))
         return found
 
     def ascent(self, x: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:

@@ -12,6 +12,7 @@ from lightning_muter.curvature.paired import PairedHessian, PairedPoints, Paired
 from lightning_muter.curvature.point import PointCurvature
 from lightning_muter.errors import ConfigurationError
 from lightning_muter.models.base import Linearisation, ModelView, Seen
+from lightning_muter.models.logits import CALLED, LogitsForm
 from lightning_muter.models.names import linear_layers, suggest
 from lightning_muter.objectives.base import Objective
 from lightning_muter.objectives.output_curvature import Full, Outer
@@ -36,7 +37,12 @@ class LinearHead(ModelView):
     """
 
     def __init__(
-        self, module: nn.Module, head: str, objective: Objective, scaling: Scaling | None = None
+        self,
+        module: nn.Module,
+        head: str,
+        objective: Objective,
+        scaling: Scaling | None = None,
+        form: LogitsForm = CALLED,
     ) -> None:
         modules = dict(module.named_modules())
         if head not in modules:
@@ -51,7 +57,7 @@ class LinearHead(ModelView):
                 "parameters=[...] to use Autodiff instead"
             )
         names = [f"{head}.weight"] + ([f"{head}.bias"] if layer.bias is not None else [])
-        super().__init__(module, names, objective, scaling)
+        super().__init__(module, names, objective, scaling, form)
         self.layer = layer
         self._bends: bool | None = None
 
@@ -64,7 +70,7 @@ class LinearHead(ModelView):
         seen: list[Tensor] = []
         handle = self.layer.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
         try:
-            outputs = self.module(received)
+            outputs = self.logits(received)
         finally:
             handle.remove()
         if len(seen) != 1:
@@ -226,6 +232,7 @@ class RowLinearisation(Linearisation):
         with torch.no_grad():
             received = self.view.received(x)
             h, outputs = self.view.run(received)
+        h, outputs = h.detach(), outputs.detach()  # a forward may switch gradients on
         # the head of a linear model reads the input's own memory
         reads = h.data_ptr() == received.data_ptr() and h.numel() == received.numel()
         h = h.double()

@@ -10,6 +10,7 @@ from lightning_muter.errors import ConfigurationError
 from lightning_muter.models.autodiff import Autodiff
 from lightning_muter.models.base import ModelView
 from lightning_muter.models.linear_head import FeatureHead, LinearHead
+from lightning_muter.models.logits import CALLED, LogitsForm
 from lightning_muter.models.names import listed
 from lightning_muter.objectives.losses import PointLoss
 from lightning_muter.objectives.resolve import AnyLoss, resolve_objective
@@ -30,6 +31,7 @@ def view_of(
     space: str = "input",
     scaling: Scaling | None = None,
     objective: TRADES | None = None,
+    form: LogitsForm = CALLED,
 ) -> ModelView:
     """The view of a linear head, or of any named parameters.
 
@@ -41,6 +43,7 @@ def view_of(
         space: "input", or "features" for perturbations of the head's input.
         scaling: of the threat, where that is in pixels and the module's inputs are normalised.
         objective: TRADES, or None for adversarial training.
+        form: what makes logits of the module.
 
     Raises:
         ConfigurationError: not exactly one of head and parameters, or a name that is none.
@@ -53,7 +56,7 @@ def view_of(
         raise ConfigurationError(f"space={space!r} is unknown; expected 'input' or 'features'")
     resolved = resolve_objective(objective, loss)
     if head is not None:
-        return _HEADS[space](module, head, resolved, scaling)
+        return _HEADS[space](module, head, resolved, scaling, form)
     if space == "features":
         raise ConfigurationError("space='features' needs a linear head: give head=...")
-    return Autodiff(module, list(listed(parameters) or ()), resolved, scaling)
+    return Autodiff(module, list(listed(parameters) or ()), resolved, scaling, form)

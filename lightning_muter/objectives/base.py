@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -54,11 +54,3 @@ class Objective(ABC):
     @abstractmethod
     def outer(self, outputs: Sequence[Tensor], targets: Tensor) -> Tensor:
         """O (n,) of the outputs at the inputs that are `seen`."""
-
-    @abstractmethod
-    def hand_over(self, batch: list[Any], perturbed: Tensor) -> None:
-        """Put x + δ where ``training_step`` looks for it in a batch [x, target]."""
-
-    @abstractmethod
-    def trained_on(self, batch: Sequence[Any]) -> tuple[Tensor, ...]:
-        """What is `seen` of a batch that was handed over."""

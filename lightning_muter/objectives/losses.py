@@ -126,7 +126,8 @@ class PointLoss:
     r (n, C) and S; without it both come from ``torch.func`` point by point. ``level``
     maps them to what an adversary ascends in the loss's place, and ``link`` that to the loss;
     without it the loss itself is ascended. ``classifies``: outputs are logits of classes.
-    ``target_kind`` says what its targets have to be.
+    ``target_kind`` says what its targets have to be; points of the class ``ignored`` are no part of
+    training's mean, so that no point may have it.
     """
 
     name: str
@@ -137,6 +138,7 @@ class PointLoss:
     link: Link = IDENTITY
     classifies: bool = True
     target_kind: TargetKind = "numbers"
+    ignored: int | None = None
 
     def __call__(self, outputs: Tensor, targets: Tensor) -> Tensor:
         if self.one_output and outputs.numel() != len(outputs):

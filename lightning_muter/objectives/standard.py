@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -45,9 +45,3 @@ class Standard(Objective):
 
     def outer(self, outputs: Sequence[Tensor], targets: Tensor) -> Tensor:
         return self.point_loss(outputs[-1], targets)
-
-    def hand_over(self, batch: list[Any], perturbed: Tensor) -> None:
-        batch[0] = perturbed
-
-    def trained_on(self, batch: Sequence[Any]) -> tuple[Tensor, ...]:
-        return (batch[0],)

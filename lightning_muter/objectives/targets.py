@@ -78,4 +78,10 @@ def check_targets(loss: PointLoss, targets: Tensor, width: int) -> None:
     """
     if targets.is_floating_point() and not bool(torch.isfinite(targets).all()):
         raise ConfigurationError("training targets are NaN or infinite: mend the data set")
+    if loss.ignored is not None and bool((targets == loss.ignored).any()):
+        raise ConfigurationError(
+            f"the loss has ignore_index={loss.ignored}, and {int((targets == loss.ignored).sum())} "
+            "training points are of that class: its mean is over the other points of a batch, "
+            "which is no sum over points; leave them out of the training data set"
+        )
     _CHECKS[loss.target_kind](loss.name, targets, width)

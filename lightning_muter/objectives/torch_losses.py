@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -102,10 +102,10 @@ class _Kind:
 
 def _cross_entropy(options: dict[str, Any]) -> PointLoss:
     """l = Σ_j p_j (-log q_j) with p = (1 - α) e_y + α / C; r = q - p, S as without smoothing."""
-    alpha = options.get("label_smoothing", 0.0)
+    alpha, ignored = options.get("label_smoothing", 0.0), options.get("ignore_index")
     own = LOSSES["cross_entropy"]
     if alpha == 0:
-        return own
+        return replace(own, ignored=ignored)
 
     def losses(outputs: Tensor, targets: Tensor) -> Tensor:
         return F.cross_entropy(outputs, targets.long(), reduction="none", label_smoothing=alpha)
@@ -116,7 +116,7 @@ def _cross_entropy(options: dict[str, Any]) -> PointLoss:
         return r + alpha * (true - 1.0 / z.shape[1]), s
 
     name = f"CrossEntropyLoss(label_smoothing={alpha})"
-    return PointLoss(name, losses, derivatives, target_kind="classes")
+    return PointLoss(name, losses, derivatives, target_kind="classes", ignored=ignored)
 
 
 def _binary(options: dict[str, Any]) -> PointLoss:
@@ -165,6 +165,6 @@ def _squares(options: dict[str, Any]) -> PointLoss:
 
 _KINDS: dict[str, _Kind] = {
     "BCEWithLogitsLoss": _Kind(("pos_weight",), _binary),
-    "CrossEntropyLoss": _Kind(("label_smoothing",), _cross_entropy),
+    "CrossEntropyLoss": _Kind(("ignore_index", "label_smoothing"), _cross_entropy),
     "MSELoss": _Kind((), _squares),
 }

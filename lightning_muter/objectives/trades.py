@@ -70,6 +70,24 @@ class TRADES:
         each = BoundTRADES(self.beta, loss or LOSSES["cross_entropy"]).outer(outputs, batch[1])
         return each.mean().to(outputs[0].dtype)
 
+    def hand_over(self, batch: Any, perturbed: Tensor) -> None:
+        """Put x + δ (n, ...) where ``training_step`` looks for it in a batch [x, target].
+
+        Raises:
+            ConfigurationError: the batch is no list.
+        """
+        if not isinstance(batch, list):
+            raise ConfigurationError(
+                f"a training batch is a {type(batch).__name__}; with objective={self} a list "
+                "[input, target] is expected, which becomes [input, target, perturbed input]: "
+                "return one from collate_fn"
+            )
+        batch.insert(2, perturbed)
+
+    def trained_on(self, batch: Sequence[Any]) -> tuple[Tensor, ...]:
+        """The inputs of a batch that was handed over, the perturbed ones last."""
+        return (batch[0], batch[2])
+
     def of(self, loss: PointLoss) -> BoundTRADES:
         """The objective with the loss of a clean point."""
         return BoundTRADES(self.beta, loss)
@@ -114,12 +132,6 @@ class BoundTRADES(Objective):
     def outer(self, outputs: Sequence[Tensor], targets: Tensor) -> Tensor:
         clean, perturbed = outputs
         return self.point_loss(clean, targets) + self.beta * _divergence(clean, perturbed)
-
-    def hand_over(self, batch: list[Any], perturbed: Tensor) -> None:
-        batch.insert(2, perturbed)
-
-    def trained_on(self, batch: Sequence[Any]) -> tuple[Tensor, ...]:
-        return (batch[0], batch[2])
 
     def derivatives(
         self, clean: Tensor, perturbed: Tensor, targets: Tensor

@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from lightning_muter.curvature.dense import DenseCurvature
-from lightning_muter.models import measuring, view_of
+from lightning_muter.models import LogitsForm, measuring, view_of
+from lightning_muter.models.logits import Forward, Output
+from lightning_muter.objectives.module_loss import loss_in
 from lightning_muter.objectives.resolve import AnyLoss
 from lightning_muter.objectives.trades import TRADES
 from lightning_muter.responses import resolve_response
@@ -34,6 +36,8 @@ def total_hessian(
     weight_decay: float = 0.0,
     sketch: int = 0,
     delta: Tensor | None = None,
+    forward: Forward | None = None,
+    output: Output | None = None,
 ) -> Tensor:
     """Σ_i D_i over a batch: the Hessian of its robust loss in the chosen parameters.
 
@@ -57,6 +61,9 @@ def total_hessian(
         sketch: seeded probes a point for the inner response of a network; 0 for the exact one.
         delta: the maximisers (n, ...) on the scale of ``threat.eps``, if they are known; found
             otherwise.
+        forward: a method's name or a function (module, x) -> logits, where calling the module gives
+            none.
+        output: where the logits are in what it returns, or a function of it.
 
     Returns:
         A symmetric matrix (p, p), float64, on the batch's device.
@@ -74,7 +81,8 @@ def total_hessian(
         torch.Size([3, 3])
     """
     threat.check_inputs(batch[0])
-    view = view_of(module, loss, head, parameters, space, threat.scaling, objective)
+    own, form = loss_in(loss, module), LogitsForm(forward, output)
+    view = view_of(module, own, head, parameters, space, threat.scaling, objective, form)
     resolved = resolve_response(response, inverse, neumann_order, sketch)
     problem = PointProblem("muter", threat, resolved, weight_decay)
     points = unweighted(batch[0], batch[1])

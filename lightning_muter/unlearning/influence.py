@@ -46,7 +46,8 @@ def _gradients(memory: UnlearningMemory, module: nn.Module, batch: Sequence[Tens
     """∇_ω l(ω*, x + δ*) (m, p) of each point."""
     view, problem = memory.settings.view(module), memory.settings.problem()
     with measuring(module), view.at(memory.omega_star):
-        chunks = problem.chunks(view, unweighted(batch[0], batch[1]))
+        points = unweighted(*memory.settings.batch.read(batch))
+        chunks = problem.chunks(view, points)
         return torch.cat([chunk.linearisation.gradients() for chunk in chunks])
 
 

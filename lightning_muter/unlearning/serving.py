@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import numbers
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,11 +14,19 @@ from lightning_muter.errors import ConfigurationError, RemovalError
 from lightning_muter.linalg.solution import Status
 from lightning_muter.memory.memory import UnlearningMemory
 from lightning_muter.memory.points import check_batch, check_free, check_named, training_indices
-from lightning_muter.models import ModelView
+from lightning_muter.models import BatchForm, ModelView
 from lightning_muter.parallel import Group
 from lightning_muter.unlearning.request import Outcome, forget, forget_rows
 
-__all__ = ["Server", "check_noise", "request_warnings", "worst_status"]
+__all__ = ["RemovalBatch", "Server", "check_noise", "request_warnings", "worst_status"]
+
+
+class RemovalBatch(NamedTuple):
+    """Points to forget: inputs (m, ...), targets (m, ...), and indices where they are known."""
+
+    x: Any
+    target: Any
+    index: Any
 
 
 class Server:
@@ -105,8 +113,8 @@ class Server:
             self.outcomes.append(outcome)
 
     def _checked(self, batch: Any) -> tuple[Tensor, Tensor, list[int]]:
-        x, targets = _tensors(batch)
-        positions = training_indices(batch[2]) if len(batch) > 2 else None
+        x, targets, named_by = _parts(batch, self.memory.settings.batch)
+        positions = None if named_by is None else training_indices(named_by)
         check_batch(x, targets, positions)
         if positions is not None:
             check_named(positions)
@@ -125,19 +133,28 @@ class Server:
         return [k for k, out in enumerate(over) if not out]
 
 
-def _tensors(batch: Any) -> tuple[Tensor, Tensor]:
-    if not isinstance(batch, (list, tuple)) or len(batch) < 2:
+def _parts(batch: Any, form: BatchForm) -> tuple[Tensor, Tensor, Any]:
+    """Inputs, targets, and what names the points; plain triples name them in the third place."""
+    if isinstance(batch, RemovalBatch):
+        x, targets = BatchForm((0, 1)).read(batch)
+        return *_points(x, targets), batch.index
+    try:
+        x, targets = form.read(batch)
+    except ConfigurationError as error:
         raise RemovalError(
-            f"a removal batch is a {type(batch).__name__}; expected (input, target[, index]): give "
-            "a RemovalDataModule(data, indices=[...]), or a loader of the points themselves"
-        )
-    x, targets = batch[0], batch[1]
-    if not isinstance(x, Tensor) or not x.is_floating_point() or not isinstance(targets, Tensor):
-        kinds = [str(getattr(one, "dtype", type(one).__name__)) for one in (x, targets)]
-        raise RemovalError(
-            f"a removal batch holds {kinds[0]} and {kinds[1]}; expected are inputs of floating "
-            "point and targets, both tensors, as training received them"
-        )
+            f"a removal batch cannot be read: {error}; give a RemovalDataModule(data, "
+            "indices=[...]), or a loader of the points themselves, as training received them"
+        ) from error
+    has_names = form.is_pair(batch) and len(batch) > 2 and not _is_text(batch[2])
+    return *_points(x, targets), batch[2] if has_names else None
+
+
+def _is_text(value: Any) -> bool:
+    """Whether an entry of a batch is its points' file names and the like."""
+    return isinstance(value, (list, tuple)) and all(isinstance(one, str) for one in value)
+
+
+def _points(x: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     if x.ndim == 0 or targets.ndim == 0 or len(x) == 0:
         raise RemovalError(
             f"a removal batch has inputs of shape {tuple(x.shape)} and targets of shape "

@@ -10,7 +10,7 @@ from cases import QUIET, Data, Net
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_muter import AdversarialTraining, ConfigurationError, L2Ball, LinfBall
+from lightning_muter import AdversarialTraining, L2Ball, LinfBall
 from lightning_muter.adversary.ascent import projected_gradient_ascent
 from lightning_muter.objectives.resolve import resolve_loss
 
@@ -73,14 +73,21 @@ def test_ascent_serves_any_shape_and_stays_inside(threat: L2Ball | LinfBall) -> 
 
 
 @pytest.mark.filterwarnings("ignore:.*log_every_n_steps.*")
-def test_a_batch_that_cannot_be_swapped_is_refused() -> None:
-    loader = DataLoader(
-        TensorDataset(torch.randn(4, 8).double(), torch.zeros(4).long()),
-        collate_fn=lambda points: tuple(torch.stack(part) for part in zip(*points, strict=True)),
-    )
-    trainer = pl.Trainer(max_epochs=1, callbacks=[AdversarialTraining(L2Ball(0.5))], **QUIET)
-    with pytest.raises(ConfigurationError, match="tuple"):
-        trainer.fit(Net(), loader)
+def test_a_batch_that_is_a_tuple_trains_as_a_list_does() -> None:
+    """And the data set's own tensors, which such a batch may hold, are as they were."""
+    x, y = torch.randn(4, 8).double(), torch.zeros(4).long()
+    before, weights = x.clone(), []
+    for shape in (list, tuple):
+        loader = DataLoader(
+            TensorDataset(x, y), batch_size=4, collate_fn=lambda _, shape=shape: shape((x, y))
+        )
+        pl.seed_everything(0, verbose=False)
+        model = Net()
+        trainer = pl.Trainer(max_epochs=2, callbacks=[AdversarialTraining(L2Ball(0.5))], **QUIET)
+        trainer.fit(model, loader)
+        assert torch.equal(x, before)
+        weights.append(model.classifier.weight.detach().clone())
+    torch.testing.assert_close(weights[0], weights[1], rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("loss", ["logistic", "squared"])

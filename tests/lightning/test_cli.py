@@ -6,12 +6,14 @@ import importlib
 import json
 import pickle
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from jsonargparse import ArgumentParser
 from safetensors.torch import save_file
 
-from lightning_muter import ConfigurationError, RemovalError, UnlearningMemory
+from lightning_muter import ConfigurationError, MUterCallback, RemovalError, UnlearningMemory
 from lightning_muter.lightning.cli import main
 
 ROOT = Path(__file__).parents[2]
@@ -123,3 +125,43 @@ def test_a_checkpoint_and_a_config_of_the_users_own(
     with pytest.raises((RuntimeError, KeyError, pickle.UnpicklingError)):
         main(["test", *CONFIG, "--ckpt_path", "evil.ckpt"])
     assert not Path("ran").exists() and Path("config.yaml").read_text() == "mine"
+
+
+@pytest.mark.filterwarnings("ignore:the memory is of a model that was trained already")
+def test_build_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT))
+    monkeypatch.chdir(tmp_path)
+    main(["fit", *CONFIG, "--trainer.max_epochs=1"])
+    preset = ["-c", str(ROOT / "callbacks" / "muter_l2.yaml")]
+    verb = ["build-memory", *CONFIG, *preset]
+    with pytest.raises(ConfigurationError, match="random weights: say --ckpt_path"):
+        main(verb)
+    horizon = ["--trainer.callbacks.init_args.horizon", "null"]
+    main([*verb, *horizon, "--ckpt_path", "runs/last.ckpt"])
+    main(["unlearn", *CONFIG, "--memory", "runs/memory", "--indices", "[3,17]"])
+    assert UnlearningMemory.load("runs/memory").ledger[0]["indices"] == [3, 17]
+
+
+def test_yaml_names_functions_by_their_import_path() -> None:
+    parser = ArgumentParser()
+    parser.add_subclass_arguments(MUterCallback, "callback")
+    threat = {"class_path": "lightning_muter.L2Ball", "init_args": {"eps": 0.5}}
+    given = {"threat": threat, "head": "head", "loss": "criterion"}
+
+    def built(**more: Any) -> dict[str, Any]:
+        value = {"class_path": "lightning_muter.MUterCallback", "init_args": {**given, **more}}
+        callback = parser.instantiate_classes(parser.parse_object({"callback": value})).callback
+        settings: dict[str, Any] = callback.settings.to_dict()
+        return settings
+
+    found = built(batch=["image", "label"], output="logits", forward="score")
+    assert (found["batch"], found["output"], found["forward"]) == (
+        ["image", "label"],
+        "logits",
+        "score",
+    )
+    found = built(batch="people.namespace", output=1, forward="people.ssl_logits")
+    assert found["forward"]["path"] == "people:ssl_logits" and found["output"] == 1
+    assert found["batch"]["path"] == "people:namespace" and found["loss"] == {
+        "attribute": "criterion"
+    }

@@ -59,11 +59,11 @@ def with_forward(forward: Callable[[Any, Tensor], Any]) -> pl.LightningModule:
 @pytest.mark.parametrize(
     ("forward", "match"),
     [
-        (lambda self, x: {"logits": self.logits(x)}, "dict with the keys.*logits"),
-        (lambda self, x: (self.logits(x), None), "tuple of .*Tensor.*NoneType"),
-        (lambda self, x: [self.logits(x)], "list of .*Tensor"),
-        (lambda self, x: SimpleNamespace(logits=self.logits(x)), "SimpleNamespace .*logits"),
-        (lambda self, x: None, "None"),
+        (lambda self, x: {"z": self.logits(x), "h": x}, r"dict with the keys.*z.*output="),
+        (lambda self, x: (None, self.logits(x)), r"tuple of .*NoneType.*Tensor.*output="),
+        (lambda self, x: [], r"list of .*output="),
+        (lambda self, x: SimpleNamespace(z=self.logits(x)), "SimpleNamespace .*z.*output="),
+        (lambda self, x: None, "None.*output=.*forward="),
         (lambda self, x: self.logits(x).sum(), r"shape \(\)"),
         (lambda self, x: self.logits(x).squeeze(), r"shape \(3,\).*point"),
         (lambda self, x: self.logits(x).argmax(1), "int64"),
@@ -72,8 +72,11 @@ def with_forward(forward: Callable[[Any, Tensor], Any]) -> pl.LightningModule:
         (lambda self, x: self.logits(x) - self.logits(x).mean(0), "another point is in the batch"),
         (lambda self, x: self.logits(x.detach()), "no gradient of the loss reaches the input"),
         (lambda self, x: self.missing(x), "forward.* failed with AttributeError"),
-        (lambda self, x, mask: self.logits(x), "failed with TypeError.*mask"),
-        (lambda self, x: self.logits(x.reshape(len(x), 2, 2)), "failed with RuntimeError"),
+        (lambda self, x, mask: self.logits(x), "failed with TypeError.*mask.*forward="),
+        (
+            lambda self, x: self.logits(x.reshape(len(x), 2, 2)),
+            "failed with RuntimeError.*forward=",
+        ),
         (lambda self, x: self.logits(x.numpy() and x), "failed with"),
     ],
     ids=[
@@ -113,7 +116,7 @@ def test_no_forward_at_all() -> None:
         def configure_optimizers(self) -> torch.optim.Optimizer:
             return torch.optim.SGD(self.parameters(), lr=0.1)
 
-    refused("define forward", Shared())
+    refused("define it so, or say by forward=", Shared())
 
 
 class Cube(torch.autograd.Function):

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from lightning_muter.errors import ConfigurationError
+from lightning_muter.lightning.flavour import pl
 
-__all__ = ["FrozenPart"]
+__all__ = ["FrozenPart", "check_finetuning"]
 
 _SHOWN = 5
 
@@ -22,6 +23,23 @@ def _digest(value: Tensor) -> bytes:
 
 def _names(names: list[str]) -> str:
     return ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" * (len(names) > _SHOWN))
+
+
+def check_finetuning(callbacks: Sequence[pl.Callback]) -> None:
+    """Refuse a callback whose purpose it is to unfreeze something later on.
+
+    Raises:
+        ConfigurationError: with its class.
+    """
+    found = [
+        type(one).__name__ for one in callbacks if isinstance(one, pl.callbacks.BaseFinetuning)
+    ]
+    if found:
+        raise ConfigurationError(
+            f"{found[0]} freezes and unfreezes parts of the module while it trains, and the memory "
+            "covers the head alone: leave it out (MUterCallback freezes everything but the head by "
+            "itself), or unlearn after a last training of the head alone"
+        )
 
 
 class FrozenPart:

@@ -62,6 +62,7 @@ class TrainingWatch:
         refuse: Callable[[MuterError], None],
     ) -> None:
         self._trainer, self._module, self._points = trainer, module, points
+        self._logits = view.logits
         self._loss, self._parameters, self._penalty = view.loss, view.parameters, penalty
         layer: nn.Module | None = None if head is None else module.get_submodule(head)
         self._head = layer
@@ -78,7 +79,13 @@ class TrainingWatch:
             None if flow_time is None else StepWatch(self._parameters, self._slack, flow_time)
         )
         self._gradient = GradientWatch(
-            module, self._parameters, view.objective, layer, self._context, self._slack, vanished
+            view.logits,
+            self._parameters,
+            view.objective,
+            layer,
+            self._context,
+            self._slack,
+            vanished,
         )
         self._due, self._compared = True, False
         self._window = 0
@@ -127,8 +134,8 @@ class TrainingWatch:
         with untouched(module), measuring(module), torch.no_grad(), self._context():
             x = x.to(self._parameters[0].device)
             with self._topic("outputs"):
-                return head_outputs(self._module, self._head, x, self._slack).numel() // len(x)
-            return int(self._module(x).numel()) // len(x)
+                return head_outputs(self._logits, self._head, x, self._slack).numel() // len(x)
+            return int(self._logits(x).numel()) // len(x)
 
     # --- a batch ------------------------------------------------------------------------------
 
@@ -142,9 +149,8 @@ class TrainingWatch:
         self._due |= position & (position - 1) == 0 or self._trainer.is_last_batch
         self._window += 1
         self._open = True
-        if isinstance(batch, list):
-            with self._topic("content"):
-                self._count.see(digests_of(self.key, batch[0], batch[1]))
+        with self._topic("content"):
+            self._count.see(digests_of(self.key, *self._points.form.read(batch)))
 
     def perturbed(self, seen: Seen, targets: Tensor) -> None:
         """The batch as the attack left it: what training_step is about to see of its inputs."""

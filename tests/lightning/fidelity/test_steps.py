@@ -179,15 +179,29 @@ class Milestone(BaseFinetuning):
             self.unfreeze_and_add_param_group(pl_module.backbone, optimizer)
 
 
+class Head(Net):
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.classifier.parameters(), lr=0.1)
+
+
+@pytest.mark.parametrize("side", ["before", "after"])
+def test_a_callback_that_will_unfreeze_is_refused_before_training(side: str) -> None:
+    model = Head()
+    with pytest.raises(ConfigurationError, match="Milestone freezes and unfreezes"):
+        train(model, trainer={"max_epochs": 3}, **{side: [Milestone()]})
+    assert model.trainer.global_step == 0
+
+
 @pytest.mark.parametrize("side", ["before", "after"])
 def test_a_backbone_that_is_unfrozen_is_refused_at_once(side: str) -> None:
-    class Head(Net):
-        def configure_optimizers(self) -> Any:
-            return torch.optim.SGD(self.classifier.parameters(), lr=0.1)
+    class Unfreeze(pl.Callback):
+        def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+            if trainer.current_epoch == 1:
+                pl_module.backbone.requires_grad_(True)
 
     model = Head()
     with pytest.raises(ConfigurationError, match=r"unfrozen while training: backbone.0.weight"):
-        train(model, trainer={"max_epochs": 3}, **{side: [Milestone()]})
+        train(model, trainer={"max_epochs": 3}, **{side: [Unfreeze()]})
     assert model.trainer.current_epoch == 1
 
 

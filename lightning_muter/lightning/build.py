@@ -1,0 +1,264 @@
+"""`build_memory`: Stage I for a model that is trained already, or for a checkpoint."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from lightning_muter.errors import ConfigurationError
+from lightning_muter.lightning.after_training import AfterTraining, refuse_spawned, report
+from lightning_muter.lightning.borrowed import borrowed, kept_random_state
+from lightning_muter.lightning.data import TrainingPoints, training_points
+from lightning_muter.lightning.fidelity.decay import decay_of
+from lightning_muter.lightning.fidelity.flow import holds
+from lightning_muter.lightning.fidelity.outputs import head_outputs
+from lightning_muter.lightning.fidelity.own_loss import check_own_loss
+from lightning_muter.lightning.flavour import pl, refuse_other
+from lightning_muter.lightning.folder import check_free, create, model_path
+from lightning_muter.lightning.keeper import MemoryKeeper, keeper_of
+from lightning_muter.lightning.kept_state import KeptState, untouched
+from lightning_muter.lightning.point_ids import ids_of
+from lightning_muter.lightning.process_group import process_group
+from lightning_muter.lightning.rescue import Rescue
+from lightning_muter.memory.memory import UnlearningMemory
+from lightning_muter.memory.points import digests_of
+from lightning_muter.models import ModelView, measuring
+from lightning_muter.objectives.targets import check_targets
+from lightning_muter.parallel import Group
+
+__all__ = ["build_memory"]
+
+_BLOCK = 512
+_SLACK = 1e-2  # outputs that are the head's own differ by rounding alone, in any precision
+_UNSEEN = (
+    "the memory is of a model that was trained already: that its training used these points, each "
+    "as often as the others,{} perturbations of this threat, and nothing but the trained "
+    "parameters, could not be compared"
+)
+_COMPARED = 16  # points whose loss is the module's own
+
+
+def build_memory(
+    trainer: pl.Trainer,
+    model: pl.LightningModule,
+    datamodule: pl.LightningDataModule | Dataset[Any],
+    ckpt_path: str | os.PathLike[str] | None = None,
+) -> UnlearningMemory:
+    """`Trainer.build_memory` for any trainer."""
+    refuse_other(model=model, datamodule=datamodule)
+    keeper = keeper_of(trainer)
+    if keeper is None:
+        raise ConfigurationError(
+            "build_memory needs a MUterCallback in the trainer, which says what the model was "
+            "trained with: Trainer(callbacks=[MUterCallback(threat, head=...)])"
+        )
+    refuse_spawned(trainer)
+    check_free(keeper.memory_dir, keeper.overwrite)
+    group, checkpoint = process_group(trainer), _checkpoint(trainer, ckpt_path)
+    with _weights_of(model, checkpoint), kept_random_state(group.device):
+        keeper.settings = keeper.settings.of(model)
+        view = keeper.settings.view(model)
+        points = training_points(datamodule, keeper.settings.batch)
+        points.check()
+        past = _Past.of(keeper, trainer, view, checkpoint)
+        kept = KeptState(model)
+        try:
+            kept.train_only(model, set(view.names))
+            with borrowed(view, group.device):
+                memory = _built(trainer, model, keeper, points, past, group)
+        finally:
+            kept.restore()
+        trainer.strategy.connect(model)  # the model that trainer.unlearn means
+        rescue = Rescue(trainer, model_path(keeper.memory_dir))
+        rescue.keep()
+        create(memory, keeper.memory_dir, rescue, keeper.overwrite)
+        rescue.done()
+    keeper.memory, keeper.folder, keeper.initial = memory, keeper.memory_dir, past.initial
+    report(memory)
+    return memory
+
+
+def _built(
+    trainer: pl.Trainer,
+    model: pl.LightningModule,
+    keeper: MemoryKeeper,
+    points: TrainingPoints,
+    past: _Past,
+    group: Group,
+) -> UnlearningMemory:
+    """The memory at the model's parameters, after Newton's steps where they are asked for."""
+    key: bytes = group.broadcast(os.urandom(16))
+    texts = ids_of(points.dataset, keeper.ids)
+    after = AfterTraining(
+        trainer, model, points, keeper.settings, keeper.newton_steps, keeper.batch_size
+    )
+    after.rehearse()
+    digests = _read(keeper, keeper.settings.view(model), points, key)
+    weights = torch.ones(len(points), dtype=torch.float64)
+    horizon = keeper.horizon
+    if horizon == "training":
+        horizon = past.flow_time / len(points)
+    settings = keeper.settings.trained(past.weight_decay, horizon)
+    compared = check_own_loss(
+        model, settings, _batch(trainer, model, points), trainer.precision_plugin.train_step_context
+    )
+    if keeper.newton_steps:
+        after.newton(settings, weights)
+    memory = after.stage_one(settings, weights, digests, key, past.initial)
+    unseen = _UNSEEN.format("" if compared else " this loss,")
+    return after.finished(memory, texts, (*past.findings, unseen), keeper.rebase_policy)
+
+
+def _batch(trainer: pl.Trainer, model: pl.LightningModule, points: TrainingPoints) -> Any:
+    """Some points as training's loader gives them, in training's precision."""
+    batch = points.collated(range(min(_COMPARED, len(points))))
+    x, _ = points.form.read(batch)
+    batch = trainer.precision_plugin.convert_input(batch)
+    moved = trainer.strategy.batch_to_device(batch)
+    points.form.put(moved, points.form.read(moved)[0], x.to(next(model.parameters())))
+    return moved
+
+
+def _read(keeper: MemoryKeeper, view: ModelView, points: TrainingPoints, key: bytes) -> Tensor:
+    """Digests of all points (n, 16); range, targets and outputs are what the callback says."""
+    module, head, rows = view.module, keeper.settings.head, bytearray()
+    layer = None if head is None else module.get_submodule(head)
+    for start in range(0, len(points), _BLOCK):
+        x, targets = points.batch(range(start, min(start + _BLOCK, len(points))))
+        keeper.settings.threat.check_inputs(x)
+        with untouched(module), measuring(module), torch.no_grad():
+            few = x[:2].to(view.device, view.dtype)
+            width = head_outputs(view.logits, layer, few, _SLACK).numel() // len(few)
+        check_targets(view.loss, targets, width)
+        rows += b"".join(digests_of(key, x, targets))
+    return torch.frombuffer(rows, dtype=torch.uint8).reshape(len(points), -1)
+
+
+# --- what is known of the training ------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Past:
+    """λ of a training that is over, and where and for how long it went, as far as it is known."""
+
+    weight_decay: float
+    initial: Tensor | None
+    flow_time: float
+    findings: tuple[str, ...]
+
+    @classmethod
+    def of(
+        cls,
+        keeper: MemoryKeeper,
+        trainer: pl.Trainer,
+        view: ModelView,
+        checkpoint: Mapping[str, Any],
+    ) -> _Past:
+        """From the callback's arguments, the checkpoint, or a fit of this very trainer.
+
+        Raises:
+            ConfigurationError: something is needed that none of them says.
+        """
+        state = checkpoint.get("callbacks", {}).get(keeper.state_key, {})
+        initial = state.get("initial", keeper.initial)
+        flow_time = float(state.get("flow_time", 0.0))
+        if keeper.horizon is not None and initial is None:
+            raise ConfigurationError(
+                f"horizon={keeper.horizon!r} needs the parameters that training started from, "
+                "which only a checkpoint of a fit with the MUterCallback holds: give ckpt_path= of "
+                "one, or newton_steps= in the place of a horizon"
+            )
+        if keeper.horizon == "training" and not flow_time > 0:
+            raise ConfigurationError(
+                "horizon='training' needs the time that training took, which only a checkpoint of "
+                "a fit with MUterCallback(horizon='training') holds: give ckpt_path= of one, a "
+                "number for horizon=, or newton_steps="
+            )
+        decay = _decay(keeper, trainer, view, checkpoint)
+        return cls(decay, initial, flow_time, tuple(state.get("findings", ())))
+
+
+def _decay(
+    keeper: MemoryKeeper, trainer: pl.Trainer, view: ModelView, checkpoint: Mapping[str, Any]
+) -> float:
+    """λ as declared, or the one weight decay of the optimizers that are known of."""
+    if keeper.weight_decay is not None:
+        return keeper.weight_decay
+    optimizers = [one for one in trainer.optimizers if holds(one, view.parameters)]
+    if optimizers and not checkpoint:
+        return decay_of(optimizers, view.parameters, None, keeper.newton_steps)
+    states = checkpoint.get("optimizer_states", [])
+    found = {
+        float(group.get("weight_decay", 0.0)) for one in states for group in one["param_groups"]
+    }
+    if len(found) != 1:
+        seen = f"has {sorted(found)}" if found else "says none"
+        raise ConfigurationError(
+            f"the weight decay of the training is not known (the checkpoint {seen}): say which λ "
+            "its objective had by MUterCallback(weight_decay=...), 0.0 for none"
+        )
+    return found.pop()
+
+
+# --- checkpoints --------------------------------------------------------------------------------
+
+
+def _checkpoint(trainer: pl.Trainer, ckpt_path: str | os.PathLike[str] | None) -> dict[str, Any]:
+    """A checkpoint, read without running what is in it; empty where the model is taken as it is."""
+    if ckpt_path is None:
+        return {}
+    path = Path(ckpt_path)
+    if str(ckpt_path) == "best":
+        best = getattr(trainer.checkpoint_callback, "best_model_path", "")
+        if not best:
+            raise ConfigurationError(
+                "ckpt_path='best', but this trainer's ModelCheckpoint has no best model: give the "
+                "checkpoint's path, or fit with ModelCheckpoint(monitor=...) first"
+            )
+        path = Path(best)
+    if not path.is_file():
+        raise ConfigurationError(f"ckpt_path={str(ckpt_path)!r}: there is no file {path}")
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(found["state_dict"], dict):
+            raise TypeError("state_dict is no dictionary")
+    except Exception as error:
+        raise ConfigurationError(
+            f"{path} is no checkpoint with a state_dict that torch.load(weights_only=True) reads "
+            f"({type(error).__name__}: {' '.join(str(error).split())[:300]}): load it yourself and "
+            "give the model as it is"
+        ) from error
+    return dict(found)
+
+
+@contextmanager
+def _weights_of(model: pl.LightningModule, checkpoint: Mapping[str, Any]) -> Iterator[None]:
+    """The model with a checkpoint's weights; with its own again where anything fails."""
+    before = {name: value.detach().clone() for name, value in model.state_dict().items()}
+    try:
+        if checkpoint:
+            _load(model, checkpoint["state_dict"])
+        yield
+    except BaseException:
+        _load(model, before)
+        raise
+
+
+def _load(model: pl.LightningModule, state: Mapping[str, Any]) -> None:
+    """Weights in their own precision: in place where it is the model's."""
+    now = model.state_dict()
+    same = all(name not in now or now[name].dtype == one.dtype for name, one in state.items())
+    try:
+        model.load_state_dict(state, assign=not same)
+    except RuntimeError as error:
+        raise ConfigurationError(
+            f"the checkpoint's weights are not the model's: {' '.join(str(error).split())[:600]}"
+        ) from error
