@@ -26,6 +26,7 @@ from lightning_muter.options import (
     UnconstrainedResponse,
 )
 from lightning_muter.threats import L2Ball, LinfBall, Threat
+from lightning_muter.unlearning.certificate import Certificate
 from lightning_muter.unlearning.hessian import total_hessian
 from lightning_muter.unlearning.influence import adversarial_influence, influence_on_losses
 from lightning_muter.unlearning.methods import METHODS
@@ -42,6 +43,7 @@ __all__ = [
     "Ascent",
     "Attack",
     "BlockSolver",
+    "Certificate",
     "ConstrainedResponse",
     "ConfigurationError",
     "DirectSolver",

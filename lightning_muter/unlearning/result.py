@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from lightning_muter.linalg.solution import Status
+from lightning_muter.unlearning.certificate import Publication
 
 __all__ = ["Opening", "RebaseResult", "UnlearningResult"]
 
@@ -78,6 +79,8 @@ class UnlearningResult:
             requests. With any, ``status`` is "doubtful" or worse.
         already: the points that were asked for and passed over, since an earlier call forgot them.
         rebase_due: why ``trainer.rebase`` is due by the callback's rebase_every and rebase_after.
+        publication: what was certified of the published model, with ``certificate=``; its (ε, δ),
+            those of all publications so far, and the noise.
     """
 
     method: str
@@ -95,6 +98,7 @@ class UnlearningResult:
     warnings: tuple[str, ...] = ()
     already: tuple[int, ...] = ()
     rebase_due: str = ""
+    publication: Publication | None = None
 
     @classmethod
     def unchanged(
