@@ -23,6 +23,8 @@ _PATIENCE = 4
 _HELD = 256
 #: a point of the smoothed problem whose mixture is this near to an end is off its kink
 _OFF = 0.95
+#: a bias is at most this, and as many halvings find it to rounding
+_BIAS, _HALVED = 2.0**10, 64
 #: how much easier the problems on the way to an optimum are: shares of the mean level over which
 #: kinks are rounded off, and factors of a bandwidth
 _WAY = ((1e-1, 1e2), (1e-2, 1e1), (1e-3, 1e0))
@@ -73,7 +75,10 @@ def descend(
         return _held_step(objective, state, solve)
 
     def newton(state: State) -> State:
-        return _searched(objective, state, _factor(objective.hessian(state)))
+        solve = _factor(objective.hessian(state))
+        if objective.loss.kinked:  # F may rise for a step, while the held points settle
+            return _held_step(objective, state, solve)
+        return _searched(objective, state, solve)
 
     best, last, passes = _while_it_pays(correct, begun, begun, radius, corrections)
     best, last, built = _while_it_pays(newton, last, best, radius, rebuilds)
@@ -81,6 +86,8 @@ def descend(
         last, eased = _on_the_way(objective, best.omega)
         best, _, more = _while_it_pays(newton, last, best, radius, rebuilds)
         built += eased + more
+    if best.bound > radius and objective.reach.pointed:
+        best = min(best, _at_zero(objective), key=_bound)
     return Descent(best, passes, built)
 
 
@@ -95,6 +102,18 @@ def _started(objective: LinearRobustObjective, omega: Tensor) -> State:
         return state
     on = state.level <= state.errors
     return objective.at(omega, torch.where(on, 0.0, state.side)) if bool(on.any()) else state
+
+
+def _at_zero(objective: LinearRobustObjective) -> State:
+    """The state at the best ω without weights, where the adversary may have left nothing better."""
+    nothing = objective.points.x.new_zeros(objective.points.x.shape[1])
+    way = objective.outputs.back(nothing, nothing.new_ones(())) / objective.outputs.count
+    low, high = -_BIAS, _BIAS
+    for _ in range(_HALVED):
+        middle = (low + high) / 2
+        rises = float(objective.at(middle * way).gradient @ way) > 0
+        low, high = (low, middle) if rises else (middle, high)
+    return min((objective.at(b * way) for b in (low, high, 0.0)), key=_bound)
 
 
 def _while_it_pays(

@@ -52,8 +52,16 @@ class Reach(ABC):
         """What the smoothed objective adds to the loss at the perturbation (n,)."""
 
     @abstractmethod
-    def pull(self, weights: Tensor, rho: Tensor, w: Tensor) -> Tensor:
-        """Σ weights_i d_i (F,) of the perturbations."""
+    def pull(self, weights: Tensor, rho: Tensor, w: Tensor, against: Tensor) -> Tensor:
+        """Σ weights_i d_i (F,) of the perturbations.
+
+        Args:
+            weights: (n,), at least 0.
+            rho: slopes (n,).
+            w: weights of the output (F,).
+            against: (F,); where w is 0 every perturbation is a maximiser, and the one that is
+                taken makes the sum of the two the shortest.
+        """
 
     @abstractmethod
     def mixed(self, rho: Tensor, w: Tensor) -> Tensor:
@@ -62,6 +70,11 @@ class Reach(ABC):
     @abstractmethod
     def curvature(self, weights: Tensor, rho: Tensor, w: Tensor) -> Tensor:
         """Σ weights_i ∂_ww E (F, F)."""
+
+    @property
+    @abstractmethod
+    def pointed(self) -> bool:
+        """Whether E has a kink at w = 0, where an optimum can sit."""
 
     @abstractmethod
     def widened(self, factor: float) -> Reach:
@@ -78,6 +91,10 @@ class BallReach(Reach):
 
     eps: float
 
+    @property
+    def pointed(self) -> bool:
+        return True
+
     def widened(self, factor: float) -> Reach:
         return self
 
@@ -93,8 +110,11 @@ class BallReach(Reach):
     def merit(self, rho: Tensor, w: Tensor) -> Tensor:
         return torch.zeros_like(rho)
 
-    def pull(self, weights: Tensor, rho: Tensor, w: Tensor) -> Tensor:
-        return self.eps * weights.sum() * _unit(w)
+    def pull(self, weights: Tensor, rho: Tensor, w: Tensor, against: Tensor) -> Tensor:
+        most = self.eps * weights.sum()
+        if bool((w == 0).all()):
+            return -against * min(1.0, float(most) / max(float(against.norm()), 1e-300))
+        return most * _unit(w)
 
     def mixed(self, rho: Tensor, w: Tensor) -> Tensor:
         return self.eps * _unit(w).unsqueeze(0)
@@ -115,6 +135,10 @@ class SmoothedSignReach(Reach):
 
     eps: float
     tau: float
+
+    @property
+    def pointed(self) -> bool:
+        return False
 
     def widened(self, factor: float) -> Reach:
         return replace(self, tau=self.tau * factor)
@@ -150,7 +174,7 @@ class SmoothedSignReach(Reach):
     def merit(self, rho: Tensor, w: Tensor) -> Tensor:
         return self.eps * self.tau**2 * self._summed(rho, w, torch.ones_like(w))
 
-    def pull(self, weights: Tensor, rho: Tensor, w: Tensor) -> Tensor:
+    def pull(self, weights: Tensor, rho: Tensor, w: Tensor, against: Tensor) -> Tensor:
         total = torch.zeros_like(w)
         for some, part in zip(torch.split(weights, _ROWS), torch.split(rho, _ROWS), strict=True):
             total += (some * part) @ self._inverse(part, w)
@@ -293,7 +317,7 @@ class Logistic(LevelLoss):
         return side * z, side
 
     def value(self, level: Tensor) -> Tensor:
-        return F.softplus(level)
+        return -F.logsigmoid(-level)  # softplus itself is cut at 20
 
     def slope(self, level: Tensor) -> Tensor:
         return torch.sigmoid(level)
@@ -302,11 +326,9 @@ class Logistic(LevelLoss):
         return 1 / (rho * (1 - rho)).clamp(min=1e-300)
 
     def maximum(self, level: Tensor, reach: Reach, w: Tensor) -> Tensor:
-        """The root of a - logit(ρ) + E'(ρ) beside the highest node, by Newton's method."""
-        nodes = _Nodes.of(reach, w)
-        best = nodes.highest(level)
-        low, high = (nodes.odds[(best + k).clamp(0, len(nodes.odds) - 1)] for k in (-1, 1))
-        odds = torch.clamp(level + reach.slope(nodes.rho[best], w), low, high)
+        """The root of a - logit(ρ) + E'(ρ) in its bracket, by Newton's method."""
+        low, high = _Nodes.of(reach, w).bracket(level)
+        odds = torch.clamp(level + reach.slope(torch.sigmoid(level), w), low, high)
         for _ in range(_NEWTON):
             rho = torch.sigmoid(odds)
             rest = level - odds + reach.slope(rho, w)
@@ -349,17 +371,24 @@ class _Nodes:
         stretch = torch.cumsum(convex.long(), 0)
         return cls(odds, rho, reach.value(rho, w), torch.where(convex, -stretch, stretch))
 
-    def highest(self, level: Tensor) -> Tensor:
-        """The node (n,) where ρ a + H(ρ) + E(ρ) is largest."""
+    @property
+    def concave(self) -> bool:
+        """Whether the problem is concave throughout, so that it has one maximum."""
+        return bool((self.run == 0).all())
+
+    def bracket(self, level: Tensor) -> tuple[Tensor, Tensor]:
+        """Log-odds (n,) on both sides of the maximum: the neighbours of the highest node."""
+        if self.concave:
+            return torch.full_like(level, -_END), torch.full_like(level, _END)
         base = _entropy(self.odds) + self.reach
-        parts = [
-            (some.unsqueeze(1) * self.rho + base).argmax(1) for some in torch.split(level, _ROWS)
-        ]
-        return torch.cat(parts) if parts else level.long()
+        blocks = torch.split(level.unsqueeze(1), _ROWS)
+        best = torch.cat([(some * self.rho + base).argmax(1) for some in blocks])
+        last = len(self.odds) - 1
+        return self.odds[(best - 1).clamp(min=0)], self.odds[(best + 1).clamp(max=last)]
 
     def gap(self, level: Tensor, rho: Tensor, reached: Tensor) -> Tensor:
         """How far the problem may lie above its value at the roots ``rho``, elsewhere (n,)."""
-        if bool((self.run == 0).all()):
+        if self.concave:
             return torch.zeros_like(level)
         odds = torch.logit(rho).clamp(-_END, _END)
         value = rho * level + _entropy(odds) + reached
@@ -392,8 +421,5 @@ def _variance(odds: Tensor) -> Tensor:
 
 def _entropy(odds: Tensor) -> Tensor:
     """-ρ log ρ - (1 - ρ) log(1 - ρ) at ρ = σ(odds), without their cancellation."""
-    return torch.where(
-        odds < 0,
-        F.softplus(odds) - torch.sigmoid(odds) * odds,
-        F.softplus(-odds) + torch.sigmoid(-odds) * odds,
-    )
+    size = odds.abs()
+    return size * torch.sigmoid(-size) - F.logsigmoid(size)

@@ -156,8 +156,9 @@ class LinearRobustObjective:
         apart = (side - mixing) * side
         along = weights * (rho * side - (side - mixing) * reach)  # of x
         across = weights * (rho - apart * level)  # of the perturbation
-        pull = self.reach.pull(across, found, w)
-        gradient = self.outputs.back(x.T @ along + pull, along.sum()) + self.modulus * omega
+        plain = x.T @ along
+        pull = self.reach.pull(across, found, w, plain)
+        gradient = self.outputs.back(plain + pull, along.sum()) + self.modulus * omega
         losses = self.loss.value(level + reach) + self.reach.merit(found, w)
         value = float(weights @ losses) + 0.5 * self.modulus * float(omega @ omega)
         lengths, errors = self._errors(omega, y, reach, rho)

@@ -82,7 +82,8 @@ def rebase(
     adversarial = METHODS[settings.method].points == "adversarial"
     level = float(memory.summary["residual_gradient"]) if adversarial else 0.0
     history: list[float] = []
-    if settings.horizon is None and before.residual > level:
+    proved = memory.private is not None  # within its certificate's radius of the optimum
+    if settings.horizon is None and before.residual > level and not proved:
         tol = level / max(1.0, abs(before.value))
         history = newton(objective, steps, settings.damping, tol)
     initial = None if memory.start is None else memory.start.initial
