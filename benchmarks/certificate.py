@@ -2,8 +2,9 @@
 
 Every request is compared with the optimum of its remaining points, found by Newton's method on
 the closed form written out here, from the optimum of all points, to a gradient at rounding; ridge
-by a barrier of the kinks that shares no code with the package. "Retrain" is the same objective
-minimised from scratch by L-BFGS (scipy) until its own bound is at most the radius, once a setting.
+with its kinks rounded off less and less. Neither shares code with the package. Beside the seconds
+of a request stand those of one training with the package (an epoch of SGD and Newton steps), and of
+L-BFGS (scipy) from scratch on the closed form, the fastest retraining that there is.
 """
 
 from __future__ import annotations
@@ -156,7 +157,9 @@ def setting(name: str, x: Tensor, y: Tensor, eps: float, loss: str, given: Any) 
         L2Ball(eps), head="head", loss=loss, newton_steps=12, attack_steps=2, batch_size=4096
     )
     trainer = Trainer(max_epochs=1, callbacks=[muter], precision="64-true", **QUIET)
+    start = time.perf_counter()
     trainer.fit(model, DataLoader(data, batch_size=128, shuffle=True))
+    fit_seconds = time.perf_counter() - start
     certificate = Certificate(1.0, 1e-5, RADIUS[loss])
     start = time.perf_counter()  # from where Newton's method left training, kinks and all
     trainer.unlearn(RemovalDataModule(data, [0]), certificate=certificate)
@@ -204,8 +207,8 @@ def setting(name: str, x: Tensor, y: Tensor, eps: float, loss: str, given: Any) 
         "bound / distance, median": statistics.median(r["bound"] / r["distance"] for r in rows),
         "seconds of the first request": first_seconds,
         "seconds, median": median,
-        "seconds of Retrain": retrain,
-        "faster by": retrain / median,
+        "seconds of training with the package": fit_seconds,
+        "seconds of L-BFGS on the closed form": retrain,
         "by points": {
             m: {
                 key: statistics.median(r[key] for r in rows if r["m"] == m)
