@@ -193,6 +193,8 @@ class Behind(Linear):
     def __init__(self) -> None:
         super().__init__("logistic")
         self.frozen = torch.nn.Linear(4, 4)
+        torch.nn.init.constant_(self.frozen.bias, 0.1)
+        torch.nn.init.eye_(self.frozen.weight)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.frozen(x))
