@@ -20,6 +20,7 @@ from lightning_muter.evaluation.reconstruction import (
     similarity,
 )
 from lightning_muter.evaluation.residual_knowledge import recognition
+from lightning_muter.evaluation.stress import hardest, self_influence
 from lightning_muter.evaluation.unlearning_lira import UnlearningLiRA
 from lightning_muter.models import view_of
 
@@ -142,3 +143,36 @@ def test_of_several_outputs_the_input_is_the_common_direction() -> None:
     gradient = torch.outer(torch.tensor([0.2, -0.5, 0.3]).double(), h).flatten()
     guess = from_heads(torch.zeros(9).double(), gradient, lambda v: v, outputs=3)
     assert similarity(guess, h) == pytest.approx(1.0)
+
+
+def test_self_influence_is_the_rise_of_a_points_own_loss() -> None:
+    _, callback, model, data = fit_linear("logistic", L2)
+    memory = callback.memory
+    assert memory is not None and memory.curvature is not None
+    x, y = data.dataset.tensors
+    found = self_influence(memory, model, (x, y))
+    inverse = torch.linalg.inv(memory.curvature.matrix)
+    omega = memory.omega_star
+    norm = omega[:4].norm()
+    for i in range(60):
+        side = 1.0 - 2 * y[i]
+        rho = torch.sigmoid(side * (x[i] @ omega[:4] + omega[4]) + L2.eps * norm)
+        worst = x[i] + side * L2.eps * omega[:4] / norm
+        gradient = rho * side * torch.cat([worst, torch.ones(1, dtype=torch.float64)])
+        expected = gradient @ inverse @ (gradient + memory.settings.weight_decay * omega)
+        assert float(found[i]) == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_the_hardest_points_move_the_parameters_farther_than_others() -> None:
+    trainer, callback, model, data = fit_linear("logistic", L2)
+    memory, state = callback.memory, {k: v.clone() for k, v in model.state_dict().items()}
+    assert memory is not None
+    chosen = hardest(memory, model, data.dataset.tensors, 6).tolist()
+    moved = []
+    for gone in (chosen, [0, 11, 22, 33, 44, 55], [5, 15, 25, 35, 45, 58]):
+        callback.memory = memory
+        model.load_state_dict(state)
+        moved.append(trainer.unlearn(RemovalDataModule(data, gone)).update_norm)
+    assert moved[0] > 2 * max(moved[1:])
+    with pytest.raises(ConfigurationError, match="count=61"):
+        hardest(memory, model, data.dataset.tensors, 61)
