@@ -27,7 +27,9 @@ _OFF = 0.95
 _BIAS, _HALVED = 2.0**10, 64
 #: how much easier the problems on the way to an optimum are: shares of the mean level over which
 #: kinks are rounded off, and factors of a bandwidth
-_WAY = ((1e-1, 1e2), (1e-2, 1e1), (1e-3, 1e0))
+_WAY = ((1e-1, 1e2), (1e-2, 1e1), (1e-3, 1.0), *((10.0**-k, 1.0) for k in range(4, 9)))
+#: the first of them that can be the last
+_LAST = 2
 _EASY_STEPS = 12
 
 
@@ -134,26 +136,37 @@ def _while_it_pays(
 def _on_the_way(objective: LinearRobustObjective, omega: Tensor) -> tuple[State, int]:
     """The state at the optimum of the last of some easier problems, each begun at the one before.
 
-    The mixtures of a rounded kink tell which points of the problem itself are on it.
+    The mixtures of a rounded kink tell which points of the problem itself are on it: those that
+    stay between its sides as it becomes narrower.
     """
-    level = float(objective.at(omega).level.mean())
-    taken, mixing = 0, None
-    for width, factor in _WAY:
+    level, taken = float(objective.at(omega).level.mean()), 0
+    mixing, held = None, -1
+    for k, (width, factor) in enumerate(_WAY):
         loss, reach = objective.loss.rounded(width * level), objective.reach.widened(factor)
-        easy = replace(objective, loss=loss, reach=reach)
-        state = easy.at(omega)
-        for _ in range(_EASY_STEPS):
-            after = _searched(easy, state, _factor(easy.hessian(state)))
-            taken += 1
-            small = float(after.gradient.norm()) < 1e-6 * float(state.gradient.norm())
-            fell = state.value - after.value > 1e-13 * abs(state.value)
-            state = after
-            if small or not fell:
-                break
-        omega, mixing = state.omega, state.mixing
-    if not objective.loss.kinked or mixing is None:
-        return objective.at(omega), taken
-    return objective.at(omega, torch.where(mixing.abs() > _OFF, mixing.sign(), mixing)), taken
+        state, steps = _settled(replace(objective, loss=loss, reach=reach), omega)
+        omega, taken = state.omega, taken + steps
+        if k < _LAST:
+            continue
+        if not objective.loss.kinked:
+            break
+        mixing = torch.where(state.mixing.abs() > _OFF, state.mixing.sign(), state.mixing)
+        before, held = held, int((mixing.abs() < 1).sum())
+        if held == before <= len(omega):
+            break
+    return objective.at(omega, mixing), taken
+
+
+def _settled(easy: LinearRobustObjective, omega: Tensor) -> tuple[State, int]:
+    """Newton steps on a problem without kinks until they stop to pay, and how many."""
+    state = easy.at(omega)
+    first, taken = float(state.gradient.norm()), 0
+    while taken < _EASY_STEPS:
+        before, state = state, _searched(easy, state, _factor(easy.hessian(state)))
+        taken += 1
+        small = float(state.gradient.norm()) < 1e-8 * first
+        if small or not before.value - state.value > 1e-14 * abs(before.value):
+            break
+    return state, taken
 
 
 def _factor(hessian: Tensor) -> Solve:
