@@ -16,14 +16,7 @@ from lightning_muter.objectives.losses import LOSSES
 from lightning_muter.objectives.targets import check_targets
 from lightning_muter.spec import Settings
 from lightning_muter.threats import L2Ball, LinfBall, Threat
-from lightning_muter.unlearning.inner_dual import (
-    BallReach,
-    LevelLoss,
-    Logistic,
-    Reach,
-    SmoothedSignReach,
-    Squared,
-)
+from lightning_muter.unlearning.inner_dual import LevelLoss, Logistic, Squared
 from lightning_muter.unlearning.linear_objective import (
     LinearPoints,
     LinearRobustObjective,
@@ -31,6 +24,7 @@ from lightning_muter.unlearning.linear_objective import (
 )
 from lightning_muter.unlearning.methods import METHODS
 from lightning_muter.unlearning.points import Batch
+from lightning_muter.unlearning.reach import BallReach, Reach, SmoothedSignReach
 
 __all__ = ["check_certifiable", "linear_objective"]
 

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_muter.unlearning.inner_dual import LevelLoss, Reach
+from lightning_muter.unlearning.inner_dual import LevelLoss
+from lightning_muter.unlearning.reach import Reach
 
 __all__ = ["LinearPoints", "LinearRobustObjective", "Outputs", "State"]
 

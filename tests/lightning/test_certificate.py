@@ -289,7 +289,7 @@ def test_the_model_has_the_noise_and_the_store_keeps_the_rest_apart(tmp_path: Pa
     assert known["certified"]["publications"] == 1
     page = " ".join(html(known).split())
     assert "(1, 1e-05)-indistinguishable" in page and "Not covered" in page
-    assert json.loads(json.dumps(result.to_dict(), default=str))["publication"]["radius"] == 1e-5
+    assert json.loads(json.dumps(result.to_dict()))["publication"]["radius"] == 1e-5
     # an uncertified request takes the word back, and says which
     trainer.unlearn(RemovalDataModule(data, [9]))
     assert memory_of(callback).private is None and UnlearningMemory.load(folder).private is None
@@ -353,3 +353,8 @@ def test_the_command_line_takes_the_three_numbers(
     main(["unlearn", *classes, *asked, *numbers, "--certificate.radius", "1e-5"])
     assert "(1, 1e-05)-indistinguishable" in capsys.readouterr().out
     assert UnlearningMemory.load("memory").private is not None
+    preset = tmp_path / "certificate.yaml"
+    preset.write_text("certificate: {epsilon: 2.0, delta: 1.0e-5, radius: 1.0e-5}")
+    again = ["--memory", "memory", "--indices", "[4]", "--trainer.logger", "false"]
+    main(["unlearn", *classes, "-c", str(preset), *again])
+    assert "2 publications so far" in capsys.readouterr().out

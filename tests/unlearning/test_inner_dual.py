@@ -7,14 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_muter.unlearning.inner_dual import (
-    BallReach,
-    LevelLoss,
-    Logistic,
-    Reach,
-    SmoothedSignReach,
-    Squared,
-)
+from lightning_muter.unlearning.inner_dual import LevelLoss, Logistic, Squared
+from lightning_muter.unlearning.reach import BallReach, Reach, SmoothedSignReach
 
 
 def every_perturbation(reach: Reach) -> tuple[Tensor, Tensor]:

@@ -12,20 +12,14 @@ from scipy import optimize
 from torch import Tensor
 
 from lightning_muter.unlearning.descent import descend
-from lightning_muter.unlearning.inner_dual import (
-    BallReach,
-    LevelLoss,
-    Logistic,
-    Reach,
-    SmoothedSignReach,
-    Squared,
-)
+from lightning_muter.unlearning.inner_dual import LevelLoss, Logistic, Squared
 from lightning_muter.unlearning.linear_objective import (
     LinearPoints,
     LinearRobustObjective,
     Outputs,
     gap_bound,
 )
+from lightning_muter.unlearning.reach import BallReach, Reach, SmoothedSignReach
 
 N, F, LAMBDA = 30, 3, 0.05
 BALL, SIGN = BallReach(0.3), SmoothedSignReach(0.2, 0.05)
