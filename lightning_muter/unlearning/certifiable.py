@@ -48,6 +48,12 @@ def check_certifiable(settings: Settings, view: ModelView) -> None:
             f"method={settings.method!r} keeps no curvature of the robust objective",
             "use method='muter'",
         )
+    objective = getattr(settings, "objective", None)  # beside plain adversarial training
+    if objective is not None:
+        raise _refused(
+            f"objective={objective!r} has no maximum in closed form and need not be convex",
+            "train adversarially, without an objective of its own",
+        )
     if settings.horizon is not None:
         raise _refused(
             f"horizon={settings.horizon:g}: a Retrain that stops early is no optimum",

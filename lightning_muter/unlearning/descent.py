@@ -31,6 +31,8 @@ _WAY = ((1e-1, 1e2), (1e-2, 1e1), (1e-3, 1.0), *((10.0**-k, 1.0) for k in range(
 #: the first of them that can be the last
 _LAST = 2
 _EASY_STEPS = 12
+#: parameters beyond which no matrix is built and factorised: passes with the memory's own only
+_FACTORED = 20_000
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,8 @@ def descend(
         return _searched(objective, state, solve)
 
     best, last, passes = _while_it_pays(correct, begun, begun, radius, corrections)
+    if len(best.omega) > _FACTORED:
+        return Descent(best, passes, 0)
     best, last, built = _while_it_pays(newton, last, best, radius, rebuilds)
     if best.bound > radius:
         last, eased = _on_the_way(objective, best.omega)
