@@ -76,9 +76,10 @@ class Publisher:
             SolverError: the bound does not come to the radius; with what would help.
         """
         found: tuple[Tensor, Tensor, Publication] | None = None
+        whole = memory.whole()  # the first process solves alone
         with self.group.together():
             if self.group.first:
-                found = self._found(memory)
+                found = self._found(whole)
         omega, noise, publication = self.group.broadcast(found)
         private = memory.at(omega)
         return private.published(private.omega + noise.to(private.omega)), publication
