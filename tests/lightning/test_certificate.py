@@ -358,3 +358,13 @@ def test_the_command_line_takes_the_three_numbers(
     again = ["--memory", "memory", "--indices", "[4]", "--trainer.logger", "false"]
     main(["unlearn", *classes, "-c", str(preset), *again])
     assert "2 publications so far" in capsys.readouterr().out
+
+
+def test_a_memory_of_rows_is_certified_as_a_dense_one() -> None:
+    found = []
+    for representation in ("dense", "rows"):
+        trainer, callback, _, data = fit_linear("cross_entropy", representation=representation)
+        result = trainer.unlearn(RemovalDataModule(data, [3, 7]), certificate=ONE)
+        assert result.publication is not None and result.publication.rebuilds == 0
+        found.append(memory_of(callback).private)
+    assert float((found[0] - found[1]).norm()) <= 2 * ONE.radius

@@ -156,3 +156,13 @@ def test_smoothed_balls_too() -> None:
                 inner = problem.perturb(view, unweighted(x[:4], y[:4]))
                 values.append(inner.losses + problem.threat.merit(inner.delta, inner.grad))
         torch.testing.assert_close(change[i], values[1] - values[0], rtol=0.15, atol=2e-5)
+
+
+def test_rows_agree_with_a_dense_memory() -> None:
+    found = []
+    for representation in ("dense", "rows"):
+        _, callback, model, data = fit_linear("cross_entropy", L2, representation=representation)
+        x, y = data.dataset.tensors
+        change = influence_on_losses(memory_of(callback), model, (x, y), (x[:5], y[:5]))
+        found.append(change)
+    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-8)
