@@ -28,7 +28,7 @@ NOT_COVERED = (
     "the models that were published before the first certified request: whoever has them keeps "
     "what they tell",
     "the memory's folder, the private parameters in it, its ledger and its backups",
-    "the numbers of a result: its bound, its passes, its seconds",
+    "the numbers of a result, its bound, its passes and its seconds, and whether it was refused",
     "the remaining points, and the forgotten ones where the data set still has copies of them",
     "that noise of floating-point numbers is not exactly Gaussian",
 )

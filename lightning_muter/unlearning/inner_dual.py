@@ -64,9 +64,17 @@ class LevelLoss(ABC):
     def maximum(self, level: Tensor, reach: Reach, w: Tensor) -> Tensor:
         """ρ (n,) at the global inner maximum."""
 
+    @abstractmethod
+    def conjugate_slope(self, rho: Tensor) -> Tensor:
+        """c' (n,), the level whose slope is ρ."""
+
     def gap(self, level: Tensor, rho: Tensor, reach: Reach, w: Tensor) -> Tensor:
-        """What the inner maximum (n,) may exceed its value at ``rho`` by, at the most."""
-        return torch.zeros_like(level)
+        """What the inner maximum (n,) may exceed its value at ``rho`` by, at the most.
+
+        Beside a maximum that is the square of what is left of a - c'(ρ) + E'(ρ), over its slope.
+        """
+        rest = level - self.conjugate_slope(rho) + reach.slope(rho, w)
+        return rest.square() / (self.conjugate_bend(rho) - reach.bend(rho, w)).clamp(min=1e-9)
 
     def rounded(self, width: float) -> LevelLoss:
         """The loss with its kink, where it has one, rounded off over a width."""
@@ -118,6 +126,9 @@ class Squared(LevelLoss):
     def conjugate_bend(self, rho: Tensor) -> Tensor:
         return torch.ones_like(rho)
 
+    def conjugate_slope(self, rho: Tensor) -> Tensor:
+        return rho
+
     def maximum(self, level: Tensor, reach: Reach, w: Tensor) -> Tensor:
         """a - ρ + E'(ρ) is concave: Newton's method from the right falls onto its one root."""
         rho = level + reach.length(len(w)) * float(w.norm())
@@ -156,6 +167,9 @@ class Logistic(LevelLoss):
     def conjugate_bend(self, rho: Tensor) -> Tensor:
         return 1 / (rho * (1 - rho)).clamp(min=1e-300)
 
+    def conjugate_slope(self, rho: Tensor) -> Tensor:
+        return torch.logit(rho).clamp(-_END, _END)
+
     def maximum(self, level: Tensor, reach: Reach, w: Tensor) -> Tensor:
         """The root of a - logit(ρ) + E'(ρ) in its bracket, by Newton's method."""
         low, high = _Nodes.of(reach, w).bracket(level)
@@ -173,7 +187,8 @@ class Logistic(LevelLoss):
         return torch.sigmoid(odds)
 
     def gap(self, level: Tensor, rho: Tensor, reach: Reach, w: Tensor) -> Tensor:
-        return _Nodes.of(reach, w).gap(level, rho, reach.value(rho, w))
+        elsewhere = _Nodes.of(reach, w).gap(level, rho, reach.value(rho, w))
+        return elsewhere + super().gap(level, rho, reach, w)
 
 
 @dataclass(frozen=True)

@@ -164,6 +164,8 @@ class LinearRobustObjective:
         value = float(weights @ losses) + 0.5 * self.modulus * float(omega @ omega)
         lengths, errors = self._errors(omega, y, reach, rho)
         gap = weights * (apart * (level + errors) * reach)
+        if self.loss.kinked:  # rounding hides which side they are on
+            gap += torch.where(level <= errors, 2 * weights * errors * reach, 0.0)
         gap += weights * self.loss.gap(level, found, self.reach, w)
         return State(
             omega=omega,
