@@ -37,7 +37,7 @@ class Recognition:
 
 
 def recognition(
-    view: ModelView, threat: Threat, x: Tensor, targets: Tensor, draws: int = 50, seed: int = 0
+    view: ModelView, threat: Threat, x: Tensor, targets: Tensor, draws: int = 20, seed: int = 0
 ) -> Recognition:
     """`Recognition` of points under random perturbations within a threat's set.
 
