@@ -105,7 +105,7 @@ def barrier_optimum(w: np.ndarray, x: np.ndarray, y: np.ndarray, eps: float) -> 
     Its distance to the optimum is at most √(2 n μ ε‖w‖ / κ) in theory and far less in practice.
     """
     eye = np.eye(len(w))
-    for mu in 10.0 ** np.arange(-2, -10.5, -0.5):
+    for mu in 10.0 ** np.arange(-2, -10.5, -1.0):
         for _ in range(30):
             norm = np.linalg.norm(w)
             unit, r = w / norm, x @ w - y
