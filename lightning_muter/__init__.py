@@ -27,8 +27,14 @@ from lightning_muter.options import (
     UnconstrainedResponse,
 )
 from lightning_muter.threats import L2Ball, LinfBall, Threat
+from lightning_muter.unlearning.certificate import Certificate
 from lightning_muter.unlearning.hessian import total_hessian
-from lightning_muter.unlearning.influence import adversarial_influence, influence_on_losses
+from lightning_muter.unlearning.influence import (
+    TopInfluences,
+    adversarial_influence,
+    influence_on_losses,
+    top_influences,
+)
 from lightning_muter.unlearning.methods import METHODS
 from lightning_muter.unlearning.result import RebaseResult, UnlearningResult
 
@@ -44,6 +50,7 @@ __all__ = [
     "Ascent",
     "Attack",
     "BlockSolver",
+    "Certificate",
     "ConstrainedResponse",
     "ConfigurationError",
     "DirectSolver",
@@ -60,6 +67,7 @@ __all__ = [
     "SolverError",
     "StateError",
     "Threat",
+    "TopInfluences",
     "Trainer",
     "UnconstrainedResponse",
     "UnlearningMemory",
@@ -67,6 +75,7 @@ __all__ = [
     "UnlearningResult",
     "adversarial_influence",
     "influence_on_losses",
+    "top_influences",
     "total_hessian",
 ]
 

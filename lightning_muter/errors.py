@@ -33,4 +33,4 @@ class MemoryFormatError(MuterError, RuntimeError):
 
 
 class SolverError(MuterError, RuntimeError):
-    """A linear system could not be solved to a number worth returning."""
+    """A system could not be solved, or a bound not reached, to a number worth returning."""

@@ -25,3 +25,14 @@ def test_quickstart(tmp_path: Path) -> None:
     others = [v for k, v in relative.items() if k not in ("muter", "retrain")]
     assert relative["muter"] < 0.5 * min(others), relative
     assert (tmp_path / "quickstart.png").stat().st_size > 10_000
+
+
+@pytest.mark.slow
+def test_the_worked_request_says_what_the_page_says(tmp_path: Path) -> None:
+    script = str(ROOT / "examples" / "certified_request.py")
+    run = subprocess.run([sys.executable, script], cwd=tmp_path, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    publication, bound, accuracy = run.stdout.splitlines()
+    page = (ROOT / "docs" / "certificates.md").read_text()
+    assert publication in page and accuracy in page
+    assert float(bound.split()[1].rstrip(",")) < 1e-5

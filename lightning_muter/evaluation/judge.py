@@ -18,6 +18,7 @@ from lightning_muter.evaluation.metrics import (
     OutputDivergence,
     confidence,
 )
+from lightning_muter.evaluation.residual_knowledge import recognition
 from lightning_muter.memory.memory import UnlearningMemory
 from lightning_muter.models import ModelView, measuring
 from lightning_muter.objectives.losses import PointLoss
@@ -121,6 +122,7 @@ class Judge:
             found.update(self._scores())
             found.update(self._divergence())
             found.update(self._membership())
+            found.update(self._knowledge())
             evaluation = self.objective.gradient()
         found["gradient_norm"] = evaluation.residual
         found["stationary"] = evaluation.stationary
@@ -189,6 +191,19 @@ class Judge:
             ratio.update(confidence(loss), shadow, members.to(loss.device), label)
         found["lira_auc"] = float(ratio.compute())
         return found
+
+    def _knowledge(self) -> dict[str, float]:
+        """Whether forgotten points are recognised around where they were, beside Retrain."""
+        if self.view.loss.level is None:
+            return {}
+        points = _first(self.forgotten, self.attacks.points)
+        mine = recognition(self.view, self.threat, *points)
+        with self._at_retrained():
+            theirs = recognition(self.view, self.threat, *points)
+        return {
+            "residual_knowledge": mine.residual(theirs),
+            "recognised_again": mine.again,
+        }
 
     def _losses(self, points: Points) -> Tensor:
         module, loss = self.view.logits, self.view.loss

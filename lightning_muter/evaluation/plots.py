@@ -12,7 +12,7 @@ from typing import Any
 from lightning_muter.errors import ConfigurationError
 from lightning_muter.evaluation.results_table import Table
 
-__all__ = ["plot_comparison", "plot_pareto"]
+__all__ = ["plot_comparison", "plot_pareto", "pyplot"]
 
 #: dark to light as they should survive a grey print, told apart by marker and dash as well
 _STYLES: tuple[tuple[str, str, str], ...] = (
@@ -38,7 +38,12 @@ _ROWS = (
 )
 
 
-def _pyplot() -> Any:
+def pyplot() -> Any:
+    """matplotlib.pyplot that needs no screen.
+
+    Raises:
+        ConfigurationError: matplotlib is not installed.
+    """
     try:
         import matplotlib
     except ImportError as error:
@@ -76,7 +81,7 @@ def plot_comparison(
         few: what counts as few removals.
         score: what the clean and robust metrics are: "accuracy", or "loss" for regression.
     """
-    plt = _pyplot()
+    plt = pyplot()
     heights = {"height_ratios": (1.5, 1, 1)}
     size = (3.6, 7.6)
     figure, axes = plt.subplots(
@@ -142,7 +147,7 @@ def plot_pareto(table: Table, path: str | os.PathLike[str], title: str = "") -> 
         path: the image to write.
         title: above the figure.
     """
-    plt = _pyplot()
+    plt = pyplot()
     figure, axis = plt.subplots(figsize=(3.6, 3.6), layout="constrained")
     removed = table.removals()[-1]
     for method, (colour, marker, _) in _style(table.methods()).items():

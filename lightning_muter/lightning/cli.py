@@ -29,6 +29,7 @@ from lightning_muter.memory import model_file
 from lightning_muter.memory.folder import MemoryStore
 from lightning_muter.memory.kept_model import bring_model_up_to_date
 from lightning_muter.memory.memory import UnlearningMemory
+from lightning_muter.unlearning.certificate import Certificate
 from lightning_muter.unlearning.result import RebaseResult, UnlearningResult
 
 __all__ = ["CLITrainer", "MUterCLI", "main"]
@@ -58,6 +59,7 @@ class CLITrainer(Trainer):
         noise_std: float = 0.0,
         note: str = "",
         output: str | None = None,
+        certificate: Certificate | None = None,
     ) -> UnlearningResult:
         """Forget training points of a checkpoint with the memory that was built for it.
 
@@ -76,6 +78,8 @@ class CLITrainer(Trainer):
             noise_std: sigma of Gaussian noise on the parameters.
             note: who or what asked, for the ledger and the report.
             output: a copy of the checkpoint of the unlearned model.
+            certificate: publish the model with a proof that it cannot be told from a Retrain's:
+                epsilon, delta and radius.
         """
         target = None if output is None else Path(output)
         check_target(target)
@@ -95,6 +99,7 @@ class CLITrainer(Trainer):
             noise_std=noise_std,
             already=already,
             note=note,
+            certificate=certificate,
         )
         if self.is_global_zero:
             _report(result)

@@ -15,7 +15,7 @@ from lightning_muter.memory.folder import MemoryStore
 from lightning_muter.memory.memory import UnlearningMemory
 from lightning_muter.unlearning.methods import METHODS
 from lightning_muter.unlearning.request import Outcome
-from lightning_muter.unlearning.serving import Server, check_noise
+from lightning_muter.unlearning.serving import Server, check_number
 
 __all__ = ["UnlearningModule"]
 
@@ -48,7 +48,7 @@ class UnlearningModule(pl.LightningModule):
         self.memory = memory
         self.outcomes: list[Outcome] = []
         self._callback, self._memory_dir = callback, memory_dir
-        self._noise_std = check_noise(noise_std)
+        self._noise_std = check_number("noise_std", noise_std)
 
     def predict_step(self, batch: Any, batch_idx: int) -> dict[str, float]:
         """One request; returns its residual and update norm."""

@@ -14,6 +14,7 @@ from lightning_muter.lightning.flavour import pl, refuse_other
 from lightning_muter.lightning.rebase import rebase
 from lightning_muter.lightning.unlearn import unlearn
 from lightning_muter.memory.memory import UnlearningMemory
+from lightning_muter.unlearning.certificate import Certificate
 from lightning_muter.unlearning.result import RebaseResult, UnlearningResult
 
 __all__ = ["Trainer"]
@@ -55,6 +56,8 @@ class Trainer(pl.Trainer):
         bound: bool = False,
         already: Literal["error", "skip"] = "error",
         note: str = "",
+        certificate: Certificate | None = None,
+        inner_gap: float | None = None,
     ) -> UnlearningResult:
         """Forget the points of ``datamodule``; the model carries ω^u afterwards.
 
@@ -76,18 +79,36 @@ class Trainer(pl.Trainer):
             already: "skip" passes over points that an earlier call forgot, and where none is left
                 puts the model at the memory's ω^u: a request that is repeated.
             note: who or what asked, for the ledger and its report.
+            certificate: bring ω^u within a radius of the remaining points' optimum, prove it, and
+                publish it with noise that makes it (ε, δ)-indistinguishable from a Retrain's, for
+                a linear model (docs/certificates.md); the model carries the noise, the memory
+                keeps ω^u apart.
+            inner_gap: with ``bound``: η, proved to be at least what the perturbations fall short
+                of their maxima by, summed over the remaining points.
 
         Returns:
             The numbers of the requests.
 
         Raises:
             StateError: before fit, or a model that is not the memory's.
-            ConfigurationError: an argument that is no number it can be, or does not fit the method.
+            ConfigurationError: an argument that is no number it can be, or does not fit the method;
+                a certificate where a condition of its theorem fails, which is named.
+            SolverError: the certificate's radius was not reached; nothing was changed.
             RemovalError: points that cannot be forgotten, or remaining points that are not what
                 the memory was built on where corrector or bound read them; nothing was changed.
         """
         return unlearn(
-            self, datamodule, model, memory, noise_std, corrector_steps, bound, already, note
+            self,
+            datamodule,
+            model,
+            memory,
+            noise_std,
+            corrector_steps,
+            bound,
+            already,
+            note,
+            certificate,
+            inner_gap,
         )
 
     def build_memory(

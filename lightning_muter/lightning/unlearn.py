@@ -26,6 +26,7 @@ from lightning_muter.lightning.flavour import pl, refuse_other
 from lightning_muter.lightning.keeper import MemoryKeeper, keeper_of
 from lightning_muter.lightning.module import UnlearningModule
 from lightning_muter.lightning.process_group import process_group
+from lightning_muter.lightning.publication import Publisher
 from lightning_muter.lightning.remaining import RemainingPoints, places_of
 from lightning_muter.lightning.removals import (
     Asked,
@@ -40,11 +41,12 @@ from lightning_muter.memory.memory import UnlearningMemory
 from lightning_muter.memory.points import integer
 from lightning_muter.parallel import Group
 from lightning_muter.unlearning.bound import Bound, strong_convexity_bound
+from lightning_muter.unlearning.certificate import Certificate, Publication
 from lightning_muter.unlearning.corrector import correct
 from lightning_muter.unlearning.methods import METHODS
 from lightning_muter.unlearning.objective import Evaluation
 from lightning_muter.unlearning.result import UnlearningResult
-from lightning_muter.unlearning.serving import Server, check_noise, request_warnings, worst_status
+from lightning_muter.unlearning.serving import Server, check_number, request_warnings, worst_status
 
 __all__ = ["current_memory", "module_of", "unlearn"]
 
@@ -59,6 +61,8 @@ def unlearn(
     bound: bool = False,
     already: Literal["error", "skip"] = "error",
     note: str = "",
+    certificate: Certificate | None = None,
+    inner_gap: float | None = None,
 ) -> UnlearningResult:
     """`Trainer.unlearn` for any trainer; a trainer with a `MUterCallback` has it as a method.
 
@@ -66,6 +70,7 @@ def unlearn(
     found is committed at its end, in one write: a call that fails changes nothing.
     """
     extras = _Extras.of(noise_std, corrector_steps, bound, already, note)
+    extras = extras.proving(certificate, inner_gap)
     keeper = keeper_of(trainer)
     module = module_of(trainer, model)
     destination = Destination.of(memory, keeper, process_group(trainer))
@@ -90,7 +95,9 @@ def _serve(
     if not METHODS[state.settings.method].has_memory:
         return serve_without_memory(trainer, keeper, asked, view, state, destination)
     with random_state_unless_done(), borrowed(view, group.device):
-        here = state.to(group.device).shared(group)
+        here, publisher = state.to(group.device).shared(group), None
+        if extras.certificate is not None:
+            publisher = Publisher.prepare(extras.certificate, here, view, asked, group)
         server = Server(here, view, group, extras.passed_over(state))
         with kept_random_state(group.device):
             if asked.by_index:
@@ -108,7 +115,7 @@ def _serve(
                     state.settings.method, server.already, state.warnings, spent
                 )
             found = _correct(server, asked, extras)
-        found = _publish(server, found, asked, extras)
+        found = _publish(server, found, asked, extras, publisher)
         for message in found.warnings:
             warnings.warn(message, stacklevel=3)
         update = torch.linalg.vector_norm(found.memory.omega - view.get())
@@ -151,6 +158,8 @@ class _Extras:
     bound: bool
     skips: bool
     note: str
+    certificate: Certificate | None = None
+    inner_gap: float | None = None
 
     @classmethod
     def of(
@@ -167,7 +176,27 @@ class _Extras:
             raise ConfigurationError(f"already={already!r} must be 'error' or 'skip'")
         if not isinstance(note, str):
             raise ConfigurationError(f"note={note!r} must be a text for the ledger")
-        return cls(check_noise(noise_std), steps, bound, already == "skip", note)
+        return cls(check_number("noise_std", noise_std), steps, bound, already == "skip", note)
+
+    def proving(self, certificate: Any, inner_gap: Any) -> _Extras:
+        """The same with what is to be proved of the model."""
+        if certificate is not None:
+            if not isinstance(certificate, Certificate):
+                raise ConfigurationError(
+                    f"certificate={certificate!r} must be a Certificate(epsilon, delta, radius)"
+                )
+            if self.noise_std or self.corrector_steps:
+                raise ConfigurationError(
+                    f"certificate with noise_std={self.noise_std} and corrector_steps="
+                    f"{self.corrector_steps}: it takes the passes that it needs and draws its own "
+                    "noise; leave them out"
+                )
+        if inner_gap is not None:
+            gap = check_number("inner_gap", inner_gap)
+            if not self.bound:
+                raise ConfigurationError(f"inner_gap={gap} is of the bound: give bound=True")
+            return replace(self, certificate=certificate, inner_gap=gap)
+        return replace(self, certificate=certificate)
 
     def passed_over(self, memory: UnlearningMemory) -> Tensor:
         """The points (n,) that are left out of the call, since an earlier one forgot them."""
@@ -175,18 +204,25 @@ class _Extras:
 
     @property
     def reads_the_rest(self) -> bool:
-        return self.corrector_steps > 0 or self.bound
+        return self.corrector_steps > 0 or self.bound or self.certificate is not None
 
     def check(self, memory: UnlearningMemory, removals: Any) -> None:
         """Refuse what the memory's method or the kind of request cannot give."""
         settings = memory.settings
         if self.reads_the_rest and not isinstance(removals, RemovalDataModule):
-            raise ConfigurationError("corrector_steps and bound need a RemovalDataModule")
+            raise ConfigurationError(
+                "corrector_steps, bound and certificate need a RemovalDataModule"
+            )
         if self.corrector_steps and settings.horizon is not None:
             raise ConfigurationError(
                 f"corrector_steps={self.corrector_steps} with horizon={settings.horizon}: they "
                 "lead to the optimum, where a Retrain that stops early does not go; give one of "
                 "the two"
+            )
+        if self.certificate is not None and not METHODS[settings.method].has_memory:
+            raise ConfigurationError(
+                f"method={settings.method!r} keeps no curvature: no certificate can be given; use "
+                "method='muter'"
             )
         asked = self.noise_std > 0 or self.corrector_steps > 0
         if asked and not METHODS[settings.method].has_memory:
@@ -244,6 +280,7 @@ class _Found:
     evaluation: Evaluation | None  # at the memory's ω^u
     warnings: tuple[str, ...]
     bound: Bound = Bound(None, "no certificate")
+    publication: Publication | None = None
 
 
 def _correct(server: Server, asked: Asked, extras: _Extras) -> _Found:
@@ -263,9 +300,15 @@ def _correct(server: Server, asked: Asked, extras: _Extras) -> _Found:
     return _Found(correction.memory, correction.after, tuple(said))
 
 
-def _publish(server: Server, found: _Found, asked: Asked, extras: _Extras) -> _Found:
+def _publish(
+    server: Server, found: _Found, asked: Asked, extras: _Extras, publisher: Publisher | None
+) -> _Found:
     """The noise, from the global generator as a seed promises, and the bound of what goes out."""
     memory, evaluation, group = found.memory, found.evaluation, server.group
+    if publisher is not None:
+        memory, publication = publisher.publish(memory)
+        bound = Bound(publication.bound, str(publication))
+        return replace(found, memory=memory, bound=bound, publication=publication)
     if extras.noise_std > 0:
         noise = group.broadcast(torch.randn(memory.p, dtype=torch.float64))
         memory = memory.at(memory.omega + extras.noise_std * noise.to(memory.omega))
@@ -276,7 +319,8 @@ def _publish(server: Server, found: _Found, asked: Asked, extras: _Extras) -> _F
         remaining = RemainingPoints(memory, asked.points, asked.places, group)
         with kept_random_state(group.device), server.view.at(memory.omega):
             evaluation = remaining.objective(server.view).gradient()
-    return replace(found, memory=memory, bound=strong_convexity_bound(memory, evaluation))
+    bound = strong_convexity_bound(memory, evaluation, extras.inner_gap)
+    return replace(found, memory=memory, bound=bound)
 
 
 def _entry(server: Server, found: _Found, extras: _Extras) -> dict[str, Any]:
@@ -292,7 +336,15 @@ def _entry(server: Server, found: _Found, extras: _Extras) -> dict[str, Any]:
         "certificate": found.bound.certificate,
         "warnings": list(found.warnings),
         "note": extras.note,
+        **_published(found, len(outcomes)),
     }
+
+
+def _published(found: _Found, requests: int) -> dict[str, Any]:
+    """What the ledger says of a certified publication, the same on each of its requests."""
+    if found.publication is None:
+        return {}
+    return {"publication": found.publication.entry(len(found.memory.ledger) - requests + 1)}
 
 
 def _result(
@@ -316,6 +368,7 @@ def _result(
         warnings=found.warnings,
         already=tuple(server.already),
         residual_asked=outcomes[0].solution.tol,
+        publication=found.publication,
     )
 
 

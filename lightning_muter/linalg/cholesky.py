@@ -68,6 +68,14 @@ class DenseSolver:
         residual = relative_residual(self.matrix @ value - rhs, rhs)
         return finite(Solution(value, residual, 0, Status.CONVERGED))
 
+    def solve_columns(self, rhs: Tensor) -> Tensor:
+        """X (p, k) for B (p, k) of a definite A, all columns at once.
+
+        Raises:
+            SolverError: A is not positive definite.
+        """
+        return torch.cholesky_solve(rhs, self._cholesky(), upper=True)
+
     def half(self, rhs: Tensor) -> Tensor:
         """L⁻¹ b (p,) of a definite A = L Lᵀ.
 

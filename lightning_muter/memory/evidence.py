@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import asdict
 from typing import Any
 
 from lightning_muter.memory.folder import MemoryStore
 from lightning_muter.memory.kept_model import BASE, CURRENT
 from lightning_muter.memory.records import START, Content, chained
+from lightning_muter.unlearning.certificate import COVERED, NOT_COVERED, spent
 
 __all__ = ["evidence"]
 
@@ -26,6 +28,7 @@ _REQUEST = (
     "active",
     "bound",
     "certificate",
+    "publication",
     "noise_std",
     "corrector_steps",
     "points",
@@ -66,7 +69,21 @@ def evidence(store: MemoryStore) -> dict[str, Any]:
         "versions": facts["versions"],
         "requests": requests,
         "forgotten": forgotten,
+        "certified": _certified(content),
         "chain": _chain(content),
+    }
+
+
+def _certified(content: Content) -> dict[str, Any] | None:
+    """What all certified publications add up to, and what that does and does not say."""
+    total = spent(request.entry for request in content.requests)
+    if total is None:
+        return None
+    return {
+        **asdict(total),
+        "uncertified": list(total.uncertified),
+        "covered": list(COVERED),
+        "not_covered": list(NOT_COVERED),
     }
 
 

@@ -30,6 +30,9 @@ from lightning_muter.spec import Settings, agreed
 
 __all__ = ["Start", "UnlearningMemory"]
 
+#: ω^u without a publication's noise, among the tensors of the last request
+_PRIVATE = "private_omega"
+
 
 @dataclass(frozen=True)
 class Start:
@@ -56,7 +59,8 @@ class UnlearningMemory:
     All tensors are float64 but ``digests`` (n, 16) uint8 and ``removed`` (n,) bool. ``warnings``
     says what was found wrong when the memory was built; every result repeats it. ``ids`` (n, 16)
     uint8 are digests, keyed by ``ids_key``, of the user's own keys of the points, where there are
-    any.
+    any. ``private`` is ω^u (p,) without the noise where ``omega`` was published with a
+    certificate, else None.
 
     Source: the paper's Algorithm 1 and Corollary 1 (ω* stays the expansion point).
     """
@@ -83,6 +87,7 @@ class UnlearningMemory:
     ids: Tensor | None = None
     ids_key: bytes = b""
     rebase_policy: RebasePolicy = RebasePolicy()
+    private: Tensor | None = None
 
     def __repr__(self) -> str:
         return (
@@ -115,6 +120,8 @@ class UnlearningMemory:
         moved: dict[str, Any] = {name: getattr(self, name).to(device) for name in names}
         if self.curvature is not None:
             moved["curvature"] = self.curvature.to(device, moved["omega_star"])
+        if self.private is not None:
+            moved["private"] = self.private.to(device)
         if self.start is not None:
             moved["start"] = Start(self.start.initial.to(device), self.start.retraced.to(device))
         return replace(self, **moved)
@@ -156,6 +163,7 @@ class UnlearningMemory:
             curvature=remaining,
             gradient=self.gradient + gradient,
             omega=omega,
+            private=None,
             removed=flags,
             ledger=(*self.ledger, record),
             pending=(*self.pending, removed),
@@ -173,7 +181,11 @@ class UnlearningMemory:
 
     def at(self, omega: Tensor) -> UnlearningMemory:
         """The memory with another current ω^u (p,), as corrector steps leave it."""
-        return replace(self, omega=omega.to(self.omega))
+        return replace(self, omega=omega.to(self.omega), private=None)
+
+    def published(self, omega: Tensor) -> UnlearningMemory:
+        """The memory whose ω^u is private, and another one (p,) the current model's."""
+        return replace(self, omega=omega.to(self.omega), private=self.omega)
 
     def without(self, indices: list[int]) -> UnlearningMemory:
         """The memory with points marked as removed, and nothing else changed."""
@@ -301,6 +313,7 @@ class UnlearningMemory:
             Request(entry, [removed.facts()], removed.tensors())
             for entry, removed in zip(new, self.pending, strict=True)
         ]
+        requests[-1:] = [self._with_private(one) for one in requests[-1:]]
         current = {name: getattr(self, name) for name in CURRENT}
         generation = store.commit(self.generation, current, requests)
         return replace(self, pending=(), generation=generation)
@@ -345,6 +358,12 @@ class UnlearningMemory:
                 f"{store.folder} is damaged ({type(error).__name__}: {error}): restore a backup"
             ) from error
 
+    def _with_private(self, last: Request) -> Request:
+        """The last line of the ledger with ω^u as it was before a publication's noise."""
+        if self.private is None:
+            return last
+        return replace(last, tensors={**last.tensors, _PRIVATE: self.private})
+
     def _content(self) -> Content:
         """Everything, with the forgotten points' factors gone into the matrix."""
         base = {
@@ -367,10 +386,12 @@ class UnlearningMemory:
             "parameters": [[name, list(shape)] for name, shape in self.parameters],
             "versions": {"python": platform.python_version(), "torch": torch.__version__},
         }
+        requests = [Request(entry, [], {}) for entry in self.ledger]
+        requests[-1:] = [self._with_private(one) for one in requests[-1:]]
         return Content(
             base=base,
             current={name: getattr(self, name) for name in CURRENT},
-            requests=tuple(Request(entry, [], {}) for entry in self.ledger),
+            requests=tuple(requests),
             facts=facts,
             key=self.key,
             sizes={"p": self.p, "n": self.n},
@@ -386,6 +407,7 @@ class UnlearningMemory:
         for request in content.requests:
             removed[request.entry.get("indices", [])] = True
         start = Start(base["initial"], base["retraced"]) if "initial" in base else None
+        last = content.requests[-1].tensors if content.requests else {}
         return cls(
             settings=own,
             omega_star=base["omega_star"],
@@ -408,6 +430,7 @@ class UnlearningMemory:
             parameters=tuple((name, tuple(shape)) for name, shape in facts["parameters"]),
             memory_id=content.memory_id,
             generation=content.generation,
+            private=last.get(_PRIVATE),
         )
 
 

@@ -1,18 +1,28 @@
-"""Adversarial influence: the direction in which ω moves as a point's weight grows."""
+"""Adversarial influence: what a training point's weight does to ω, and to robust test losses."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
-from lightning_muter.errors import StateError
+from lightning_muter.errors import ConfigurationError, SolverError, StateError
+from lightning_muter.linalg.cholesky import DenseSolver
+from lightning_muter.linalg.solution import Status
 from lightning_muter.memory.memory import UnlearningMemory
+from lightning_muter.memory.points import integer
 from lightning_muter.models import measuring
 from lightning_muter.unlearning.points import unweighted
 
-__all__ = ["adversarial_influence", "influence_on_losses"]
+__all__ = ["TopInfluences", "adversarial_influence", "influence_on_losses", "top_influences"]
+
+_BLOCK = 512
+#: points from which on a bar says how far it is
+_MANY = 4 * _BLOCK
+_GOOD = (Status.CONVERGED, Status.MINIMUM_NORM)
 
 
 def adversarial_influence(
@@ -30,25 +40,13 @@ def adversarial_influence(
 
     Returns:
         Influences (m, p), float64, on the memory's device. Source: the paper, Definition 2.
+
+    Raises:
+        StateError: the memory keeps no curvature.
+        SolverError: its system has no solution that means anything, as an indefinite one.
     """
-    if memory.curvature is None:
-        raise StateError(
-            f"a memory of method={memory.settings.method!r} keeps no curvature: influence needs "
-            "one of a method that does, as 'muter'"
-        )
-    solver = memory.curvature.damped(memory.settings.damping).solver()
-    gradients = _gradients(memory, module, batch)
     n = len(memory.remaining)
-    return torch.stack([-n * solver.solve(g.to(memory.omega_star)).value for g in gradients])
-
-
-def _gradients(memory: UnlearningMemory, module: nn.Module, batch: Sequence[Tensor]) -> Tensor:
-    """∇_ω l(ω*, x + δ*) (m, p) of each point."""
-    view, problem = memory.settings.view(module), memory.settings.problem()
-    with measuring(module), view.at(memory.omega_star):
-        points = unweighted(*memory.settings.batch.read(batch))
-        chunks = problem.chunks(view, points)
-        return torch.cat([chunk.linearisation.gradients() for chunk in chunks])
+    return -n * _solved(memory, _gradients(memory, module, batch))
 
 
 def influence_on_losses(
@@ -57,7 +55,116 @@ def influence_on_losses(
     train_batch: Sequence[Tensor],
     test_batch: Sequence[Tensor],
 ) -> Tensor:
-    """First-order change (m, t) of the robust test losses when each training point is removed."""
-    influence = adversarial_influence(memory, module, train_batch)
-    gradients = _gradients(memory, module, test_batch)
-    return -influence @ gradients.to(influence).T / len(memory.remaining)
+    """First-order change (m, t) of each robust test loss when one training point is removed.
+
+    ∇l_testᵀ M⁻¹ (∇l_train + λω*): positive where the training point kept the test point's loss
+    low. The losses are of single points, neither summed nor divided by n, at perturbations that
+    move with ω.
+
+    Args:
+        memory: the memory at ω*.
+        module: the model; measured at ω* and left as it was.
+        train_batch: x (m, ...) and targets (m,) of training points, of weight 1.
+        test_batch: x (t, ...) and targets (t,) of any points.
+
+    Returns:
+        float64, on the memory's device. Source: the paper, Definition 2, with the training
+        point's own share of the weight decay.
+
+    Raises:
+        StateError: the memory keeps no curvature.
+        SolverError: its system has no solution that means anything, as an indefinite one.
+    """
+    test = _solved(memory, _gradients(memory, module, test_batch))
+    train = _gradients(memory, module, train_batch).to(test)
+    return (train + memory.settings.weight_decay * memory.omega_star) @ test.T
+
+
+@dataclass(frozen=True)
+class TopInfluences:
+    """The training points that mattered most to one test point.
+
+    Attributes:
+        robust: positions of those whose removal would raise its robust loss most.
+        gains: by how much, one each, to first order.
+        fragile: positions of those whose removal would lower it most.
+        losses: by how much (negative), one each.
+    """
+
+    robust: tuple[int, ...]
+    gains: tuple[float, ...]
+    fragile: tuple[int, ...]
+    losses: tuple[float, ...]
+
+
+def top_influences(
+    memory: UnlearningMemory,
+    module: nn.Module,
+    train_batch: Sequence[Tensor],
+    test_point: Sequence[Tensor],
+    count: int = 5,
+) -> TopInfluences:
+    """Which training points made a test point robust, and which made it fragile.
+
+    Args:
+        memory: the memory at ω*.
+        module: the model; measured at ω* and left as it was.
+        train_batch: x (m, ...) and targets (m,) of training points.
+        test_point: x (1, ...) and target (1,).
+        count: how many of each, at the most; only points of that sign are named.
+
+    Raises:
+        ConfigurationError: not one test point, or no number of points.
+        StateError: the memory keeps no curvature.
+        SolverError: its system has no solution that means anything.
+    """
+    if len(test_point[0]) != 1 or (integer(count) or 0) < 1:
+        raise ConfigurationError(
+            f"{len(test_point[0])} test points and count={count!r}: give one point, x (1, ...) "
+            "and target (1,), and a count of at least 1"
+        )
+    change = influence_on_losses(memory, module, train_batch, test_point).squeeze(1)
+    order = change.argsort(descending=True)
+    first, last = order[:count], order.flip(0)[:count]
+    robust, fragile = first[change[first] > 0], last[change[last] < 0]
+    return TopInfluences(
+        tuple(robust.tolist()),
+        tuple(change[robust].tolist()),
+        tuple(fragile.tolist()),
+        tuple(change[fragile].tolist()),
+    )
+
+
+def _gradients(memory: UnlearningMemory, module: nn.Module, batch: Sequence[Tensor]) -> Tensor:
+    """∇_ω l(ω*, x + δ*) (m, p) of each point."""
+    view, problem = memory.settings.view(module), memory.settings.problem()
+    x, targets = batch[0], batch[1]
+    starts = range(0, len(x), _BLOCK)
+    found = []
+    with measuring(module), view.at(memory.omega_star):
+        for k in tqdm(starts, "maximisers", leave=False, disable=len(x) < _MANY):
+            some = unweighted(x[k : k + _BLOCK], targets[k : k + _BLOCK])
+            found += [chunk.linearisation.gradients() for chunk in problem.chunks(view, some)]
+    return torch.cat(found)
+
+
+def _solved(memory: UnlearningMemory, rows: Tensor) -> Tensor:
+    """M⁻¹ g (m, p) for rows g (m, p): all at once where M has one factor."""
+    if memory.curvature is None:
+        raise StateError(
+            f"a memory of method={memory.settings.method!r} keeps no curvature: influence needs "
+            "one of a method that does, as 'muter'"
+        )
+    solver = memory.curvature.damped(memory.settings.damping).solver()
+    rows = rows.to(memory.omega_star)
+    if isinstance(solver, DenseSolver) and solver.definite:
+        return solver.solve_columns(rows.T).T
+    solutions = [
+        solver.solve(row) for row in tqdm(rows, "systems", leave=False, disable=len(rows) < _MANY)
+    ]
+    worst = Status.worst([one.status for one in solutions])
+    if worst not in _GOOD:
+        raise SolverError(
+            f"the memory's system ended {worst}: no influence can be read off it; {worst.remedy}"
+        )
+    return torch.stack([one.value for one in solutions])

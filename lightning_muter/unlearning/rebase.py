@@ -63,8 +63,9 @@ def rebase(
     """The memory of the remaining points at ω^u or their optimum. Source: ours (docs/theory.md).
 
     A memory at an optimum takes Newton steps until ‖∇F‖ of the remaining points is at the level
-    that training left; one with a horizon keeps ω^u and its horizon. The module ends at the new
-    expansion point: the caller puts it back where the call fails.
+    that training left; one with a horizon keeps ω^u and its horizon. A model that was published
+    with noise stays the current one, and the new expansion point is private. The module ends at
+    the new expansion point: the caller puts it back where the call fails.
 
     Args:
         memory: with what was forgotten so far.
@@ -76,12 +77,13 @@ def rebase(
     settings = memory.settings
     robust = settings.robust()
     objective = RobustObjective(view, robust.problem(), remaining.batches, group, robust.empty_sum)
-    view.set(memory.omega)
+    view.set(memory.omega if memory.private is None else memory.private)
     before = objective.gradient()
     adversarial = METHODS[settings.method].points == "adversarial"
     level = float(memory.summary["residual_gradient"]) if adversarial else 0.0
     history: list[float] = []
-    if settings.horizon is None and before.residual > level:
+    proved = memory.private is not None  # within its certificate's radius of the optimum
+    if settings.horizon is None and before.residual > level and not proved:
         tol = level / max(1.0, abs(before.value))
         history = newton(objective, steps, settings.damping, tol)
     initial = None if memory.start is None else memory.start.initial
@@ -116,6 +118,8 @@ def rebase(
         memory_id=memory.memory_id,
         generation=memory.generation,
     )
+    if memory.private is not None:  # what was published stays the model
+        after = after.published(memory.omega)
     return Rebased(after, before, residual, level, len(history), openings)
 
 

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from lightning_muter.linalg.solution import Status
+from lightning_muter.unlearning.certificate import Publication
 
 __all__ = ["Opening", "RebaseResult", "UnlearningResult"]
 
@@ -80,6 +81,8 @@ class UnlearningResult:
         residual_asked: the residual at which the iterative solve of rows was to stop, None of other
             solvers.
         rebase_due: why ``trainer.rebase`` is due by the callback's rebase_every and rebase_after.
+        publication: what was certified of the published model, with ``certificate=``; its (ε, δ),
+            those of all publications so far, and the noise.
     """
 
     method: str
@@ -98,6 +101,7 @@ class UnlearningResult:
     already: tuple[int, ...] = ()
     rebase_due: str = ""
     residual_asked: float | None = None
+    publication: Publication | None = None
 
     @classmethod
     def unchanged(

@@ -18,7 +18,7 @@ from lightning_muter.models import BatchForm, ModelView
 from lightning_muter.parallel import Group
 from lightning_muter.unlearning.request import Outcome, forget, forget_rows
 
-__all__ = ["RemovalBatch", "Server", "check_noise", "request_warnings", "worst_status"]
+__all__ = ["RemovalBatch", "Server", "check_number", "request_warnings", "worst_status"]
 
 
 class RemovalBatch(NamedTuple):
@@ -163,16 +163,16 @@ def _points(x: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     return x, targets
 
 
-def check_noise(noise_std: Any) -> float:
-    """A standard deviation as a float.
+def check_number(name: str, value: Any) -> float:
+    """An argument that counts from zero as a float.
 
     Raises:
         ConfigurationError: it is no finite number >= 0.
     """
-    real = isinstance(noise_std, numbers.Real) and not isinstance(noise_std, bool)
-    if not real or not 0 <= noise_std < math.inf:
-        raise ConfigurationError(f"noise_std={noise_std!r} must be a finite number >= 0")
-    return float(noise_std)
+    real = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if not real or not 0 <= value < math.inf:
+        raise ConfigurationError(f"{name}={value!r} must be a finite number >= 0")
+    return float(value)
 
 
 def request_warnings(outcomes: Sequence[Outcome]) -> tuple[str, ...]:

@@ -189,6 +189,14 @@ def test_rows_with_a_corrector_and_with_another_threat(tmp_path: Path) -> None:
     assert relative("muter") < relative("wider")  # a memory of another threat is a worse one
 
 
+def test_what_is_recognised_is_measured_beside_retrain(tmp_path: Path) -> None:
+    table = run(small(rows=[Row(label="muter")], removals=[4]), tmp_path / "known")
+    assert table.values("retrain", 4, "residual_knowledge") == {0: 1.0}
+    for method in ("none", "muter"):
+        assert 0.5 < table.values(method, 4, "residual_knowledge")[0] < 2.0
+        assert 0.0 <= table.values(method, 4, "recognised_again")[0] <= 1.0
+
+
 def test_requests_one_after_the_other_end_where_one_request_of_all_ends(tmp_path: Path) -> None:
     rows = [Row(label="at_once"), Row(label="successive", request_size=1)]
     table = run(small(rows=rows, removals=[4]), tmp_path)

@@ -85,14 +85,21 @@ def neumann_response(delta: Tensor, grad: Tensor, curvature: Tensor, order: int)
 
 
 def smoothed_linf_logistic(
-    w: np.ndarray, x: np.ndarray, y: np.ndarray, eps: float, tau: float, lam: float
+    w: np.ndarray,
+    x: np.ndarray,
+    y: np.ndarray,
+    eps: float,
+    tau: float,
+    lam: float,
+    bias: bool = False,
 ) -> tuple[float, np.ndarray]:
     """F(w) and ∇F(w) of Σ max_δ [softplus(-±w·(x+δ)) + τ Σ_j √(ε² - δ_j²)] + (nλ/2)‖w‖².
 
     Plain numpy: the maximiser is δ_j = ε r w_j / √(r² w_j² + τ²) with the one unknown r = ∂l/∂z a
-    point, found by bisection; ∇F by the envelope theorem.
+    point, found by bisection; ∇F by the envelope theorem. With ``bias`` the last of w is one.
     """
-    z0, low, high = x @ w, -y.astype(float), 1.0 - y
+    whole, w = w, w[: x.shape[1]]
+    z0, low, high = x @ w + whole[x.shape[1] :].sum(), -y.astype(float), 1.0 - y
 
     def perturbation(r: np.ndarray) -> np.ndarray:
         slope = r[:, None] * w
@@ -107,9 +114,10 @@ def smoothed_linf_logistic(
     z = z0 + delta @ w
     loss = np.logaddexp(0, -(2.0 * y - 1) * z)
     height = tau * np.sqrt(np.maximum(eps**2 - delta**2, 0)).sum(axis=1)
-    value = float((loss + height).sum() + 0.5 * len(x) * lam * w @ w)
+    value = float((loss + height).sum() + 0.5 * len(x) * lam * whole @ whole)
     r = 1 / (1 + np.exp(-z)) - y
-    return value, (x + delta).T @ r + len(x) * lam * w
+    slope = np.concatenate([(x + delta).T @ r, r.sum(keepdims=True)[: int(bias)]])
+    return value, slope + len(x) * lam * whole
 
 
 def boxed_sphere_response(

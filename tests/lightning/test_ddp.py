@@ -48,3 +48,20 @@ def test_rows_on_two_processes_equal_those_of_one_and_each_keeps_its_own(tmp_pat
     torch.testing.assert_close(
         *(one.matvec(v) for one in rows if one is not None), rtol=1e-10, atol=1e-10
     )
+
+
+@pytest.mark.slow
+def test_two_processes_publish_one_model_with_one_noise(tmp_path: Path) -> None:
+    found = []
+    for devices in (1, 2):
+        path = tmp_path / f"{devices}"
+        worker = str(Path(__file__).parents[1] / "helpers" / "certificate_worker.py")
+        command = [sys.executable, worker, str(devices), str(path)]
+        run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=300)
+        assert run.returncode == 0, run.stderr
+        found += [load_file(f"{path}.{rank}") for rank in range(devices)]
+    alone, first, second = found
+    torch.testing.assert_close(second, first, rtol=0, atol=0)  # the noise of the first process
+    torch.testing.assert_close(first["model"], first["omega"], rtol=0, atol=0)
+    torch.testing.assert_close(first["private"], alone["private"], rtol=0, atol=2e-8)
+    assert not torch.equal(first["omega"] - first["private"], alone["omega"] - alone["private"])

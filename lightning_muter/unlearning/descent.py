@@ -1,0 +1,230 @@
+"""Down to a distance from the optimum of the remaining points that a bound proves."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from lightning_muter.unlearning.linear_objective import LinearRobustObjective, State
+from lightning_muter.unlearning.objective import HALVINGS, PAYS
+
+__all__ = ["Descent", "Solve", "descend"]
+
+#: columns G (p, k) -> H⁻¹ G of some curvature H
+Solve = Callable[[Tensor], Tensor]
+
+#: passes in a row that do not pay, while the set of points on their kink settles
+_PATIENCE = 4
+#: the most points that are held on their kink: where more cross it, the step was a long one
+_HELD = 256
+#: a point of the smoothed problem whose mixture is this near to an end is off its kink
+_OFF = 0.95
+#: a bias is at most this, and as many halvings find it to rounding
+_BIAS, _HALVED = 2.0**10, 64
+#: how much easier the problems on the way to an optimum are: shares of the mean level over which
+#: kinks are rounded off, and factors of a bandwidth
+_WAY = ((1e-1, 1e2), (1e-2, 1e1), (1e-3, 1.0), *((10.0**-k, 1.0) for k in range(4, 9)))
+#: the first of them that can be the last
+_LAST = 2
+_EASY_STEPS = 12
+#: parameters beyond which no matrix is built and factorised: passes with the memory's own only
+_FACTORED = 20_000
+
+
+@dataclass(frozen=True)
+class Descent:
+    """Where a descent ended, and what it took.
+
+    Attributes:
+        state: the one of the smallest bound.
+        corrections: passes with the memory's curvature.
+        rebuilds: Newton steps, each with its curvature built anew.
+    """
+
+    state: State
+    corrections: int
+    rebuilds: int
+
+
+def descend(
+    objective: LinearRobustObjective,
+    starts: Sequence[Tensor],
+    solve: Solve,
+    radius: float,
+    corrections: int = 20,
+    rebuilds: int = 30,
+) -> Descent:
+    """Corrector passes, then Newton's method, until the bound is at most ``radius``.
+
+    The passes use the curvature of the memory as long as they pay; then it is built anew at each
+    step; and where that does not lead there, easier problems are solved on the way. Points whose
+    residual is next to zero, where a robust squared loss has a kink, are held there, and the
+    mixture of their two perturbations is solved for. Source: ours (docs/certificates.md).
+
+    Args:
+        objective: of the remaining points.
+        starts: where to begin (p,); the one of the smallest bound is taken.
+        solve: columns G (p, k) -> M_r⁻¹ G.
+        radius: the bound that is wanted.
+        corrections: passes with M_r at the most.
+        rebuilds: Newton steps at the most, those on easier problems aside.
+    """
+    begun = min((_started(objective, omega) for omega in starts), key=_bound)
+
+    def correct(state: State) -> State:
+        return _held_step(objective, state, solve)
+
+    def newton(state: State) -> State:
+        solve = _factor(objective.hessian(state))
+        if objective.loss.kinked:  # F may rise for a step, while the held points settle
+            return _held_step(objective, state, solve)
+        return _searched(objective, state, solve)
+
+    best, last, passes = _while_it_pays(correct, begun, begun, radius, corrections)
+    if len(best.omega) > _FACTORED:
+        return Descent(best, passes, 0)
+    best, last, built = _while_it_pays(newton, last, best, radius, rebuilds)
+    if best.bound > radius:
+        last, eased = _on_the_way(objective, best.omega)
+        best, _, more = _while_it_pays(newton, last, best, radius, rebuilds)
+        built += eased + more
+    if best.bound > radius and objective.reach.pointed:
+        best = min(best, _at_zero(objective), key=_bound)
+    return Descent(best, passes, built)
+
+
+def _bound(state: State) -> float:
+    return state.bound if math.isfinite(state.bound) else math.inf
+
+
+def _started(objective: LinearRobustObjective, omega: Tensor) -> State:
+    """The state at ω; residuals that are zero up to their rounding are on the kink."""
+    state = objective.at(omega)
+    if not objective.loss.kinked:
+        return state
+    on = state.level <= state.errors
+    return objective.at(omega, torch.where(on, 0.0, state.side)) if bool(on.any()) else state
+
+
+def _at_zero(objective: LinearRobustObjective) -> State:
+    """The state at the best ω without weights, where the adversary may have left nothing better."""
+    nothing = objective.points.x.new_zeros(objective.points.x.shape[1])
+    way = objective.outputs.back(nothing, nothing.new_ones(())) / objective.outputs.count
+    low, high = -_BIAS, _BIAS
+    for _ in range(_HALVED):
+        middle = (low + high) / 2
+        rises = float(objective.at(middle * way).gradient @ way) > 0
+        low, high = (low, middle) if rises else (middle, high)
+    return min((objective.at(b * way) for b in (low, high, 0.0)), key=_bound)
+
+
+def _while_it_pays(
+    step: Callable[[State], State], state: State, best: State, radius: float, limit: int
+) -> tuple[State, State, int]:
+    """Steps until the radius is reached or they stop to pay: the best state, the last, how many."""
+    idle = taken = 0
+    while _bound(best) > radius and taken < limit and idle < _PATIENCE:
+        state = step(state)
+        taken += 1
+        idle = 0 if _bound(state) < PAYS * _bound(best) else idle + 1
+        best = min(best, state, key=_bound)
+        if not math.isfinite(state.value):
+            return best, best, taken
+    return best, state, taken
+
+
+def _on_the_way(objective: LinearRobustObjective, omega: Tensor) -> tuple[State, int]:
+    """The state at the optimum of the last of some easier problems, each begun at the one before.
+
+    The mixtures of a rounded kink tell which points of the problem itself are on it: those that
+    stay between its sides as it becomes narrower.
+    """
+    level, taken = float(objective.at(omega).level.mean()), 0
+    mixing, held = None, -1
+    for k, (width, factor) in enumerate(_WAY):
+        loss, reach = objective.loss.rounded(width * level), objective.reach.widened(factor)
+        state, steps = _settled(replace(objective, loss=loss, reach=reach), omega)
+        omega, taken = state.omega, taken + steps
+        if k < _LAST:
+            continue
+        if not objective.loss.kinked:
+            break
+        mixing = torch.where(state.mixing.abs() > _OFF, state.mixing.sign(), state.mixing)
+        before, held = held, int((mixing.abs() < 1).sum())
+        if held == before <= len(omega):
+            break
+    return objective.at(omega, mixing), taken
+
+
+def _settled(easy: LinearRobustObjective, omega: Tensor) -> tuple[State, int]:
+    """Newton steps on a problem without kinks until they stop to pay, and how many."""
+    state = easy.at(omega)
+    first, taken = float(state.gradient.norm()), 0
+    while taken < _EASY_STEPS:
+        before, state = state, _searched(easy, state, _factor(easy.hessian(state)))
+        taken += 1
+        small = float(state.gradient.norm()) < 1e-8 * first
+        if small or not before.value - state.value > 1e-14 * abs(before.value):
+            break
+    return state, taken
+
+
+def _factor(hessian: Tensor) -> Solve:
+    """Solves with a Hessian, which is at least κ on the diagonal."""
+    factor = torch.linalg.cholesky(hessian)
+    return lambda columns: torch.cholesky_solve(columns, factor)
+
+
+def _searched(objective: LinearRobustObjective, state: State, solve: Solve) -> State:
+    """A step, halved until F falls, or at its rounding the bound does."""
+    rounding = 1e-14 * max(1.0, abs(state.value))
+    scale, trial = 1.0, state
+    for _ in range(HALVINGS):
+        trial = _held_step(objective, state, solve, scale)
+        nearer = trial.value <= state.value + rounding and _bound(trial) < _bound(state)
+        if trial.value < state.value - rounding or nearer:
+            return trial
+        scale /= 2
+    return trial
+
+
+def _held_step(
+    objective: LinearRobustObjective, state: State, solve: Solve, scale: float = 1.0
+) -> State:
+    """ω ← ω - H⁻¹ g - Z Δt, which leaves the points that are held at a residual of zero.
+
+    Z = H⁻¹ C has the columns of the held points, C_i = w_i u_i x_i, and their mixtures move by the
+    Δt for which X (H⁻¹ g + Z Δt) = r. Where H is singular along them the shortest Δt serves.
+    """
+    step, mixing = solve(state.gradient.unsqueeze(1)).squeeze(1), state.mixing
+    if not objective.loss.kinked:
+        return objective.at(state.omega - scale * step)
+    held = torch.nonzero(mixing.abs() < 1).flatten()
+    if len(held):
+        points = objective.points
+        rows = objective.outputs.back(points.x[held], torch.ones_like(points.y[held]))
+        size = points.weights[held] * objective.scale * state.reach[held]
+        columns = solve((rows * size.unsqueeze(1)).T)
+        rest = state.side[held] * state.level[held] - rows @ step
+        system = torch.linalg.lstsq(rows @ columns, rest.unsqueeze(1), driver="gelsd")
+        moved = system.solution.squeeze(1)
+        step = step + columns @ moved
+        mixing = mixing.index_add(0, held, scale * moved)
+    return _crossed(objective, state, state.omega - scale * step, mixing)
+
+
+def _crossed(
+    objective: LinearRobustObjective, before: State, omega: Tensor, mixing: Tensor
+) -> State:
+    """The state at ω, where points whose residual changed its sign are held from now on."""
+    w, b = objective.outputs.seen(omega)
+    residual = objective.points.x @ w + b - objective.points.y
+    free = before.mixing.abs() >= 1
+    crossed = free & (residual * before.mixing < 0)
+    held = int((crossed | (mixing.abs() < 1)).sum())
+    inside = before.mixing * (1 - 1e-9 if held <= _HELD else -1)
+    return objective.at(omega, torch.where(crossed, inside, mixing).clamp(-1, 1))
