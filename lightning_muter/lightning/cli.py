@@ -18,7 +18,7 @@ from lightning_muter.errors import ConfigurationError, MuterError
 from lightning_muter.evaluation.commands import COMMANDS
 from lightning_muter.lightning.adversarial_training import AdversarialTraining
 from lightning_muter.lightning.data import RemovalDataModule
-from lightning_muter.lightning.flavour import pl
+from lightning_muter.lightning.flavour import NAME, pl
 from lightning_muter.lightning.memory_commands import (
     MEMORY_COMMANDS,
     check_target,
@@ -81,9 +81,10 @@ class CLITrainer(Trainer):
             return ckpt_path
         if ckpt_path is None:
             bring_model_up_to_date(store)
-        if not any(isinstance(one, AdversarialTraining) for one in self.callbacks):
+        callbacks: list[pl.Callback] = vars(self)["callbacks"]
+        if not any(isinstance(one, AdversarialTraining) for one in callbacks):
             settings = Settings.from_dict(store.facts()["settings"])
-            self.callbacks.append(AdversarialTraining(settings.threat, loss=settings.loss))
+            callbacks.append(AdversarialTraining(settings.threat, loss=settings.loss))
         return ckpt_path or str(store.folder / model_file.NAME)
 
     def unlearn(  # type: ignore[override]
@@ -138,10 +139,8 @@ class CLITrainer(Trainer):
             already=already,
             note=note,
         )
-        if self.is_global_zero:
-            print(result)
-            if target is not None:
-                write_checkpoint({**checkpoint, "state_dict": model.state_dict()}, target)
+        if self.is_global_zero and target is not None:
+            write_checkpoint({**checkpoint, "state_dict": model.state_dict()}, target)
         return result
 
     def rebase(  # type: ignore[override]
@@ -169,11 +168,9 @@ class CLITrainer(Trainer):
         check_target(target)
         _load(model, memory, ckpt_path)
         result = super().rebase(datamodule, model, memory, newton_steps)
-        if self.is_global_zero:
-            print(result)
-            if target is not None:
-                target.write_text(json.dumps([asdict(one) for one in result.openings], indent=2))
-                print(f"saved: {target}")
+        if self.is_global_zero and target is not None:
+            target.write_text(json.dumps([asdict(one) for one in result.openings], indent=2))
+            print(f"saved: {target}")
         return result
 
 
@@ -213,7 +210,7 @@ class MUterCLI(LightningCLI):
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """A parser with short errors, whose ``-c`` takes a preset's name too."""
-        kwargs.setdefault("dump_header", [f"{pl.__name__}=={pl.__version__}"])
+        kwargs.setdefault("dump_header", [f"{NAME}=={vars(pl)['__version__']}"])
         parser = MUterParser(**kwargs)
         parser.add_argument(
             "-c", "--config", action=ActionConfigFile, help="a YAML file, or a preset's name"

@@ -117,7 +117,10 @@ def test_help(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.filterwarnings("ignore:.*Checkpoint directory.*")
 def test_fit_then_unlearn(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.syspath_prepend(str(ROOT))
     monkeypatch.chdir(tmp_path)
@@ -125,7 +128,7 @@ def test_fit_then_unlearn(
     removal = ["--memory", "runs/memory"]
     named = ["--ckpt_path", "runs/last.ckpt", "--output", "forgotten.ckpt"]
     run(["unlearn", *CONFIG, *removal, *named, "--indices", "[3,17]"])
-    assert "no certificate" in capsys.readouterr().out
+    assert "forgot 2 points (muter): converged" in caplog.messages[-1]
     run(["unlearn", *CONFIG, *removal, "--indices", "[5]"])  # from the memory's own model.ckpt
     again = ["--ckpt_path", "runs/memory/model.ckpt"]
     run(["unlearn", *CONFIG, *removal, *again, "--indices", "[6]"])
@@ -153,7 +156,7 @@ def test_fit_then_unlearn(
         run(["unlearn", *CONFIG, *removal, *again, "--indices", "[6]"])
     assert [path.read_bytes() for path in kept] == before
     run(["unlearn", *CONFIG, *removal, *again, "--indices", "6", "--already", "skip"])
-    assert "already: [6]" in capsys.readouterr().out
+    assert "passed over [6], forgotten already" in caplog.messages[-1]
     assert [path.read_bytes() for path in kept] == before
     for named in ("p17", "[p17,p4]", "17"):
         with pytest.raises(RemovalError, match="keeps no ids"):
@@ -170,13 +173,36 @@ def test_fit_then_unlearn(
         run(["unlearn", *CONFIG, *removal, "--points", "points.safetensors", "--indices", "9"])
     run(["unlearn", *CONFIG, *removal, "--points", "points.safetensors"])
     run(["rebase", *CONFIG, *removal, "--newton_steps", "0", "--openings", "openings.json"])
-    assert "points: " in capsys.readouterr().out
+    assert "rebased to " in caplog.messages[-1]
     rebased = UnlearningMemory.load("runs/memory")
     assert all("indices" not in entry for entry in rebased.ledger)
     openings = json.loads(Path("openings.json").read_text())
     assert [one["indices"] for one in openings][:3] == [[3, 17], [5], [6]]
     assert len(openings[3]["indices"]) == 2
     run(["unlearn", *CONFIG, *removal, "--indices", "7"])
+
+
+@pytest.mark.filterwarnings("ignore:.*Checkpoint directory.*")
+def test_robust_accuracy_without_the_preset_repeated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The numbers are those of the preset itself, its callback given once more."""
+    monkeypatch.syspath_prepend(str(ROOT))
+    monkeypatch.chdir(tmp_path)
+    Path("config.yaml").write_text("mine")
+    preset = ["-c", "muter_l2", HEAD]
+    run(["fit", *CONFIG, *preset, "--trainer.max_epochs=1"])
+    kept = "runs/memory/model.ckpt"
+    ways = [[*preset, "--ckpt_path", kept], ["--ckpt_path", kept], ["--memory", "runs/memory"]]
+    for verb, metric in (("test", "test_robust_acc"), ("validate", "val_robust_acc")):
+        capsys.readouterr()
+        numbers = []
+        for way in ways:
+            run([verb, *CONFIG, *way])
+            lines = capsys.readouterr().out.splitlines()
+            numbers += [line.split()[-2] for line in lines if metric in line]
+        assert len(numbers) == 3 and len(set(numbers)) == 1
+    assert Path("config.yaml").read_text() == "mine"
 
 
 def test_a_checkpoint_and_a_config_of_the_users_own(
