@@ -24,6 +24,8 @@ _GENERAL = re.compile(
     r"a class path|a dict with|Expected a <class 'NoneType'>|Given value|Problem with given)"
 )
 _KEY = re.compile(r'^(Validation failed: )?(Parser key|Problem with|Key) "?(?P<key>[\w.+]+)"?:?\s*')
+#: how releases of jsonargparse before 4.40 say that an argument is missing
+_MISSING = re.compile(r'(Validation failed: )?Key "(?P<key>[\w.]+)" is required but not[^\n]*')
 _LENGTH = 600
 
 
@@ -63,7 +65,7 @@ def paragraph(message: Any) -> str:
         ...   Given value: x''')
         "indices: 'x' is given; Expected a list; Expected an int"
     """
-    text = str(message)
+    text = _MISSING.sub(r"the following arguments are required: \g<key>", str(message))
     key = _KEY.match(text)
     lines = [line.strip().removeprefix("- ").strip() for line in _KEY.sub("", text).splitlines()]
     said = [line for line in lines if line and not _GENERAL.match(line)]
