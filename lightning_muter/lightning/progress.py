@@ -6,13 +6,15 @@ import importlib
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from typing import Any, Protocol, TypeVar
-
-from tqdm.auto import tqdm
 
 from lightning_muter.lightning.flavour import pl
 
 __all__ = ["Bar", "bar_of", "blocks", "no_bar"]
+
+#: notebook widgets where they are installed, else text: tqdm.auto warns in a notebook without them
+tqdm: Any = importlib.import_module("tqdm.auto" if find_spec("ipywidgets") else "tqdm").tqdm
 
 T = TypeVar("T")
 Advance = Callable[[int], None]
