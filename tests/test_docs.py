@@ -58,6 +58,13 @@ def test_the_code_of_a_page_runs(
         exec(compile(code, page, "exec"), namespace)
 
 
+def test_links_of_the_pages_outside_the_site_lead_somewhere() -> None:
+    for page in ("README.md", "CONTRIBUTING.md", "SECURITY.md"):
+        text = (DOCS.parent / page).read_text()
+        for target in re.findall(r"\]\(([^)#:]+)\)", text):
+            assert (DOCS.parent / target).exists(), f"{page}: {target}"
+
+
 def test_every_public_name_has_an_entry_with_an_example_that_runs() -> None:
     pages = {page: page.read_text() for page in (DOCS / "api").glob("*.md")}
     for name in lightning_muter.__all__:
