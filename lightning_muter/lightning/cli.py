@@ -194,7 +194,16 @@ def _load(model: pl.LightningModule, memory: str, ckpt_path: str | None) -> dict
 
 
 class MUterCLI(LightningCLI):
-    """``LightningCLI`` with our Trainer and the subcommands ``unlearn`` and ``rebase``."""
+    """``LightningCLI`` with our Trainer, presets by name, and the verbs ``unlearn`` and ``rebase``.
+
+    Args:
+        *args: Lightning's own arguments: model and datamodule class first.
+        **kwargs: Lightning's own; ``trainer_class`` is one of ours, or derives from it.
+
+    Raises:
+        ConfigurationError: another trainer class, a config that is neither file nor preset, or an
+            argument that a class refuses.
+    """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         kwargs.setdefault("trainer_class", CLITrainer)

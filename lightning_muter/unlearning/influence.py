@@ -30,6 +30,9 @@ def adversarial_influence(
 
     Returns:
         Influences (m, p), float64, on the memory's device. Source: the paper, Definition 2.
+
+    Raises:
+        StateError: the memory's method keeps no curvature.
     """
     if memory.curvature is None:
         raise StateError(
@@ -56,7 +59,23 @@ def influence_on_losses(
     train_batch: Sequence[Tensor],
     test_batch: Sequence[Tensor],
 ) -> Tensor:
-    """First-order change (m, t) of the robust test losses when each training point is removed."""
+    """First-order change (m, t) of the robust test losses when each training point is removed.
+
+    Positive where the removal raises the loss: the training point had helped. The test points'
+    perturbations are held still, as their gradients at a maximum allow.
+
+    Args:
+        memory: the memory at ω*.
+        module: the model; measured at ω* and left as it was.
+        train_batch: x (m, ...) and targets (m,) of training points.
+        test_batch: x (t, ...) and targets (t,).
+
+    Returns:
+        Changes (m, t), float64: ∇l_testᵀ (-I/n). Source: the paper, Definition 2.
+
+    Raises:
+        StateError: the memory's method keeps no curvature.
+    """
     influence = adversarial_influence(memory, module, train_batch)
     gradients = _gradients(memory, module, test_batch)
     return -influence @ gradients.to(influence).T / len(memory.remaining)
