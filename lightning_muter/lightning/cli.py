@@ -38,11 +38,13 @@ __all__ = ["CLITrainer", "MUterCLI", "main", "run"]
 
 
 if TYPE_CHECKING:
+    from lightning_fabric.utilities.exceptions import MisconfigurationException
     from pytorch_lightning.cli import ArgsType, LightningArgumentParser, LightningCLI
 else:
     _cli = importlib.import_module(f"{pl.__name__}.cli")
     ArgsType, LightningCLI = _cli.ArgsType, _cli.LightningCLI
     LightningArgumentParser = _cli.LightningArgumentParser
+    MisconfigurationException = pl.utilities.exceptions.MisconfigurationException
 
 
 class CLITrainer(Trainer):
@@ -256,11 +258,11 @@ class MUterCLI(LightningCLI):
 
 
 def main(args: ArgsType = None) -> None:
-    """The console script: `run`, with an error of ours as one paragraph and exit status 1."""
+    """The console script: `run`, with what it refuses as one paragraph and exit status 1."""
     try:
         run(args)
-    except MuterError as error:
-        sys.stderr.write(f"lightning-muter: {error}\n")
+    except (MuterError, MisconfigurationException) as error:
+        sys.stderr.write(f"lightning-muter: {' '.join(str(error).split())}\n")
         sys.exit(1)
 
 

@@ -84,6 +84,10 @@ ERRORS = {
         ["unlearn", *CONFIG, "--memory", "m", "--indices", "1"],
         "holds no memory.sqlite",
     ),
+    "no device": (
+        ["fit", *CONFIG, "-c", "muter_l2", HEAD, "--trainer.devices=0"],
+        "not a valid input",
+    ),
     "no verb": (["forget"], "invalid choice: 'forget'"),
     "no run": (["plot", "nowhere"], "there is no table"),
     "no folder": (["verify"], "required: memory"),
