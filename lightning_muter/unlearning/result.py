@@ -139,8 +139,9 @@ class UnlearningResult:
 
     def __str__(self) -> str:
         """One line for a person."""
+        verb = "kept the model for" if self.method == "none" else "forgot"
         said = [
-            f"forgot {counted(len(self.indices), 'point')} ({self.method}): {self.status}",
+            f"{verb} {counted(len(self.indices), 'point')} ({self.method}): {self.status}",
             f"the weights moved by {self.update_norm:.3g}",
             self.certificate
             if self.bound is None

@@ -26,6 +26,7 @@ def test_one_line() -> None:
         "forgot 2 points (muter): converged; the weights moved by 0.123; no certificate; 0.034 s"
     )
     assert repr(RESULT) == f"<UnlearningResult: {RESULT}>"
+    assert str(replace(RESULT, method="none")).startswith("kept the model for 2 points (none)")
     more = replace(
         RESULT,
         indices=(3,),
