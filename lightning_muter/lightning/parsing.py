@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from jsonargparse import ArgumentParser
 
-from lightning_muter.lightning.flavour import pl
+from lightning_muter.lightning.flavour import NAME, VARIABLE, pl
 
 __all__ = ["CommandParser", "MUterParser", "paragraph"]
 
@@ -49,6 +49,14 @@ class CommandParser(_OneParagraph, ArgumentParser):
 
 class MUterParser(_OneParagraph, LightningArgumentParser):
     """``LightningArgumentParser`` with short errors."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        if "a subclass of Lightning" in message and self.exit_on_error:
+            message = (
+                f"{paragraph(message)}; lightning_muter was loaded with {NAME!r}: set {VARIABLE} to "
+                "the one of Lightning's two packages that the class is of"
+            )
+        super().error(message, ex)
 
 
 def paragraph(message: Any) -> str:
