@@ -286,7 +286,8 @@ def run(args: ArgsType = None) -> None:
         datamodule_class=pl.LightningDataModule,
         args=args,
         parser_kwargs={
+            "prog": "lightning-muter",
             "description": "Also: presets; export --memory DIR --output CKPT, report DIR, verify "
-            "DIR; evaluate -c EXPERIMENT --output DIR, plot RESULTS, tables FILES."
+            "DIR; evaluate -c EXPERIMENT --output DIR, plot RESULTS, tables FILES.",
         },
     )

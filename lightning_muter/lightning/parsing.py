@@ -26,6 +26,8 @@ _GENERAL = re.compile(
 _KEY = re.compile(r'^(Validation failed: )?(Parser key|Problem with|Key) "?(?P<key>[\w.+]+)"?:?\s*')
 #: how releases of jsonargparse before 4.40 say that an argument is missing
 _MISSING = re.compile(r'(Validation failed: )?Key "(?P<key>[\w.]+)" is required but not[^\n]*')
+#: what a class of the other one of Lightning's packages is told
+_OTHER = re.compile(r"not correspond to a subclass of .*Lightning(Data)?Module")
 _LENGTH = 600
 
 
@@ -51,10 +53,10 @@ class MUterParser(_OneParagraph, LightningArgumentParser):
     """``LightningArgumentParser`` with short errors."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        if "a subclass of Lightning" in message and self.exit_on_error:
+        if self.exit_on_error and _OTHER.search(message):
             message = (
-                f"{paragraph(message)}; lightning_muter was loaded with {NAME!r}: set {VARIABLE} to "
-                "the one of Lightning's two packages that the class is of"
+                f"{paragraph(message)}; lightning_muter was loaded with {NAME!r}: set {VARIABLE} "
+                "to the one of Lightning's two packages that the class is of"
             )
         super().error(message, ex)
 
