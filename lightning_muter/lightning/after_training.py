@@ -221,7 +221,7 @@ def _kept(memory: UnlearningMemory, cost: Cost | None, folder: str | None) -> st
         return f"Kept: which {points} there were, {where}; method {memory.settings.method!r}."
     return (
         f"Kept: the curvature of {points} in {memory.p:,} trained parameters "
-        f"({memory.settings.method}, {cost.kept}), {where}."
+        f"({memory.settings.method}, {memory.settings.representation}, {cost.kept}), {where}."
     )
 
 
