@@ -25,7 +25,10 @@ def test_three_lines_after_fit_and_one_after_unlearn(
     folder = str(tmp_path / "memory")
     (kept, trust, price), (trainer, callback, data) = lines(caplog, memory_dir=folder)
     memory = memory_of(callback)
-    assert "the curvature of 41 training points in 21 trained parameters (muter, dense, 0.0 MB)" in kept
+    assert (
+        "the curvature of 41 training points in 21 trained parameters (muter, dense, 0.0 MB)"
+        in kept
+    )
     assert f"in {folder}, with the current model" in kept
     assert "nothing speaks against it; 100% of the perturbations are maximisers" in trust
     assert f"the optimum is {memory.summary['distance_to_optimum']:.2g} away" in trust
