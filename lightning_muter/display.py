@@ -9,6 +9,8 @@ from jinja2 import Environment, PackageLoader
 
 __all__ = ["card", "counted", "short"]
 
+_SHOWN = 6
+
 
 def counted(number: int, noun: str) -> str:
     """A number with its noun.
@@ -21,12 +23,15 @@ def counted(number: int, noun: str) -> str:
 
 
 def short(value: Any) -> str:
-    """A value of a summary for a person: floats to four digits.
+    """A value of a summary for a person: floats to four digits, the beginning of a long list.
 
     Example:
-        >>> short(0.123456), short(1437), short("dense")
-        ('0.1235', '1,437', 'dense')
+        >>> short(0.123456), short(1437), short("dense"), short(list(range(20)))
+        ('0.1235', '1,437', 'dense', '0, 1, 2, 3, 4, 5, … (20)')
     """
+    if isinstance(value, list):
+        shown = ", ".join(map(str, value[:_SHOWN]))
+        return shown if len(value) <= _SHOWN else f"{shown}, … ({len(value)})"
     if isinstance(value, float):
         return f"{value:.4g}"
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
