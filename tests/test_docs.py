@@ -85,7 +85,12 @@ def test_the_notebook_says_what_it_prints(tmp_path: Path) -> None:
         client.execute()
     outputs = [one for cell in notebook.cells for one in cell.get("outputs", [])]
     printed = "\n".join(one.get("text", "") for one in outputs)
-    for line in ("; Stage I will take", "Kept: ", "Trust: nothing speaks against it", "A request: "):
+    for line in (
+        "; Stage I will take",
+        "Kept: ",
+        "Trust: nothing speaks against it",
+        "A request: ",
+    ):
         assert line in printed
     assert "forgot 20 points (muter): converged" in printed
     relative = re.search(r"muter +[\d.]+ +([\d.]+)", printed)
