@@ -7,6 +7,7 @@ finetuned adversarially on 5 to 9. No download, under two minutes on two cores.
 from __future__ import annotations
 
 import copy
+import logging
 import warnings
 
 import matplotlib
@@ -144,6 +145,7 @@ def plot(relative: dict[str, float], path: str = "quickstart.png") -> None:
 
 def main() -> None:
     """Train, forget, retrain, compare."""
+    logging.getLogger("pytorch_lightning.utilities.rank_zero").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*does not have many workers.*|.*batches.*")
     pl.seed_everything(0)
     data = Digits(first=5)

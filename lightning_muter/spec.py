@@ -87,7 +87,9 @@ class Settings:
             raise ConfigurationError(f"threat={self.threat!r} must be a Threat: L2Ball(eps=0.5)")
         if (self.head is None) == (self.parameters is None):
             raise ConfigurationError(
-                f"head={self.head!r} and parameters={self.parameters!r}: give exactly one"
+                f"head={self.head!r} and parameters={self.parameters!r}: give exactly one, the "
+                "name of the linear layer that is trained (head='classifier'; beside a preset "
+                "--trainer.callbacks.head=classifier) or names of parameters"
             )
         if self.sketch and self.head is None:
             raise ConfigurationError(

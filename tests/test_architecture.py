@@ -16,7 +16,7 @@ ROOT = Path(lightning_muter.__file__).parent
 FLOORS = [
     ["errors"],
     ["options"],
-    ["linalg", "parallel", "identity"],
+    ["linalg", "parallel", "identity", "display"],
     ["threats", "objectives"],
     ["responses", "adversary"],
     ["curvature"],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Sequence
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -60,7 +61,8 @@ class Attack:
         init_args: arguments of the attack's constructor, on the [0, 1] scale.
 
     Raises:
-        ConfigurationError: the class cannot be imported.
+        ConfigurationError: the class cannot be imported; torchattacks comes with the extra
+            ``attacks``.
 
     Example:
         >>> Attack("torchattacks.FGSM", init_args={"eps": 0.1}).class_path
@@ -78,6 +80,13 @@ class Attack:
         try:
             self._class = getattr(importlib.import_module(module_name), name)
         except (ImportError, AttributeError, ValueError) as error:
+            library = module_name.partition(".")[0]
+            if library == "torchattacks" and find_spec(library) is None:
+                raise ConfigurationError(
+                    f"attack {class_path!r} needs torchattacks, which is not installed: pip "
+                    "install 'lightning-muter[attacks]', or leave attack= out for the threat's own "
+                    "ascent"
+                ) from error
             raise ConfigurationError(
                 f"attack {class_path!r} cannot be imported ({error}); expected a class path such "
                 "as 'torchattacks.PGDL2'"

@@ -9,14 +9,16 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import ActionConfigFile, ArgumentParser  # type: ignore[attr-defined]
+from jsonargparse import ActionConfigFile  # type: ignore[attr-defined]
 
+from lightning_muter.errors import ConfigurationError
 from lightning_muter.evaluation.experiment import Experiment
 from lightning_muter.evaluation.markdown import render, update_tables
 from lightning_muter.evaluation.plots import plot_comparison, plot_pareto
 from lightning_muter.evaluation.results_table import Cell, Table
 from lightning_muter.evaluation.runner import run
 from lightning_muter.lightning.flavour import pl
+from lightning_muter.lightning.parsing import CommandParser
 
 __all__ = ["COMMANDS", "DATA_VARIABLE"]
 
@@ -26,7 +28,7 @@ DATA_VARIABLE = "MUTER_DATA"
 
 def evaluate(args: Sequence[str]) -> None:
     """Run a declared experiment, or what is missing of it."""
-    parser = ArgumentParser(
+    parser = CommandParser(
         prog="lightning-muter evaluate", description="Run a declared experiment; resumes."
     )
     parser.add_argument("-c", "--config", action=ActionConfigFile, help="the experiment's YAML")
@@ -64,7 +66,7 @@ def _live(logger: pl.loggers.Logger | None) -> Callable[[list[Cell]], None] | No
 
 def plot(args: Sequence[str]) -> None:
     """Draw the plots of a run beside its table."""
-    parser = ArgumentParser(
+    parser = CommandParser(
         prog="lightning-muter plot", description="Draw the plots of a run beside its table."
     )
     parser.add_argument("results", type=str, help="a run's folder, or its results.csv")
@@ -72,6 +74,8 @@ def plot(args: Sequence[str]) -> None:
     given: Any = parser.parse_args(list(args))
     path = Path(given.results)
     path = path / "results.csv" if path.is_dir() else path
+    if not path.is_file():
+        raise ConfigurationError(f"there is no table {path}: give the folder of a run")
     table = Table(path)
     comparison = path.with_name("comparison.png")
     print(plot_comparison(table, comparison, given.title, score=_score(path.with_name("run.json"))))
@@ -86,7 +90,7 @@ def _score(run: Path) -> str:
 
 def tables(args: Sequence[str]) -> None:
     """Regenerate the tables of markdown files from the CSV files of runs."""
-    parser = ArgumentParser(
+    parser = CommandParser(
         prog="lightning-muter tables", description="Regenerate tables of markdown files."
     )
     parser.add_argument("files", type=str, nargs="+")

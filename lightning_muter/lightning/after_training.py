@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -9,19 +10,21 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
+from lightning_muter.display import counted
 from lightning_muter.errors import ConfigurationError
 from lightning_muter.lightning.data import TrainingPoints
 from lightning_muter.lightning.flavour import pl, rank_zero_info
 from lightning_muter.lightning.preflight import Preflight, rehearse, time_pass
 from lightning_muter.lightning.process_group import process_group
+from lightning_muter.lightning.progress import bar_of
 from lightning_muter.lightning.rescue import check_not_stopped
 from lightning_muter.memory.ids import id_digests, ids_key
 from lightning_muter.memory.memory import UnlearningMemory
 from lightning_muter.memory.rebase_policy import RebasePolicy
 from lightning_muter.models import BatchForm
 from lightning_muter.spec import Settings
+from lightning_muter.unlearning.cost import Cost
 from lightning_muter.unlearning.methods import METHODS
 from lightning_muter.unlearning.objective import RobustObjective, newton
 from lightning_muter.unlearning.points import Batch
@@ -43,6 +46,7 @@ class AfterTraining:
         newton_steps: how many will be taken.
         batch_size: points a pass reads at once, at the most.
         preflight: what two points took before training.
+        cost: what Stage I and a request will take by that; None where no curvature is kept.
     """
 
     trainer: pl.Trainer
@@ -53,6 +57,7 @@ class AfterTraining:
     batch_size: int
     preflight: Preflight = Preflight(0.0, 0.0, 0.0)
     representation: str = "dense"
+    cost: Cost | None = None
 
     def rehearse(self) -> None:
         """Two points through all that comes after training; what it takes, for a person."""
@@ -69,8 +74,8 @@ class AfterTraining:
             self.preflight = time_pass(self.module, settings, self._read, self.preflight)
             mine = -(-len(self.points) // self.trainer.world_size)
             size = self.preflight.piece(self.batch_size)
-            cost = self.preflight.cost(mine, p, size, self.newton_steps, kept, device)
-            rank_zero_info(f"{kept.why}; {cost}")
+            self.cost = self.preflight.cost(mine, p, size, self.newton_steps, kept, device)
+            rank_zero_info(f"{kept.why}; {self.cost}")
 
     def _represented(self, settings: Settings) -> Representation:
         """How the memory is kept, and Newton's Hessians before it."""
@@ -109,8 +114,12 @@ class AfterTraining:
     def objective(self, settings: Settings, weights: Tensor) -> RobustObjective:
         """The robust objective over training points, each counted once over all processes."""
         view, group = settings.view(self.module), process_group(self.trainer)
-        batches, empty = lambda: self._batches(weights), settings.empty_sum
-        return RobustObjective(view, settings.problem(), batches, group, empty)
+        passes = itertools.count(1)
+
+        def batches() -> Iterator[Batch]:
+            return self._batches(weights, f"newton_steps, pass {next(passes)}")
+
+        return RobustObjective(view, settings.problem(), batches, group, settings.empty_sum)
 
     def stage_one(
         self,
@@ -133,12 +142,16 @@ class AfterTraining:
             ConfigurationError: the robust gradient is not finite.
         """
         settings = self._kept_as(settings)
-        if METHODS[settings.method].has_memory:
-            p = settings.view(self.module).p
-            rank_zero_info(f"Stage I ({settings.method}): p = {p:,}, {self.representation}")
         group = process_group(self.trainer)
         (memory,) = build_memories(
-            self.module, [settings], self._batches(weights), digests, key, group, initial, weights
+            self.module,
+            [settings],
+            self._batches(weights, "Stage I"),
+            digests,
+            key,
+            group,
+            initial,
+            weights,
         )
         if not bool(torch.isfinite(memory.residual_gradient).all()):
             raise ConfigurationError(
@@ -172,20 +185,17 @@ class AfterTraining:
             memory_id=self.trainer.strategy.broadcast(memory.memory_id),
         )
 
-    def _batches(self, weights: Tensor) -> Iterator[Batch]:
+    def _batches(self, weights: Tensor, what: str) -> Iterator[Batch]:
         """This process's share of the points that were trained on, with a progress bar."""
-        trainer = self.trainer
+        trainer, done = self.trainer, 0
         mine = process_group(trainer).share(torch.nonzero(weights > 0).flatten().tolist())
-        quiet = trainer.progress_bar_callback is None or not trainer.is_global_zero
         size = self.preflight.piece(self.batch_size)
         device = trainer.strategy.root_device
-        with tqdm(
-            desc="training points", total=len(mine), unit="point", leave=False, disable=quiet
-        ) as bar:
-            for batch in self.points.batches(mine, size, device, weights):
-                check_not_stopped(trainer, bar.n, len(mine))
-                yield self._as_trained(batch)
-                bar.update(len(batch))
+        found = self.points.batches(mine, size, device, weights)
+        for batch in bar_of(trainer)(found, what, len(mine), len):
+            check_not_stopped(trainer, done, len(mine))
+            yield self._as_trained(batch)
+            done += len(batch)
 
 
 def points_of(trainer: pl.Trainer, form: BatchForm) -> TrainingPoints:
@@ -218,20 +228,48 @@ def refuse_spawned(trainer: pl.Trainer, cause: BaseException | None = None) -> N
         ) from cause
 
 
-def report(memory: UnlearningMemory) -> None:
-    """Print what Stage I found, and warn of what is in doubt."""
-    rank_zero_info(
-        "memory: "
-        + ", ".join(
-            f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}"
-            for k, v in memory.summary.items()
-        )
-    )
+def report(memory: UnlearningMemory, cost: Cost | None, folder: str | None) -> None:
+    """Three lines on a new memory, and a warning of each thing that is in doubt.
+
+    Args:
+        memory: as Stage I built it.
+        cost: what a request was estimated to take; None for a method that keeps no curvature.
+        folder: where the memory is kept, None where it is in the process alone.
+    """
+    for line in (_kept(memory, cost, folder), _trust(memory), _price(memory, cost)):
+        rank_zero_info(line)
     for sentence in memory.warnings:
         warnings.warn(sentence, stacklevel=2)
-    usable = memory.summary["usable_response"]
-    if memory.settings.response == "unconstrained" and usable < 1:
-        rank_zero_info(
-            f"the inverse of the input Hessian exists or its series converges at "
-            f"{usable:.0%} of the points only"
-        )
+
+
+def _kept(memory: UnlearningMemory, cost: Cost | None, folder: str | None) -> str:
+    where = "in this process alone" if folder is None else f"in {folder}, with the current model"
+    points = counted(memory.summary["n"], "training point")
+    if cost is None:
+        return f"Kept: which {points} there were, {where}; method {memory.settings.method!r}."
+    return (
+        f"Kept: the curvature of {points} in {memory.p:,} trained parameters "
+        f"({memory.settings.method}, {memory.settings.representation}, {cost.kept}), {where}."
+    )
+
+
+def _trust(memory: UnlearningMemory) -> str:
+    summary = memory.summary
+    said = [f"{summary['stationary']:.0%} of the perturbations are maximisers"]
+    if "retrace_error" in summary:
+        said.append(f"training's way is retraced to {summary['retrace_error']:.1%}")
+    elif "distance_to_optimum" in summary:
+        said.append(f"the optimum is {summary['distance_to_optimum']:.2g} away")
+    if memory.settings.response == "unconstrained" and summary["usable_response"] < 1:
+        said.append(f"the response exists at {summary['usable_response']:.0%} of the points only")
+    verdict = "nothing speaks against it"
+    if memory.warnings:
+        verdict = f"in doubt, see {counted(len(memory.warnings), 'warning')}"
+    return f"Trust: {verdict}; {', '.join(said)}; memory.summary has the rest."
+
+
+def _price(memory: UnlearningMemory, cost: Cost | None) -> str:
+    if cost is None:
+        method = memory.settings.method
+        return "A request: a training again." if method == "retrain" else "A request: nothing."
+    return f"A request: {cost.request} for one point, with no training."

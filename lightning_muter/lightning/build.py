@@ -33,6 +33,7 @@ from lightning_muter.memory.points import digests_of
 from lightning_muter.models import ModelView, measuring
 from lightning_muter.objectives.targets import check_targets
 from lightning_muter.parallel import Group
+from lightning_muter.unlearning.cost import Cost
 
 __all__ = ["build_memory"]
 
@@ -73,7 +74,7 @@ def build_memory(
         try:
             kept.train_only(model, set(view.names))
             with borrowed(view, group.device):
-                memory = _built(trainer, model, keeper, points, past, group)
+                memory, cost = _built(trainer, model, keeper, points, past, group)
         finally:
             kept.restore()
         trainer.strategy.connect(model)  # the model that trainer.unlearn means
@@ -82,7 +83,7 @@ def build_memory(
         create(memory, keeper.memory_dir, rescue, keeper.overwrite)
         rescue.done()
     keeper.memory, keeper.folder, keeper.initial = memory, keeper.memory_dir, past.initial
-    report(memory)
+    report(memory, cost, keeper.folder)
     return memory
 
 
@@ -93,8 +94,11 @@ def _built(
     points: TrainingPoints,
     past: _Past,
     group: Group,
-) -> UnlearningMemory:
-    """The memory at the model's parameters, after Newton's steps where they are asked for."""
+) -> tuple[UnlearningMemory, Cost | None]:
+    """The memory at the model's parameters, after Newton's steps where they are asked for.
+
+    With it comes what a request will take.
+    """
     key: bytes = group.broadcast(os.urandom(16))
     texts = ids_of(points.dataset, keeper.ids)
     after = AfterTraining(
@@ -114,7 +118,8 @@ def _built(
         after.newton(settings, weights)
     memory = after.stage_one(settings, weights, digests, key, past.initial)
     unseen = _UNSEEN.format("" if compared else " this loss,")
-    return after.finished(memory, texts, (*past.findings, unseen), keeper.rebase_policy)
+    finished = after.finished(memory, texts, (*past.findings, unseen), keeper.rebase_policy)
+    return finished, after.cost
 
 
 def _batch(trainer: pl.Trainer, model: pl.LightningModule, points: TrainingPoints) -> Any:

@@ -1,4 +1,4 @@
-"""`MUterCLI`: LightningCLI with the verb ``unlearn``."""
+"""`MUterCLI`: LightningCLI with the verbs ``unlearn`` and ``rebase``."""
 
 from __future__ import annotations
 
@@ -11,39 +11,96 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from jsonargparse import ActionConfigFile  # type: ignore[attr-defined]
 from torch.utils.data import DataLoader
 
-from lightning_muter.errors import ConfigurationError
+from lightning_muter.errors import ConfigurationError, MuterError
 from lightning_muter.evaluation.commands import COMMANDS
+from lightning_muter.lightning.adversarial_training import AdversarialTraining
 from lightning_muter.lightning.data import RemovalDataModule
-from lightning_muter.lightning.flavour import pl
+from lightning_muter.lightning.flavour import NAME, pl
 from lightning_muter.lightning.keeper import keeper_of
 from lightning_muter.lightning.memory_commands import (
     MEMORY_COMMANDS,
     check_target,
     write_checkpoint,
 )
+from lightning_muter.lightning.parsing import MUterParser, paragraph
+from lightning_muter.lightning.presets import with_presets
 from lightning_muter.lightning.removals import points_in
 from lightning_muter.lightning.trainer import Trainer
 from lightning_muter.memory import model_file
 from lightning_muter.memory.folder import MemoryStore
 from lightning_muter.memory.kept_model import bring_model_up_to_date
 from lightning_muter.memory.memory import UnlearningMemory
+from lightning_muter.objectives.module_loss import ModuleLoss
+from lightning_muter.spec import Settings
 from lightning_muter.unlearning.certificate import Certificate
 from lightning_muter.unlearning.result import RebaseResult, UnlearningResult
 
-__all__ = ["CLITrainer", "MUterCLI", "main"]
+__all__ = ["CLITrainer", "MUterCLI", "main", "run"]
 
 
 if TYPE_CHECKING:
-    from pytorch_lightning.cli import ArgsType, LightningCLI
+    from lightning_fabric.utilities.exceptions import MisconfigurationException
+    from pytorch_lightning.cli import ArgsType, LightningArgumentParser, LightningCLI
 else:
     _cli = importlib.import_module(f"{pl.__name__}.cli")
     ArgsType, LightningCLI = _cli.ArgsType, _cli.LightningCLI
+    LightningArgumentParser = _cli.LightningArgumentParser
+    MisconfigurationException = pl.utilities.exceptions.MisconfigurationException
 
 
 class CLITrainer(Trainer):
     """`Trainer` whose ``unlearn`` reads like the other verbs of a command line."""
+
+    def validate(self, *args: Any, memory: str | None = None, **kwargs: Any) -> Any:
+        """Run one evaluation epoch over the validation set, under attack where a memory says which.
+
+        Args:
+            *args: Lightning's own arguments.
+            memory: a memory's folder, whose threat and loss `val_robust_acc` is measured with; that
+                of ``ckpt_path`` by default, if there is one.
+            **kwargs: Lightning's own.
+        """
+        kwargs["ckpt_path"] = self._measuring(memory, kwargs.get("ckpt_path"))
+        return super().validate(*args, **kwargs)
+
+    def test(self, *args: Any, memory: str | None = None, **kwargs: Any) -> Any:
+        """Run one evaluation epoch over the test set, under attack where a memory says which.
+
+        Args:
+            *args: Lightning's own arguments.
+            memory: a memory's folder, whose threat and loss `test_robust_acc` is measured with;
+                that of ``ckpt_path`` by default, if there is one.
+            **kwargs: Lightning's own.
+        """
+        kwargs["ckpt_path"] = self._measuring(memory, kwargs.get("ckpt_path"))
+        return super().test(*args, **kwargs)
+
+    def _measuring(self, memory: str | None, ckpt_path: str | None) -> str | None:
+        """Have clean and robust accuracy logged as a memory's threat asks; the checkpoint."""
+        if memory is None and (ckpt_path is None or Path(ckpt_path).name != model_file.NAME):
+            return ckpt_path
+        store = MemoryStore(Path(ckpt_path or "").parent if memory is None else memory)
+        if memory is None and not store.exists():
+            return ckpt_path
+        if ckpt_path is None:
+            bring_model_up_to_date(store)
+        callbacks: list[pl.Callback] = vars(self)["callbacks"]
+        if not any(isinstance(one, AdversarialTraining) for one in callbacks):
+            settings = Settings.from_dict(store.facts()["settings"])
+            loss, form = settings.loss, settings.logits
+            callbacks.append(
+                AdversarialTraining(
+                    settings.threat,
+                    loss=loss.attribute if isinstance(loss, ModuleLoss) else loss,
+                    batch=settings.batch.where,
+                    output=form.output,
+                    forward=form.forward,
+                )
+            )
+        return ckpt_path or str(store.folder / model_file.NAME)
 
     def unlearn(  # type: ignore[override]
         self,
@@ -101,10 +158,8 @@ class CLITrainer(Trainer):
             note=note,
             certificate=certificate,
         )
-        if self.is_global_zero:
-            _report(result)
-            if target is not None:
-                write_checkpoint({**checkpoint, "state_dict": model.state_dict()}, target)
+        if self.is_global_zero and target is not None:
+            write_checkpoint({**checkpoint, "state_dict": model.state_dict()}, target)
         return result
 
     def build_memory(  # type: ignore[override]
@@ -158,11 +213,9 @@ class CLITrainer(Trainer):
         check_target(target)
         _load(model, memory, ckpt_path)
         result = super().rebase(datamodule, model, memory, newton_steps)
-        if self.is_global_zero:
-            _report(result)
-            if target is not None:
-                target.write_text(json.dumps([asdict(one) for one in result.openings], indent=2))
-                print(f"saved: {target}")
+        if self.is_global_zero and target is not None:
+            target.write_text(json.dumps([asdict(one) for one in result.openings], indent=2))
+            print(f"saved: {target}")
         return result
 
 
@@ -175,21 +228,29 @@ def _load(model: pl.LightningModule, memory: str, ckpt_path: str | None) -> dict
     if not source.is_file():
         raise ConfigurationError(f"there is no checkpoint {source}: say --ckpt_path")
     checkpoint: dict[str, Any] = torch.load(source, map_location="cpu", weights_only=True)
-    model.load_state_dict(checkpoint["state_dict"], assign=True)  # in training's precision
+    try:
+        model.load_state_dict(checkpoint["state_dict"], assign=True)  # in training's precision
+    except RuntimeError as error:
+        raise ConfigurationError(
+            f"{source} is no checkpoint of the config's model ({' '.join(str(error).split())}): "
+            "give the model that was trained, with the same arguments"
+        ) from error
     return checkpoint
 
 
-def _report(result: UnlearningResult | RebaseResult) -> None:
-    numbers = result.to_dict()
-    numbers.pop("warnings")
-    for name, value in numbers.items():
-        print(f"{name}: {value}")
-    for message in result.warnings:
-        print(f"warning: {message}")
-
-
 class MUterCLI(LightningCLI):
-    """``LightningCLI`` with our Trainer's verbs ``unlearn``, ``rebase``, ``build_memory``."""
+    """``LightningCLI`` with our Trainer, presets by name, and the verbs of ours.
+
+    They are ``unlearn``, ``rebase`` and ``build_memory``.
+
+    Args:
+        *args: Lightning's own arguments: model and datamodule class first.
+        **kwargs: Lightning's own; ``trainer_class`` is one of ours, or derives from it.
+
+    Raises:
+        ConfigurationError: another trainer class, a config that is neither file nor preset, or an
+            argument that a class refuses.
+    """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         kwargs.setdefault("trainer_class", CLITrainer)
@@ -204,6 +265,36 @@ class MUterCLI(LightningCLI):
         verbs = ("unlearn", "rebase", "build_memory")
         return {**LightningCLI.subcommands(), **dict.fromkeys(verbs, ours)}
 
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        """A parser with short errors, whose ``-c`` takes a preset's name too."""
+        kwargs.setdefault("dump_header", [f"{NAME}=={vars(pl)['__version__']}"])
+        parser = MUterParser(**kwargs)
+        parser.add_argument(
+            "-c", "--config", action=ActionConfigFile, help="a YAML file, or a preset's name"
+        )
+        return parser
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """Parse a command line, its presets named; a dictionary or namespace as Lightning does."""
+        words = sys.argv[1:] if args is None else args
+        if isinstance(words, list):
+            self.config = parser.parse_args(with_presets(words))
+        else:
+            super().parse_arguments(parser, words)
+
+    def instantiate_classes(self) -> None:
+        """Build trainer, model and data; what a class refuses comes without its wrapping.
+
+        Raises:
+            ConfigurationError: an argument that a class refuses.
+        """
+        try:
+            super().instantiate_classes()
+        except ValueError as error:
+            if isinstance(error, MuterError) or "does not validate" not in str(error).lower():
+                raise
+            raise ConfigurationError(paragraph(error)) from error
+
     def _parse_ckpt_path(self) -> None:
         """Leave the config as it is: a checkpoint's word imports no class and sets no argument.
 
@@ -213,7 +304,20 @@ class MUterCLI(LightningCLI):
 
 
 def main(args: ArgsType = None) -> None:
-    """The console script: Lightning's verbs and ``unlearn``, or a command of the evaluation."""
+    """The console script: `run`, with what it refuses as one paragraph and exit status 1."""
+    try:
+        run(args)
+    except (MuterError, MisconfigurationException) as error:
+        sys.stderr.write(f"lightning-muter: {' '.join(str(error).split())}\n")
+        sys.exit(1)
+
+
+def run(args: ArgsType = None) -> None:
+    """Lightning's verbs, ``unlearn`` and ``rebase``, or a command of their own.
+
+    Raises:
+        MuterError: what was asked for cannot be done.
+    """
     sys.path.insert(0, os.getcwd())  # the user's own classes
     words = sys.argv[1:] if args is None else args
     if isinstance(words, list) and words[:1] == ["build-memory"]:  # a method's name has no hyphen
@@ -230,7 +334,8 @@ def main(args: ArgsType = None) -> None:
         datamodule_class=pl.LightningDataModule,
         args=words,
         parser_kwargs={
-            "description": "Also: export --memory DIR --output CKPT, report DIR, verify DIR; "
-            "evaluate -c EXPERIMENT --output DIR, plot RESULTS, tables FILES."
+            "prog": "lightning-muter",
+            "description": "Also: presets; export --memory DIR --output CKPT, report DIR, verify "
+            "DIR; evaluate -c EXPERIMENT --output DIR, plot RESULTS, tables FILES.",
         },
     )

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_muter.errors import ConfigurationError
 
-__all__ = ["NAME", "pl", "rank_zero_info", "rank_zero_only", "refuse_other"]
+__all__ = ["NAME", "VARIABLE", "pl", "rank_zero_info", "rank_zero_only", "refuse_other"]
 
 #: the environment variable that names the package
 VARIABLE = "LIGHTNING_MUTER_PACKAGE"

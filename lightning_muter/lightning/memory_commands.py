@@ -1,4 +1,4 @@
-"""The commands of the command line that take a memory's folder: export, report, verify."""
+"""The commands beside Lightning's verbs: export, report and verify of a memory, and presets."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jsonargparse import ArgumentParser
 
 from lightning_muter.errors import ConfigurationError, MemoryFormatError
+from lightning_muter.lightning.parsing import CommandParser
+from lightning_muter.lightning.presets import described, folder
 from lightning_muter.memory import model_file
 from lightning_muter.memory.evidence import evidence
 from lightning_muter.memory.folder import MemoryStore
@@ -50,7 +51,7 @@ def write_checkpoint(checkpoint: Mapping[str, Any], target: Path) -> None:
 
 def export(args: Sequence[str]) -> None:
     """Write the current model of a memory as a checkpoint of its own."""
-    parser = ArgumentParser(
+    parser = CommandParser(
         prog="lightning-muter export",
         description="Write a memory's current model, without what was forgotten, as a checkpoint.",
     )
@@ -70,7 +71,7 @@ def export(args: Sequence[str]) -> None:
 
 def verify(args: Sequence[str]) -> None:
     """Check every byte of a memory's folder and the chain of its ledger."""
-    parser = ArgumentParser(
+    parser = CommandParser(
         prog="lightning-muter verify",
         description="Check every field of a memory, and that its ledger is as it was written.",
     )
@@ -81,7 +82,7 @@ def verify(args: Sequence[str]) -> None:
 
 def report(args: Sequence[str]) -> None:
     """Write what was forgotten when, with which evidence, as a page and as JSON."""
-    parser = ArgumentParser(
+    parser = CommandParser(
         prog="lightning-muter report",
         description="Write a memory's ledger and evidence as one page, and as JSON beside it.",
     )
@@ -94,8 +95,22 @@ def report(args: Sequence[str]) -> None:
         print(f"saved: {path}")
 
 
+def presets(args: Sequence[str]) -> None:
+    """List the presets, what each is for, and where they lie."""
+    CommandParser(
+        prog="lightning-muter presets",
+        description="List the presets that -c takes by their names, and their folder.",
+    ).parse_args(list(args))
+    found = described()
+    width = max(len(name) for name in found)
+    for name, purpose in found.items():
+        print(f"{name:{width}}  {purpose}")
+    print(f"folder: {folder()}")
+
+
 MEMORY_COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "export": export,
+    "presets": presets,
     "report": report,
     "verify": verify,
 }

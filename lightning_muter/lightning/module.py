@@ -33,6 +33,10 @@ class UnlearningModule(pl.LightningModule):
         callback: the callback that keeps the memory, or None for one read from a folder.
         memory_dir: the folder that is kept current, or None.
         noise_std: σ of Gaussian noise on ω^u.
+
+    Raises:
+        ConfigurationError: ``noise_std`` is no finite number >= 0.
+        RemovalError: in the loop, a batch of points that cannot be forgotten.
     """
 
     def __init__(

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_muter.errors import ConfigurationError, SolverError
+from lightning_muter.lightning.progress import no_bar
 from lightning_muter.lightning.remaining import RemainingPoints
 from lightning_muter.lightning.removals import Asked
 from lightning_muter.memory.memory import UnlearningMemory
@@ -65,7 +66,7 @@ class Publisher:
             objective = None
             if group.first:
                 left = memory.without(list(asked.indices))
-                rest = RemainingPoints(left, asked.points, asked.places, Group())
+                rest = RemainingPoints(left, asked.points, asked.places, Group(), no_bar)
                 objective = linear_objective(memory.settings, view, rest.batches(view))
         return cls(certificate, objective, memory, group)
 

@@ -13,9 +13,10 @@ from lightning_muter.errors import ConfigurationError
 from lightning_muter.lightning.borrowed import borrowed, kept_random_state
 from lightning_muter.lightning.commit import Destination
 from lightning_muter.lightning.data import training_points
-from lightning_muter.lightning.flavour import pl
+from lightning_muter.lightning.flavour import pl, rank_zero_info
 from lightning_muter.lightning.keeper import keeper_of
 from lightning_muter.lightning.process_group import process_group
+from lightning_muter.lightning.progress import bar_of
 from lightning_muter.lightning.remaining import RemainingPoints, places_of
 from lightning_muter.lightning.unlearn import current_memory, module_of
 from lightning_muter.memory.memory import UnlearningMemory
@@ -56,12 +57,13 @@ def rebase(
             view = state.settings.view(module)
             destination.check_model(state, view)
             points = training_points(datamodule, state.settings.batch)
-            rest = RemainingPoints(state, points, places_of(state, points), group)
+            bar = bar_of(trainer)
+            rest = RemainingPoints(state, points, places_of(state, points, bar), group, bar)
         with kept_random_state(group.device), borrowed(view, group.device):
             found = _measured(state.to(group.device), view, rest, newton_steps)
         after = found.memory.to(state.omega_star.device)
         committed = destination.replace(after, view).memory
-    return RebaseResult(
+    result = RebaseResult(
         points=committed.n,
         gradient_before=found.before.residual,
         gradient=found.residual,
@@ -71,6 +73,8 @@ def rebase(
         openings=found.openings,
         warnings=committed.warnings,
     )
+    rank_zero_info(str(result))
+    return result
 
 
 def _measured(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_muter.lightning.data import TrainingPoints
+from lightning_muter.lightning.progress import Bar, blocks, no_bar
 from lightning_muter.lightning.removals import refuse_missing
 from lightning_muter.memory.memory import UnlearningMemory
 from lightning_muter.memory.points import digests_of, refuse_changed
@@ -24,13 +25,16 @@ __all__ = ["RemainingPoints", "places_of"]
 _BATCH = 512
 
 
-def places_of(memory: UnlearningMemory, points: TrainingPoints) -> Tensor:
+def places_of(memory: UnlearningMemory, points: TrainingPoints, bar: Bar) -> Tensor:
     """The row (n,) of each training point in today's data set, in one pass over it.
 
     Raises:
         RemovalError: a point that is left has no row; all of them are named.
     """
-    places = memory.known.places(points.digests(memory.key, range(len(points))))
+    found = bar(blocks(range(len(points)), _BATCH), "finding the points", len(points), len)
+    places = memory.known.places(
+        [one for some in found for one in points.digests(memory.key, some)]
+    )
     left = memory.remaining
     refuse_missing([i for i in left if places.rows[i] < 0], len(left), "left")
     if places.new:
@@ -54,12 +58,14 @@ class RemainingPoints:
         points: today's data set.
         places: the row (n,) of each training point in it.
         group: the processes.
+        bar: shows how far a pass is.
     """
 
     memory: UnlearningMemory
     points: TrainingPoints
     places: Tensor
     group: Group
+    bar: Bar = no_bar
 
     def batches(self, view: ModelView, names: Sequence[int] | None = None) -> Iterator[Batch]:
         """The rows where, and in the precision that, the module computes.
@@ -109,8 +115,9 @@ class RemainingPoints:
         return self._blocks(self.group.share(self.memory.remaining))
 
     def _blocks(self, points: list[int]) -> Iterator[tuple[list[int], Tensor, Tensor]]:
-        for first in range(0, len(points), _BATCH):
-            block = points[first : first + _BATCH]
+        parts = blocks(range(len(points)), _BATCH)
+        for part in self.bar(parts, "the remaining points", len(points), len):
+            block = [points[i] for i in part]
             with torch.inference_mode(False):
                 x, targets = self.points.batch(self.places[block].tolist())
             yield block, x, targets

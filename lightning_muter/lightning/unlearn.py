@@ -22,10 +22,11 @@ from lightning_muter.lightning.borrowed import (
 )
 from lightning_muter.lightning.commit import Destination
 from lightning_muter.lightning.data import RemovalDataModule
-from lightning_muter.lightning.flavour import pl, refuse_other
+from lightning_muter.lightning.flavour import pl, rank_zero_info, refuse_other
 from lightning_muter.lightning.keeper import MemoryKeeper, keeper_of
 from lightning_muter.lightning.module import UnlearningModule
 from lightning_muter.lightning.process_group import process_group
+from lightning_muter.lightning.progress import Bar, bar_of
 from lightning_muter.lightning.publication import Publisher
 from lightning_muter.lightning.remaining import RemainingPoints, places_of
 from lightning_muter.lightning.removals import (
@@ -39,7 +40,6 @@ from lightning_muter.lightning.removals import (
 from lightning_muter.lightning.retrain import serve_without_memory
 from lightning_muter.memory.memory import UnlearningMemory
 from lightning_muter.memory.points import integer
-from lightning_muter.parallel import Group
 from lightning_muter.unlearning.bound import Bound, strong_convexity_bound
 from lightning_muter.unlearning.certificate import Certificate, Publication
 from lightning_muter.unlearning.corrector import correct
@@ -75,7 +75,9 @@ def unlearn(
     module = module_of(trainer, model)
     destination = Destination.of(memory, keeper, process_group(trainer))
     with destination.writing():
-        return _serve(trainer, module, keeper, destination, datamodule, extras)
+        result = _serve(trainer, module, keeper, destination, datamodule, extras)
+    rank_zero_info(str(result))
+    return result
 
 
 def _serve(
@@ -86,12 +88,12 @@ def _serve(
     datamodule: Any,
     extras: _Extras,
 ) -> UnlearningResult:
-    start, group = time.perf_counter(), destination.group
+    start, group, bar = time.perf_counter(), destination.group, bar_of(trainer)
     with kept_random_state(group.device), group.together():
         state = current_memory(destination, keeper, module)
         view = state.settings.view(module)
         destination.check_model(state, view)
-        asked = _check(state, datamodule, extras, group)
+        asked = _check(state, datamodule, extras, bar)
     if not METHODS[state.settings.method].has_memory:
         return serve_without_memory(trainer, keeper, asked, view, state, destination)
     with random_state_unless_done(), borrowed(view, group.device):
@@ -103,8 +105,9 @@ def _serve(
             if asked.by_index:
                 server.serve_indices(asked.indices, asked.already)
             else:
+                total = len(asked.indices) or None
                 with removal_batches(asked.removals, trainer) as batches:
-                    for batch in batches:
+                    for batch in bar(batches, "points to forget", total, lambda one: len(one[0])):
                         server.serve(batch)
             with group.together():
                 check_served(asked, server.served, server.already)
@@ -114,8 +117,8 @@ def _serve(
                 return UnlearningResult.unchanged(
                     state.settings.method, server.already, state.warnings, spent
                 )
-            found = _correct(server, asked, extras)
-        found = _publish(server, found, asked, extras, publisher)
+            found = _correct(server, asked, extras, bar)
+        found = _publish(server, found, asked, extras, publisher, bar)
         for message in found.warnings:
             warnings.warn(message, stacklevel=3)
         update = torch.linalg.vector_norm(found.memory.omega - view.get())
@@ -133,7 +136,7 @@ def _serve(
     return result
 
 
-def _check(memory: UnlearningMemory, removals: Any, extras: _Extras, group: Group) -> Asked:
+def _check(memory: UnlearningMemory, removals: Any, extras: _Extras, bar: Bar) -> Asked:
     """Refuse the whole call before its first request; what it asks for, as far as it is known."""
     extras.check(memory, removals)
     if named := listed_indices(removals):
@@ -143,7 +146,8 @@ def _check(memory: UnlearningMemory, removals: Any, extras: _Extras, group: Grou
     asked = check_removals(memory, removals, extras.passed_over(memory))
     if asked.points is None or not (extras.reads_the_rest or memory.settings.method == "retrain"):
         return asked
-    return replace(asked, places=places_of(memory.without(list(asked.indices)), asked.points))
+    places = places_of(memory.without(list(asked.indices)), asked.points, bar)
+    return replace(asked, places=places)
 
 
 # --- arguments ----------------------------------------------------------------------------------
@@ -283,13 +287,14 @@ class _Found:
     publication: Publication | None = None
 
 
-def _correct(server: Server, asked: Asked, extras: _Extras) -> _Found:
+def _correct(server: Server, asked: Asked, extras: _Extras, bar: Bar) -> _Found:
     """The memory after the requests and the corrector steps, the module where it was."""
     memory, view = server.memory, server.view
     said = [*memory.warnings, *request_warnings(server.outcomes)]
     if not extras.corrector_steps or asked.points is None or asked.places is None:
         return _Found(memory, None, tuple(said))
-    objective = RemainingPoints(memory, asked.points, asked.places, server.group).objective(view)
+    rest = RemainingPoints(memory, asked.points, asked.places, server.group, bar)
+    objective = rest.objective(view)
     with view.at(memory.omega):
         correction = correct(memory, objective, extras.corrector_steps)
     if not correction.helped:
@@ -301,7 +306,12 @@ def _correct(server: Server, asked: Asked, extras: _Extras) -> _Found:
 
 
 def _publish(
-    server: Server, found: _Found, asked: Asked, extras: _Extras, publisher: Publisher | None
+    server: Server,
+    found: _Found,
+    asked: Asked,
+    extras: _Extras,
+    publisher: Publisher | None,
+    bar: Bar,
 ) -> _Found:
     """The noise, from the global generator as a seed promises, and the bound of what goes out."""
     memory, evaluation, group = found.memory, found.evaluation, server.group
@@ -316,7 +326,7 @@ def _publish(
     if not extras.bound or asked.points is None or asked.places is None:
         return replace(found, memory=memory)
     if evaluation is None:
-        remaining = RemainingPoints(memory, asked.points, asked.places, group)
+        remaining = RemainingPoints(memory, asked.points, asked.places, group, bar)
         with kept_random_state(group.device), server.view.at(memory.omega):
             evaluation = remaining.objective(server.view).gradient()
     bound = strong_convexity_bound(memory, evaluation, extras.inner_gap)

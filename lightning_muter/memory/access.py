@@ -7,6 +7,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 from lightning_muter.errors import MemoryFormatError, StateError
 from lightning_muter.memory import connections, database, leftovers, older_format, schema
@@ -66,6 +67,14 @@ class FolderAccess:
         else:
             with self.writing():
                 yield
+
+    def facts(self) -> dict[str, Any]:
+        """Settings, fingerprint, summary and warnings, without the tensors.
+
+        Raises:
+            MemoryFormatError: the database is missing, damaged or of another format.
+        """
+        return self._meta().read_facts()
 
     def _meta(self) -> Meta:
         older_format.refuse(self.folder, self._database)

@@ -15,6 +15,7 @@ from lightning_muter.curvature.base import Curvature
 from lightning_muter.curvature.dense import DenseCurvature
 from lightning_muter.curvature.removed import RemovedPoints
 from lightning_muter.curvature.rows import RowsCurvature
+from lightning_muter.display import card
 from lightning_muter.errors import MemoryFormatError, MuterError, StateError
 from lightning_muter.memory import ids as point_ids
 from lightning_muter.memory import points
@@ -95,6 +96,10 @@ class UnlearningMemory:
             f"requests={len(self.ledger)}, forgotten={int(self.removed.sum())}, "
             f"warnings={len(self.warnings)})"
         )
+
+    def _repr_html_(self) -> str:
+        said = {"requests": len(self.ledger), "forgotten": int(self.removed.sum())}
+        return card(f"Memory of {self.settings.method}", self.summary | said, self.warnings)
 
     @property
     def n(self) -> int:

@@ -50,7 +50,7 @@ def check_certifiable(settings: Settings, view: ModelView) -> None:
         )
     if settings.objective is not None:
         raise _refused(
-            f"objective={settings.objective!r} has no maximum in closed form and need not be convex",
+            f"objective={settings.objective!r} need not be convex, nor is its maximum known",
             "train adversarially, without an objective of its own",
         )
     if settings.horizon is not None:

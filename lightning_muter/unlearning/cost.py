@@ -69,9 +69,20 @@ class Cost:
         newton = f" after up to {self.newton_steps} Newton steps" if self.newton_steps else ""
         return (
             f"Stage I{newton} will take about {_duration(self.stage_one_seconds)} for "
-            f"{self.points:,} points and {said_size(self.memory)} (p = {self.p:,}); a request "
-            f"will take about {_duration(self.request_seconds)} and {said_size(self.working)} more"
+            f"{self.points:,} points and {self.kept} (p = {self.p:,}); a request will take "
+            f"{self.request}"
         )
+
+    @property
+    def kept(self) -> str:
+        """What the memory takes, for a person."""
+        return said_size(self.memory)
+
+    @property
+    def request(self) -> str:
+        """What a request of one point takes beside the memory, for a person."""
+        seconds, size = _duration(self.request_seconds), said_size(self.working)
+        return f"about {seconds} and {size} more"
 
 
 def _duration(seconds: float) -> str:

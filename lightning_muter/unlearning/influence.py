@@ -138,7 +138,7 @@ def top_influences(
 def _gradients(memory: UnlearningMemory, module: nn.Module, batch: Sequence[Tensor]) -> Tensor:
     """∇_ω l(ω*, x + δ*) (m, p) of each point."""
     view, problem = memory.settings.view(module), memory.settings.problem()
-    x, targets = batch[0], batch[1]
+    x, targets = memory.settings.batch.read(batch)
     starts = range(0, len(x), _BLOCK)
     found = []
     with measuring(module), view.at(memory.omega_star):

@@ -35,6 +35,7 @@ METHODS: dict[str, Method] = {
     "retrain": Method("none", "none", False),
     "none": Method("none", "none", False),
 }
+"""The methods of the comparison: name -> which points, which curvature, downdated or not."""
 
 
 def resolve_method(name: str) -> Method:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from lightning_muter.display import card, counted
 from lightning_muter.linalg.solution import Status
 from lightning_muter.unlearning.certificate import Publication
 
@@ -25,7 +26,7 @@ class Opening:
     commitment: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class RebaseResult:
     """The numbers of one call of ``trainer.rebase``.
 
@@ -50,6 +51,23 @@ class RebaseResult:
     openings: tuple[Opening, ...]
     warnings: tuple[str, ...] = ()
 
+    def __str__(self) -> str:
+        """One line for a person."""
+        said = [
+            f"rebased to {counted(self.points, 'point')}",
+            f"the gradient of their objective went from {self.gradient_before:.3g} to "
+            f"{self.gradient:.3g} (training had left {self.gradient_of_training:.3g})",
+            f"{self.seconds:.2g} s",
+        ]
+        if self.openings:
+            said.append(f"{counted(len(self.openings), 'opening')} to file or to lose")
+        if self.warnings:
+            said.append(counted(len(self.warnings), "warning"))
+        return "; ".join(said)
+
+    def __repr__(self) -> str:
+        return f"<RebaseResult: {self}>"
+
     def to_dict(self) -> dict[str, Any]:
         """Plain data, ready for JSON; without the openings, which are secrets."""
         data = asdict(self)
@@ -57,7 +75,7 @@ class RebaseResult:
         return data | {"warnings": list(self.warnings)}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class UnlearningResult:
     """The numbers of one call of ``trainer.unlearn``.
 
@@ -122,6 +140,35 @@ class UnlearningResult:
             warnings=warnings,
             already=tuple(already),
         )
+
+    def __str__(self) -> str:
+        """One line for a person."""
+        verb = "kept the model for" if self.method == "none" else "forgot"
+        said = [
+            f"{verb} {counted(len(self.indices), 'point')} ({self.method}): {self.status}",
+            f"the weights moved by {self.update_norm:.3g}",
+            self.certificate
+            if self.bound is None
+            else f"at most {self.bound:.3g} from a Retrain, on the conditions of .certificate",
+            f"{self.seconds['total']:.2g} s",
+        ]
+        if self.already:
+            said.append(f"passed over {list(self.already)}, forgotten already")
+        if self.warnings:
+            said.append(counted(len(self.warnings), "warning"))
+        if self.rebase_due:
+            said.append(self.rebase_due)
+        return "; ".join(said)
+
+    def __repr__(self) -> str:
+        return f"<UnlearningResult: {self}>"
+
+    def _repr_html_(self) -> str:
+        numbers = self.to_dict()
+        numbers["seconds"] = self.seconds["total"]
+        shown = {name: value for name, value in numbers.items() if value not in (None, [], "")}
+        shown.pop("warnings", None)
+        return card(f"Forgotten: {counted(len(self.indices), 'point')}", shown, self.warnings)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, ready for JSON."""

@@ -27,6 +27,7 @@ from lightning_muter.lightning import after_training
 from lightning_muter.lightning.kept_state import KeptState
 from lightning_muter.lightning.preflight import Preflight
 from lightning_muter.lightning.rescue import Rescue
+from lightning_muter.unlearning.representation import Representation
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*module.s. in eval mode at the start.*")
 
@@ -331,26 +332,14 @@ def test_fast_dev_run_writes_no_memory(tmp_path: Path) -> None:
     assert not folder.exists() and memory_of(callback).ledger
 
 
-def test_the_bar_counts_points(monkeypatch: pytest.MonkeyPatch) -> None:
-    bars: list[dict[str, Any]] = []
-    tqdm = after_training.tqdm
-
-    def recorded(*args: Any, **options: Any) -> Any:
-        bars.append(options)
-        return tqdm(*args, **options)
-
-    monkeypatch.setattr(after_training, "tqdm", recorded)
-    callback = MUterCallback(L2Ball(0.5), head="classifier")
-    Trainer(max_epochs=1, callbacks=[callback], **QUIET).fit(Net(), Data())
-    assert bars[0]["total"] == 41
-
-
 def test_an_expensive_pass_goes_in_pieces() -> None:
     slow = Preflight(0.0, 0.3, 0.5, dear=True)
     assert slow.piece(512) == 256 and slow.piece(2) == 2
     assert Preflight(0.0, 60.0, 0.5, dear=True).piece(512) == 256
     assert Preflight(0.01, 0.1, 0.5).piece(512) == 512
-    cost = slow.cost(120, 512, 4, 0, torch.device("cpu"))
+    settings = MUterCallback(L2Ball(0.5), head="classifier").settings
+    kept = Representation(settings, 8 * 512**2, 8 * 512**2, "dense", None)
+    cost = slow.cost(120, 512, 4, 0, kept, torch.device("cpu"))
     assert 30 < cost.stage_one_seconds < 60 and "120 points" in str(cost)
 
 

@@ -82,3 +82,20 @@ def test_the_environment_names_the_package(package: str, found: str) -> None:
         assert done.stdout.strip() == found, done.stderr[-2000:]
     else:
         assert "'pl' must be one of ['lightning', 'pytorch_lightning']" in done.stderr
+
+
+@pytest.mark.slow
+def test_the_command_line_names_the_variable_where_a_class_is_of_the_other_package() -> None:
+    root = Path(__file__).parents[2]
+    words = ["fit", "-c", "examples/digits.yaml", "-c", "muter_l2"]
+    path = os.pathsep.join([str(root), *filter(None, [os.environ.get("PYTHONPATH")])])
+    done = subprocess.run(
+        [sys.executable, "-m", "lightning_muter", *words],
+        capture_output=True,
+        text=True,
+        cwd=root,
+        env={**os.environ, "PYTHONPATH": path, "LIGHTNING_MUTER_PACKAGE": "lightning"},
+    )
+    assert done.returncode == 2
+    last = done.stderr.strip().splitlines()[-1]
+    assert "loaded with 'lightning': set LIGHTNING_MUTER_PACKAGE" in last

@@ -22,6 +22,7 @@ from lightning_muter.lightning.fidelity.points import PointCount, sampling_of
 from lightning_muter.lightning.fidelity.pushed import PushedWeights
 from lightning_muter.lightning.flavour import pl, rank_zero_info
 from lightning_muter.lightning.kept_state import untouched
+from lightning_muter.lightning.progress import bar_of, blocks
 from lightning_muter.memory.points import digests_of
 from lightning_muter.models import ModelView, measuring
 from lightning_muter.models.base import Seen
@@ -111,8 +112,8 @@ class TrainingWatch:
         held, received = torch.zeros(n, 16), torch.zeros(n, 16)
         mine = range(trainer.global_rank, n, trainer.world_size)
         width = None
-        for start in range(0, len(mine), _CHUNK):
-            indices = list(mine[start : start + _CHUNK])
+        for block in bar_of(trainer)(blocks(mine, _CHUNK), "reading the points", len(mine), len):
+            indices = list(block)
             x, targets = self._points.batch(indices)
             as_given = trainer.precision_plugin.convert_input([x, targets])
             width = width or self._width(as_given[0][:2])
