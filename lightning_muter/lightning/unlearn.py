@@ -363,6 +363,7 @@ def _result(
         certificate=found.bound.certificate,
         warnings=found.warnings,
         already=tuple(server.already),
+        residual_asked=outcomes[0].solution.tol,
         publication=found.publication,
     )
 

@@ -78,6 +78,8 @@ class UnlearningResult:
         warnings: what is in doubt, one sentence each with its remedy: of the memory, then of the
             requests. With any, ``status`` is "doubtful" or worse.
         already: the points that were asked for and passed over, since an earlier call forgot them.
+        residual_asked: the residual at which the iterative solve of rows was to stop, None of other
+            solvers.
         rebase_due: why ``trainer.rebase`` is due by the callback's rebase_every and rebase_after.
         publication: what was certified of the published model, with ``certificate=``; its (ε, δ),
             those of all publications so far, and the noise.
@@ -98,6 +100,7 @@ class UnlearningResult:
     warnings: tuple[str, ...] = ()
     already: tuple[int, ...] = ()
     rebase_due: str = ""
+    residual_asked: float | None = None
     publication: Publication | None = None
 
     @classmethod

@@ -31,6 +31,7 @@ def test_a_list_of_indices_is_a_request_and_needs_no_data(tmp_path: Path) -> Non
     by_point = dense_trainer.unlearn(RemovalDataModule(data, [3, 17]))
     by_index = trainer.unlearn([3, 17])
     assert by_index.indices == by_point.indices == (3, 17) and by_index.status == "converged"
+    assert by_index.residual <= by_index.residual_asked == 1e-12 and by_point.residual_asked is None
     assert by_index.stationary == by_point.stationary == 1.0
     torch.testing.assert_close(by_index.active, by_point.active)
     step = memory_of(dense).omega - memory_of(dense).omega_star

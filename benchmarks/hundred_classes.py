@@ -1,0 +1,93 @@
+"""Distance to Retrain at 100 classes, trained to stationarity, by rows.
+
+Softmax regression on features of real images (a seeded random network's, labels digit x cluster)
+whose perturbation lives in feature space: rows are exact there. Retrain is Newton's method on the
+points that are left, the distance is relative to that of the unchanged model.
+
+    python benchmarks/hundred_classes.py --data DIR --seeds 3
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+
+import torch
+from common import arguments, mnist
+from rows import clusters, network
+from torch import Tensor, nn
+
+from lightning_muter import METHODS, L2Ball
+from lightning_muter.spec import Settings
+from lightning_muter.unlearning.objective import RobustObjective, newton
+from lightning_muter.unlearning.points import Batch
+from lightning_muter.unlearning.request import forget_rows
+from lightning_muter.unlearning.stage_one import build_memories
+
+CLASSES, FEATURES = 100, 24
+BASE = Settings(
+    method="muter", threat=L2Ball(0.2), head="0", parameters=None, loss="cross_entropy",
+    response="constrained", inverse="neumann", neumann_order=3, space="input", damping=0.0,
+    solver="direct", weight_decay=1e-3, representation="rows", solver_tol=1e-10,
+)  # fmt: skip
+
+
+def optimum(net: nn.Module, x: Tensor, y: Tensor, which: Tensor, steps: int) -> float:
+    """‖∇F‖ at which Newton's method on some points ended; the module is there."""
+    ones = torch.ones(len(which), dtype=torch.float64)
+    view, batch = BASE.view(net), Batch(x[which], y[which], ones, which)
+    objective = RobustObjective(view, BASE.problem(), lambda: [batch], empty=BASE.empty_sum)
+    return newton(objective, steps)[-1]
+
+
+def one_seed(x: Tensor, y: Tensor, seed: int, shares: list[float]) -> None:
+    net, n = nn.Sequential(nn.Linear(FEATURES, CLASSES)).double(), len(x)
+    start = time.perf_counter()
+    with torch.no_grad():
+        net[0].weight.zero_(), net[0].bias.zero_()
+    residual = optimum(net, x, y, torch.arange(n), 12)
+    view = BASE.view(net)
+    omega = view.get()
+    kept = [replace(BASE, method=name) for name in METHODS if METHODS[name].has_memory]
+    everyone = Batch(x, y, torch.ones(n, dtype=torch.float64), torch.arange(n))
+    digests = torch.zeros(n, 16, dtype=torch.uint8)
+    memories = build_memories(net, kept, [everyone], digests, bytes(16))
+    stationary = memories[0].summary["stationary"]
+    print(f"seed {seed}: ‖∇F‖ {residual:.2g}, stationary {stationary:.3f}, "
+          f"{time.perf_counter() - start:.0f} s", flush=True)  # fmt: skip
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
+    for share in shares:
+        gone = order[: round(share * n)].tolist()
+        left = torch.tensor(sorted(set(range(n)) - set(gone)))
+        view.set(omega)
+        at_retrain = optimum(net, x, y, left, 8)
+        retrain = view.get()
+        none = float((omega - retrain).norm())
+        found = {
+            memory.settings.method: float((forget_rows(memory, gone).memory.omega - retrain).norm())
+            for memory in memories
+        }
+        line = (
+            f"seed {seed} removed {share:.0%}: none {none:.3g}, ‖∇F‖ at Retrain {at_retrain:.2g}; "
+        )
+        print(line + ", ".join(f"{k} {v / none:.4f}" for k, v in found.items()), flush=True)
+
+
+def main() -> None:
+    parser = arguments(__doc__ or "")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--points", type=int, default=3000)
+    parser.add_argument("--shares", type=float, nargs="+", default=[0.01, 0.05])
+    asked = parser.parse_args()
+    images, digits, _, _ = mnist(asked.data)
+    for seed in range(asked.seeds):
+        some = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
+        some = some[: asked.points]
+        with torch.no_grad():
+            h = network(FEATURES, CLASSES)[:7](images[some].float().unsqueeze(1)).double()
+        h = h / h.square().mean().sqrt()
+        one_seed(h, clusters(h, digits[some], CLASSES), seed, asked.shares)
+
+
+if __name__ == "__main__":
+    main()
