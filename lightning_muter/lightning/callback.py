@@ -383,7 +383,7 @@ class MUterCallback(MemoryKeeper, AdversarialTraining):
         )
         create(self.memory, self.folder, rescue, self.overwrite)
         rescue.done()
-        report(self.memory, after.cost, self.folder)
+        report(self.memory, after.cost, self.folder, self.findings)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         memory, view = self.memory, self.settings.view(pl_module)
