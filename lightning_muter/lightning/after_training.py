@@ -228,18 +228,22 @@ def refuse_spawned(trainer: pl.Trainer, cause: BaseException | None = None) -> N
         ) from cause
 
 
-def report(memory: UnlearningMemory, cost: Cost | None, folder: str | None) -> None:
+def report(
+    memory: UnlearningMemory, cost: Cost | None, folder: str | None, known: Sequence[str] = ()
+) -> None:
     """Three lines on a new memory, and a warning of each thing that is in doubt.
 
     Args:
         memory: as Stage I built it.
         cost: what a request was estimated to take; None for a method that keeps no curvature.
         folder: where the memory is kept, None where it is in the process alone.
+        known: what was warned of before.
     """
     for line in (_kept(memory, cost, folder), _trust(memory), _price(memory, cost)):
         rank_zero_info(line)
     for sentence in memory.warnings:
-        warnings.warn(sentence, stacklevel=2)
+        if sentence not in known:
+            warnings.warn(sentence, stacklevel=2)
 
 
 def _kept(memory: UnlearningMemory, cost: Cost | None, folder: str | None) -> str:

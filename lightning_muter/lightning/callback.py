@@ -389,7 +389,7 @@ class MUterCallback(MemoryKeeper, AdversarialTraining):
         self.memory = after.finished(memory, self._id_texts, self.findings, self.rebase_policy)
         create(self.memory, self.folder, rescue, self.overwrite)
         rescue.done()
-        report(self.memory, after.cost, self.folder)
+        report(self.memory, after.cost, self.folder, self.findings)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         memory, view = self.memory, self.settings.view(pl_module)
