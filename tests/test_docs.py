@@ -46,7 +46,9 @@ def _methods_as_they_were() -> Iterator[None]:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("_methods_as_they_were")
-@pytest.mark.filterwarnings("ignore:.*sys.argv.*", "ignore:.*srun.*")
+@pytest.mark.filterwarnings(
+    "ignore:.*sys.argv.*", "ignore:.*srun.*", "ignore:the memory is of a model that was trained"
+)
 @pytest.mark.parametrize("page", PAGES)
 def test_the_code_of_a_page_runs(
     page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
