@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_muter import (
+    TRADES,
     Certificate,
     ConfigurationError,
     L2Ball,
@@ -155,6 +156,8 @@ def _of_another_loss() -> Any:
     [
         (lambda: fit_linear("logistic", L2Ball(0.4, data_range=(-9, 9))), "data_range"),
         (lambda: fit_linear("squared", L2Ball(0.4, temperature=0.1)), "temperature"),
+        (lambda: fit_linear("logistic", L2Ball(0.4, mean=0.0, std=2.0)), "without mean or std"),
+        (lambda: fit_linear("cross_entropy", objective=TRADES(1.0), strict=False), "TRADES"),
         (lambda: fit_linear("logistic", LinfBall(0.1)), "bandwidth"),
         (lambda: fit_linear(weight_decay=0.0, module=Linear("logistic", None, 0.0)), "convex"),
         (lambda: fit_linear(newton_steps=0, horizon=0.1), "horizon"),
