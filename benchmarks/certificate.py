@@ -165,7 +165,7 @@ def setting(name: str, x: Tensor, y: Tensor, eps: float, loss: str, given: Any) 
     trainer.unlearn(RemovalDataModule(data, [0]), certificate=certificate)
     first_seconds = time.perf_counter() - start
     begun, state = muter.memory, {k: v.clone() for k, v in model.state_dict().items()}
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(given.seed)
     sizes = [1, len(x) // 100, len(x) // 20]
     xs, ys = x.numpy(), targets.double().numpy()
     optimum = newton_optimum if loss == "logistic" else barrier_optimum
@@ -223,6 +223,7 @@ def main() -> None:
     """Print one JSON line a setting."""
     parser = arguments(__doc__ or "")
     parser.add_argument("--requests", type=int, default=75, help="a setting; four settings")
+    parser.add_argument("--seed", type=int, default=0, help="of the requests")
     parser.add_argument("--settings", default="mnist,covtype")
     parser.add_argument("--losses", default="logistic,squared")
     given = parser.parse_args()
