@@ -31,12 +31,11 @@ def margins(view: ModelView, x: Tensor, targets: Tensor) -> Tensor:
             "cross_entropy or logistic"
         )
     with measuring(view.module), torch.no_grad():
-        return -level(view.module(x), targets).double()
+        return -level(view.logits(x), targets).double()
 
 
 def robust_margins(view: ModelView, problem: PointProblem, x: Tensor, targets: Tensor) -> Tensor:
     """The margins (n,) at the maximisers that the memory's own problem finds."""
     with measuring(view.module):
         inner = problem.perturb(view, unweighted(x, targets))
-    worst = (x.reshape(len(x), -1).double() + inner.delta).reshape(x.shape).to(x)
-    return margins(view, worst, targets)
+    return margins(view, problem.threat.moved(x, inner.delta), targets)

@@ -49,11 +49,11 @@ def recognition(
         draws: perturbations a point.
         seed: of the perturbations, so that two models are shown the same ones.
     """
-    flat, right = x.reshape(len(x), -1), []
+    pixels, right = threat.flat_pixels(x), []
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         for _ in range(draws):
-            moved = (flat + threat.random_start(flat)).reshape(x.shape)
+            moved = threat.moved(x, threat.random_start(pixels))
             right.append(margins(view, moved, targets) > 0)
     found = torch.stack(right)
     again = (margins(view, x, targets) <= 0) & found.any(dim=0)

@@ -23,6 +23,8 @@ from lightning_muter.evaluation.residual_knowledge import recognition
 from lightning_muter.evaluation.stress import hardest, self_influence
 from lightning_muter.evaluation.unlearning_lira import UnlearningLiRA
 from lightning_muter.models import view_of
+from lightning_muter.responses import resolve_response
+from lightning_muter.unlearning.point_problem import PointProblem
 
 
 def linear(weight: list[list[float]]) -> nn.Sequential:
@@ -176,3 +178,28 @@ def test_the_hardest_points_move_the_parameters_farther_than_others() -> None:
     assert moved[0] > 2 * max(moved[1:])
     with pytest.raises(ConfigurationError, match="count=61"):
         hardest(memory, model, data.dataset.tensors, 61)
+
+
+def test_margins_and_recognition_in_pixels_are_those_with_the_normalisation_inside() -> None:
+    generator = torch.Generator().manual_seed(4)
+    pixels = torch.rand(6, 3, generator=generator, dtype=torch.float64)
+    y, head = torch.tensor([0, 1, 0, 1, 1, 0]), nn.Linear(3, 2).double()
+
+    class Inside(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = head
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.head((x - 0.5) / 0.25)
+
+    plain, scaled = L2Ball(0.2), L2Ball(0.2, mean=0.5, std=0.25)
+    inside = view_of(Inside(), "cross_entropy", head="head")
+    outside = view_of(nn.Sequential(head), "cross_entropy", head="0", scaling=scaled.scaling)
+    x, response = (pixels - 0.5) / 0.25, resolve_response("constrained")
+    found = robust_margins(outside, PointProblem("muter", scaled, response), x, y)
+    expected = robust_margins(inside, PointProblem("muter", plain, response), pixels, y)
+    torch.testing.assert_close(found, expected, rtol=1e-7, atol=1e-9)
+    assert not torch.allclose(found, margins(outside, x, y))
+    shown = recognition(outside, scaled, x, y), recognition(inside, plain, pixels, y)
+    assert torch.equal(shown[0].rate, shown[1].rate)
