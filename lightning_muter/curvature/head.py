@@ -190,6 +190,18 @@ class HeadTotal(HeadHessian):
         matrix[:, : points.weight.shape[1]] += points.r.T @ features
         return points.vector_form(matrix)
 
+    def matvec(self, v: Tensor) -> Tensor:
+        # `direct` and `spread(respond(couple))` at once: u = V h̃ and the last products are shared
+        points, f = self.points, self.points.weight.shape[1]
+        matrix, weights = points.matrix_form(v), points.weights.unsqueeze(1)
+        u = points.features @ matrix.T
+        along = points.r @ matrix[:, :f] + points.s.apply(u) @ points.weight
+        moved = self.response.apply(along.unsqueeze(2)).squeeze(2)
+        slopes = points.s.apply(u + moved @ points.weight.T) * weights
+        total = slopes.T @ points.features
+        total[:, :f] += (points.r * weights).T @ moved
+        return points.vector_form(total)
+
     def respond(self, alpha: Tensor) -> Tensor:
         moved = self.response.apply(alpha.reshape(len(self.points.r), -1, 1)).squeeze(2)
         return (moved * self.points.weights.unsqueeze(1)).reshape(-1)
