@@ -84,7 +84,11 @@ def load(folder: Path, base: BaseFile) -> dict[str, Tensor]:
             f"{path} was truncated or altered ({size:,} bytes, {base.size:,} were written): "
             "restore a backup"
         )
-    tensors = load_file(path)
+    try:
+        tensors = load_file(path)
+    except RuntimeError:  # a file that went meanwhile, in some versions of safetensors
+        files.check_regular(path)
+        raise
     check_dtypes(tensors)
     return dict(tensors)
 

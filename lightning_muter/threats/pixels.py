@@ -39,7 +39,7 @@ def as_values(name: str, given: Any) -> Values:
         raise ConfigurationError(f"{name}={given!r} must be a number, or one a channel")
     try:
         values = [float(v) for v in ([given] if single else given)]
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise ConfigurationError(f"{name}={given!r} must be a number, or one a channel") from error
     if not values or any(math.isnan(v) for v in values):
         raise ConfigurationError(f"{name}={given!r} must be a number, or one a channel, and no NaN")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from lightning_muter.errors import ConfigurationError, SolverError, StateError
 from lightning_muter.linalg.cholesky import DenseSolver

@@ -147,9 +147,7 @@ class UnlearningResult:
         said = [
             f"{verb} {counted(len(self.indices), 'point')} ({self.method}): {self.status}",
             f"the weights moved by {self.update_norm:.3g}",
-            self.certificate
-            if self.bound is None
-            else f"at most {self.bound:.3g} from a Retrain, on the conditions of .certificate",
+            self._distance(),
             f"{self.seconds['total']:.2g} s",
         ]
         if self.already:
@@ -159,6 +157,12 @@ class UnlearningResult:
         if self.rebase_due:
             said.append(self.rebase_due)
         return "; ".join(said)
+
+    def _distance(self) -> str:
+        """What is known of the distance to a Retrain."""
+        if self.publication is not None or self.bound is None:
+            return self.certificate
+        return f"at most {self.bound:.3g} from a Retrain, on the conditions of .certificate"
 
     def __repr__(self) -> str:
         return f"<UnlearningResult: {self}>"

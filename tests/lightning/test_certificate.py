@@ -344,7 +344,7 @@ def test_precision_of_the_module_does_not_matter_to_the_proof() -> None:
 
 
 def test_the_command_line_takes_the_three_numbers(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr("sys.argv", ["lightning-muter"])
     monkeypatch.chdir(tmp_path)
@@ -354,13 +354,13 @@ def test_the_command_line_takes_the_three_numbers(
     asked = ["--memory", "memory", "--indices", "[3]", "--trainer.logger", "false"]
     numbers = ["--certificate.epsilon", "1", "--certificate.delta", "1e-5"]
     main(["unlearn", *classes, *asked, *numbers, "--certificate.radius", "1e-5"])
-    assert "(1, 1e-05)-indistinguishable" in capsys.readouterr().out
+    assert "(1, 1e-05)-indistinguishable" in caplog.text
     assert UnlearningMemory.load("memory").private is not None
     preset = tmp_path / "certificate.yaml"
     preset.write_text("certificate: {epsilon: 2.0, delta: 1.0e-5, radius: 1.0e-5}")
     again = ["--memory", "memory", "--indices", "[4]", "--trainer.logger", "false"]
     main(["unlearn", *classes, "-c", str(preset), *again])
-    assert "2 publications so far" in capsys.readouterr().out
+    assert "2 publications so far" in caplog.text
 
 
 def test_a_memory_of_rows_is_certified_as_a_dense_one() -> None:
