@@ -64,11 +64,14 @@ def main() -> None:
         key=b"",
         fingerprint="",
     )
-    removals = []
+    removals, factors = [], []
     with measuring(model):
         for i in range(30):
             outcome = forget(memory, derivatives, [i], x[i : i + 1], y[i : i + 1])
             removals.append(outcome.seconds)
+            start = time.perf_counter()
+            torch.linalg.cholesky_ex(curvature.matrix.mT, upper=True)
+            factors.append(time.perf_counter() - start)
     print(
         json.dumps(
             {
@@ -76,6 +79,7 @@ def main() -> None:
                 "stage_one_s": statistics.median(stage),
                 "ratio": statistics.median(s / g for s, g in zip(stage, gram, strict=True)),
                 "removal_median_ms": 1e3 * statistics.median(removals),
+                "cholesky_median_ms": 1e3 * statistics.median(factors),
             }
         )
     )

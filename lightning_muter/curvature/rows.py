@@ -29,7 +29,7 @@ _RESIDENT = 0.6  # of an accelerator's free memory that rows take at the most; e
 #: blocks of the preconditioner are made anew once fewer than this share of their points is left
 _RENEWED = 0.7
 #: a residual this many times what was asked is not what was asked
-_STALLED = 10.0
+_STALLED = 2.0
 _TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-5}
 
 
