@@ -14,29 +14,28 @@ from lightning_muter import UnlearningMemory
 from lightning_muter.curvature.rows import RowsCurvature
 
 
-@pytest.mark.slow
-def test_two_processes_equal_one(tmp_path: Path) -> None:
+def written_by(worker: str, folder: Path) -> list[dict[str, torch.Tensor]]:
+    """What a worker's run on one device wrote, and its run on two."""
     found = []
     for devices in (1, 2):
-        path = tmp_path / f"{devices}.safetensors"
-        worker = str(Path(__file__).parents[1] / "helpers" / "ddp_worker.py")
-        command = [sys.executable, worker, str(devices), str(path)]
-        run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=300)
+        path = folder / f"{devices}.safetensors"
+        program = str(Path(__file__).parents[1] / "helpers" / worker)
+        command = [sys.executable, program, str(devices), str(path)]
+        run = subprocess.run(command, capture_output=True, text=True, cwd=folder, timeout=300)
         assert run.returncode == 0, run.stderr
         found.append(load_file(path))
+    return found
+
+
+@pytest.mark.slow
+def test_two_processes_equal_one(tmp_path: Path) -> None:
+    found = written_by("ddp_worker.py", tmp_path)
     torch.testing.assert_close(found[1], found[0], rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.slow
 def test_rows_on_two_processes_equal_those_of_one_and_each_keeps_its_own(tmp_path: Path) -> None:
-    found = []
-    for devices in (1, 2):
-        path = tmp_path / f"{devices}.safetensors"
-        worker = str(Path(__file__).parents[1] / "helpers" / "rows_worker.py")
-        command = [sys.executable, worker, str(devices), str(path)]
-        run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=300)
-        assert run.returncode == 0, run.stderr
-        found.append(load_file(path))
+    found = written_by("rows_worker.py", tmp_path)
     one, two = ({k: v for k, v in each.items() if "share" not in k} for each in found)
     torch.testing.assert_close(two, one, rtol=1e-10, atol=1e-10)
     assert (float(found[0]["fit.share"]), float(found[1]["fit.share"])) == (41, 21)
