@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_muter.curvature.kept import rows_joined
-from lightning_muter.curvature.point import AddBlock, KeptCurvature
+from lightning_muter.curvature.kept import OfPoints
+from lightning_muter.curvature.point import AddBlock
 from lightning_muter.objectives.output_curvature import OutputCurvature, restored_output
 from lightning_muter.responses import Dense, DiagonalLowRank, restored
 
@@ -48,6 +48,10 @@ class HeadPoints:
         own = {"features": self.features, "r": self.r, "weights": self.weights}
         return own | self.s.tensors()
 
+    def facts(self) -> dict[str, Any]:
+        """What else `restore` needs."""
+        return {"biased": self.biased}
+
     def matrix_form(self, v: Tensor) -> Tensor:
         """V (C, F̃) of a vector in the order of ω: the weight (C, F), flattened, then the bias."""
         c, f = self.weight.shape
@@ -70,14 +74,10 @@ class HeadPoints:
                 add(c * f + i, c * f + j, m[f:, f:])
 
 
-class HeadHessian(KeptCurvature):
+class HeadHessian(OfPoints[HeadPoints]):
     """Σ w_i S_i ⊗ h̃h̃ᵀ: the direct part alone."""
 
     kind = "head_hessian"
-
-    def __init__(self, points: HeadPoints) -> None:
-        super().__init__(torch.ones_like(points.weights, dtype=torch.bool))
-        self.points = points
 
     def add_to(self, add: AddBlock) -> None:
         points, c = self.points, self.points.r.shape[1]
@@ -87,31 +87,11 @@ class HeadHessian(KeptCurvature):
                 weighted = points.s.entry(a, b) * points.weights
                 points.place(a, b, h.T @ (h * weighted.unsqueeze(1)), add)
 
-    def kept(self) -> Sequence[KeptCurvature]:
-        # h̃ may be the caller's own batch and W the module's live parameter
-        own = {name: one.clone() for name, one in self.tensors().items()}
-        return [type(self).restore(self.facts(), own, self.points.weight.reshape(-1).clone())]
-
-    def facts(self) -> dict[str, Any]:
-        return {"biased": self.points.biased}
-
-    def tensors(self) -> dict[str, Tensor]:
-        return self.points.tensors()
-
     @classmethod
     def restore(
         cls, facts: Mapping[str, Any], tensors: Mapping[str, Tensor], omega: Tensor
     ) -> HeadHessian:
         return cls(HeadPoints.restore(facts["biased"], tensors, omega))
-
-    def joined(self, other: KeptCurvature) -> HeadHessian | None:
-        both = rows_joined(self.tensors(), other.tensors())
-        return None if both is None else self._of(both)
-
-    def _of(self, tensors: Mapping[str, Tensor]) -> HeadHessian:
-        """One of the same kind at the same W."""
-        weight = self.points.weight.reshape(-1)
-        return type(self).restore(self.facts(), tensors, weight)
 
     def _slopes(self, v: Tensor) -> Tensor:
         """S u with u = V h̃ (n, C): how r moves along v."""

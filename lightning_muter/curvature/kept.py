@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from lightning_muter.curvature.point import AddBlock, KeptCurvature, PointCurvature
 
-__all__ = ["Materialised", "OuterProducts", "join", "rows_joined"]
+__all__ = ["Materialised", "OfPoints", "OuterProducts", "join", "rows_joined"]
 
 
 def rows_joined(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
@@ -18,6 +18,48 @@ def rows_joined(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> dict[str, T
     if a.keys() != b.keys() or any(a[name].shape[1:] != b[name].shape[1:] for name in a):
         return None
     return {name: torch.cat([one, b[name]]) for name, one in a.items()}
+
+
+class PointFactors(Protocol):
+    """What some points' curvature is made of: tensors of one row a point, at a head's W (C, F)."""
+
+    @property
+    def weight(self) -> Tensor: ...
+
+    @property
+    def weights(self) -> Tensor: ...
+
+    def tensors(self) -> dict[str, Tensor]: ...
+
+    def facts(self) -> dict[str, Any]: ...
+
+
+P = TypeVar("P", bound=PointFactors)
+
+
+class OfPoints(KeptCurvature, Generic[P]):
+    """Curvature that follows from points' factors alone; its ``restore`` makes it of them."""
+
+    def __init__(self, points: P) -> None:
+        super().__init__(torch.ones_like(points.weights, dtype=torch.bool))
+        self.points = points
+
+    def kept(self) -> Sequence[KeptCurvature]:
+        # h̃ may be the caller's own batch and W the module's live parameter
+        own = {name: one.clone() for name, one in self.tensors().items()}
+        return [type(self).restore(self.facts(), own, self.points.weight.reshape(-1).clone())]
+
+    def facts(self) -> dict[str, Any]:
+        return self.points.facts()
+
+    def tensors(self) -> dict[str, Tensor]:
+        return self.points.tensors()
+
+    def joined(self, other: KeptCurvature) -> KeptCurvature | None:
+        both = rows_joined(self.tensors(), other.tensors())
+        if both is None:
+            return None
+        return type(self).restore(self.facts(), both, self.points.weight.reshape(-1))
 
 
 class OuterProducts(KeptCurvature):

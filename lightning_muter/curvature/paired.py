@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from lightning_muter.curvature.head import HeadPoints
-from lightning_muter.curvature.kept import rows_joined
-from lightning_muter.curvature.point import AddBlock, KeptCurvature
+from lightning_muter.curvature.kept import OfPoints
+from lightning_muter.curvature.point import AddBlock
 from lightning_muter.objectives.trades import PairedOutput
 from lightning_muter.responses import Dense, DiagonalLowRank, restored
 
@@ -77,41 +77,20 @@ class PairedPoints:
         return c.T @ self.clean + a.T @ self.perturbed
 
 
-class PairedHessian(KeptCurvature):
+class PairedHessian(OfPoints[PairedPoints]):
     """Σ w_i Σ_jk S_jk ⊗ h̃_j h̃_kᵀ, j and k the clean and the perturbed row: the direct part."""
 
     kind = "paired_hessian"
 
-    def __init__(self, points: PairedPoints) -> None:
-        super().__init__(torch.ones_like(points.weights, dtype=torch.bool))
-        self.points = points
-
     def add_to(self, add: AddBlock) -> None:
         cc, ca, aa = self.points.s.dense()
         _add_products(self.points, (cc, ca, aa), add)
-
-    def kept(self) -> Sequence[KeptCurvature]:
-        # h̃ may be the caller's own batch and W the module's live parameter
-        own = {name: one.clone() for name, one in self.tensors().items()}
-        return [type(self).restore(self.facts(), own, self.points.weight.reshape(-1).clone())]
-
-    def facts(self) -> dict[str, Any]:
-        return self.points.facts()
-
-    def tensors(self) -> dict[str, Tensor]:
-        return self.points.tensors()
 
     @classmethod
     def restore(
         cls, facts: Mapping[str, Any], tensors: Mapping[str, Tensor], omega: Tensor
     ) -> PairedHessian:
         return cls(PairedPoints.restore(facts, tensors, omega))
-
-    def joined(self, other: KeptCurvature) -> PairedHessian | None:
-        both = rows_joined(self.tensors(), other.tensors())
-        if both is None:
-            return None
-        return type(self).restore(self.facts(), both, self.points.weight.reshape(-1))
 
     def direct(self, v: Tensor) -> Tensor:
         points = self.points
