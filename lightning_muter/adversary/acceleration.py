@@ -41,7 +41,8 @@ class Anderson:
         eye = torch.eye(gram.shape[1], dtype=gram.dtype, device=gram.device)
         rhs = changes @ residual.unsqueeze(2) / scale
         weights: Tensor = torch.linalg.solve(gram / scale + _RIDGE * eye, rhs)
-        return mapped - ((moves + changes) * weights).sum(dim=1)
+        along = weights.mT @ moves + weights.mT @ changes
+        return mapped - along.squeeze(1)
 
     def record(self, some: Tensor | slice, move: Tensor, change: Tensor, kept: Tensor) -> None:
         """Remember a move (m, d) and its change of the residual, or forget all where not ``kept``.
@@ -52,9 +53,8 @@ class Anderson:
             change: of T(δ) - δ (m, d).
             kept: whether the move was made (m, 1).
         """
-        held = kept.unsqueeze(2)
-        moves, changes = self.moves[some] * held, self.changes[some] * held
-        moves[:, self._slot], changes[:, self._slot] = move * kept, change * kept
-        self.moves[some], self.changes[some] = moves, changes
+        self.moves[some, self._slot], self.changes[some, self._slot] = move, change
         self.filled[some] = kept.squeeze(1)
+        forgotten = torch.nonzero(~self.filled).flatten()
+        self.moves[forgotten], self.changes[forgotten] = 0, 0
         self._slot = (self._slot + 1) % self.moves.shape[1]

@@ -25,6 +25,13 @@ _PAYS = 0.9  # an accelerated move that leaves more of the residual is followed 
 #: the tolerance of accelerated points: another batch's rounding takes another way to the same δ*
 _FINER = 1e-3
 _PLAIN = 4  # passes before acceleration: most points need no more
+#: a point on a kink wanders for ever: it is given up after so many passes that neither bring the
+#: map's move below _NEARER of its best nor lift the level by _LIFT of its size; one whose move came
+#: below _CLOSE may be a slow point of a smooth function
+_PATIENCE, _LONG_PATIENCE = 20, 80
+_CLOSE = 0.1
+_NEARER = 0.9
+_LIFT = 1e-3
 
 
 @dataclass(frozen=True)
@@ -105,7 +112,7 @@ def maximise(
     limit = torch.full_like(ascent.moved, max(tol, rounding))
     history: Anderson | None = None
     for k in range(max_iter):
-        todo = torch.nonzero((ascent.moved > limit) & ~ascent.lost).flatten()
+        todo = torch.nonzero((ascent.moved > limit) & ~ascent.lost & ~ascent.stalled).flatten()
         if len(todo) == 0:
             break
         if k == _PLAIN:
@@ -150,11 +157,18 @@ class _Ascent:
         self.moved = threat.distance(x, self.mapped - self.delta)
         if start is not None:  # a start within the tolerance would be kept with its whole error
             self.moved = torch.full_like(self.moved, torch.inf)
+        self.nearest, self.height = self.moved.clone(), self.level.clone()
+        self.idle = torch.zeros_like(everyone)
 
     @property
     def lost(self) -> Tensor:
         """Points (n,) that have no gradient to go by where they are."""
         return row_norm(self.slope).squeeze(1) == 0
+
+    @property
+    def stalled(self) -> Tensor:
+        """Points (n,) that came no nearer to a maximum for long."""
+        return self.idle >= torch.where(self.nearest < _CLOSE, _LONG_PATIENCE, _PATIENCE)
 
     def found(self) -> InnerMaximum:
         """Where the points are now, with the gradients and losses of the loss itself."""
@@ -203,6 +217,19 @@ class _Ascent:
             pays = (distance < _PAYS * self.moved[some]).unsqueeze(1) | ~bold
             history.record(some, move, left - residual, better & pays)
         self.moved[some] = distance
+        self._look_for_progress(some)
+
+    def _look_for_progress(self, some: Tensor | slice) -> None:
+        """Count the passes since the points last came nearer to a maximum."""
+        size = self.link.unit + self.level[some].abs()
+        nearer = self.moved[some] < _NEARER * self.nearest[some]
+        lifted = self.level[some] - self.height[some] > _LIFT * size
+        ahead = nearer | lifted
+        self.nearest[some] = torch.where(
+            ahead, torch.minimum(self.moved[some], self.nearest[some]), self.nearest[some]
+        )
+        self.height[some] = torch.where(ahead, self.level[some], self.height[some])
+        self.idle[some] = torch.where(ahead, 0, self.idle[some] + 1)
 
 
 def _next_size(size: Tensor, better: Tensor) -> Tensor:

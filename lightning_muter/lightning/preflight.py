@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,7 @@ from lightning_muter.models import ModelView, measuring
 from lightning_muter.parallel import Group
 from lightning_muter.spec import Settings
 from lightning_muter.unlearning.cost import Cost, product_seconds, solve_seconds
+from lightning_muter.unlearning.diagnosis import STATIONARY_LIMIT
 from lightning_muter.unlearning.methods import METHODS
 from lightning_muter.unlearning.point_problem import PointProblem
 from lightning_muter.unlearning.points import Batch, Chunk
@@ -31,7 +33,7 @@ from lightning_muter.unlearning.representation import Representation
 
 __all__ = ["Preflight", "rehearse", "time_pass"]
 
-_FEW, _USUAL = 8, 30  # passes of the maximiser: enough to see that it runs, and what it takes
+_FEW = 8  # passes of the maximiser: enough to see that it runs
 _CHEAP = 0.1  # seconds of two points: with less more of them are timed, for better numbers
 _TIMED = 16
 #: passes of which the fastest counts, as long as they are cheap
@@ -40,6 +42,7 @@ _TIMING_SECONDS = 0.5
 _PIECE_SECONDS = 2.0
 _PIECE = 256.0  # points that a piece has at the least: a batch has costs of its own
 _PRODUCTS = 80.0  # of a solve with rows, about
+_STALLS = 3  # Newton's steps until they end where perturbations are no maximisers, about
 _EIGENVALUES = 10.0  # the extreme eigenvalues of a memory take about so many factorisations
 
 
@@ -52,12 +55,14 @@ class Preflight:
         per_point: seconds more a point.
         ascent: the maximiser's share of both.
         dear: whether two points alone took long, so that a pass goes in pieces.
+        stationary: the share of the points' perturbations that were maximisers.
     """
 
     fixed: float
     per_point: float
     ascent: float
     dear: bool = False
+    stationary: float = 1.0
 
     def piece(self, batch_size: int) -> int:
         """Points to go through at once, so that a pass can say where it is and be stopped.
@@ -90,7 +95,10 @@ class Preflight:
             solve = solve_seconds(p, device)
             after = _EIGENVALUES * solve
         one_pass = math.ceil(points / batch_size) * self.fixed + points * self.per_point
-        newton = newton_steps * ((1 + 2 * self.ascent) * one_pass + solve)
+        steps = newton_steps
+        if self.stationary < STATIONARY_LIMIT:
+            steps = min(newton_steps, _STALLS)
+        newton = steps * ((1 + 2 * self.ascent) * one_pass + solve)
         return Cost(
             points=points,
             p=p,
@@ -138,19 +146,22 @@ def rehearse(
             check_double_backward(view, x, targets)
         for one in settings:
             with step(f"the curvature of method {one.method!r}", CURVATURE):
-                seconds, share = _once(one, one.view(module), batch, _FEW)
-        alone = seconds
-        if seconds > _CHEAP:  # is it the points that are dear, or a pass whatever its points?
-            last = settings[-1]
-            alone, _ = _once(last, last.view(module), batch.part(slice(1)), _FEW)
-            seconds, share = _once(last, last.view(module), batch, _FEW)
-    per_point = max(0.0, seconds - alone)
-    if 2 * per_point <= _CHEAP:
-        return Preflight(0.0, 0.0, share)
-    ascent = per_point * share * _USUAL / _FEW
-    rest = per_point * (1 - share)
-    fixed = max(0.0, seconds - 2 * per_point)
-    return Preflight(fixed, ascent + rest, ascent / (ascent + rest), dear=True)
+                few = _once(one, one.view(module), batch, _FEW)
+        alone = few
+        if few.seconds > _CHEAP:  # is it the points that are dear, or a pass whatever its points?
+            last, view = settings[-1], settings[-1].view(module)
+            alone = _once(last, view, batch.part(slice(1)), _FEW)
+            few = _once(last, view, batch, _FEW)
+        per_point = max(0.0, few.seconds - alone.seconds)
+        if 2 * per_point <= _CHEAP:
+            return Preflight(0.0, 0.0, few.ascent)
+        full = _once(last, view, batch, last.problem().max_iter)
+    longer = full.ascent * full.seconds / max(few.ascent * few.seconds, 1e-9)
+    ascent = per_point * few.ascent * max(longer, 1.0)
+    rest = per_point * (1 - few.ascent)
+    fixed = max(0.0, few.seconds - 2 * per_point)
+    share = ascent / (ascent + rest)
+    return Preflight(fixed, ascent + rest, share, dear=True, stationary=full.stationary)
 
 
 def time_pass(
@@ -169,22 +180,31 @@ def time_pass(
     with untouched(module), measuring(module):
         view, batch = settings.view(module), read(_TIMED)
         passes = settings.problem().max_iter
-        two, _ = _fastest(settings, view, batch.part(slice(2)), passes)
-        many, share = _fastest(settings, view, batch, passes)
-    per_point = max(0.0, many - two) / max(len(batch) - 2, 1)
-    return Preflight(max(0.0, two - 2 * per_point), per_point, share)
+        two = _fastest(settings, view, batch.part(slice(2)), passes).seconds
+        many = _fastest(settings, view, batch, passes)
+    per_point = max(0.0, many.seconds - two) / max(len(batch) - 2, 1)
+    fixed = max(0.0, two - 2 * per_point)
+    return Preflight(fixed, per_point, many.ascent, stationary=many.stationary)
 
 
-def _fastest(settings: Settings, view: ModelView, batch: Batch, passes: int) -> tuple[float, float]:
+class _Timing(NamedTuple):
+    """Seconds of a pass, the maximiser's share of them, and of points that it found stationary."""
+
+    seconds: float
+    ascent: float
+    stationary: float
+
+
+def _fastest(settings: Settings, view: ModelView, batch: Batch, passes: int) -> _Timing:
     """The fastest of some passes: a difference of two is small beside what disturbs one."""
     found = [_once(settings, view, batch, passes)]
-    while len(found) < _REPEATS and sum(seconds for seconds, _ in found) < _TIMING_SECONDS:
+    while len(found) < _REPEATS and sum(one.seconds for one in found) < _TIMING_SECONDS:
         found.append(_once(settings, view, batch, passes))
     return min(found)
 
 
-def _once(settings: Settings, view: ModelView, batch: Batch, passes: int) -> tuple[float, float]:
-    """Seconds of a pass over these points, and the maximiser's share; all values are finite."""
+def _once(settings: Settings, view: ModelView, batch: Batch, passes: int) -> _Timing:
+    """What a pass over these points takes and finds; all values are finite."""
     method, problem = METHODS[settings.method], replace(settings.problem(), max_iter=passes)
     start = time.perf_counter()
     inner = None if method.points == "clean" else problem.perturb(view, batch)
@@ -203,7 +223,8 @@ def _once(settings: Settings, view: ModelView, batch: Batch, passes: int) -> tup
             "scale the inputs, or replace the layer"
         )
     seconds = time.perf_counter() - start
-    return seconds, (middle - start) / seconds
+    stationary = 1.0 if inner is None else float(inner.stationary.double().mean())
+    return _Timing(seconds, (middle - start) / seconds, stationary)
 
 
 def _curvature_of(

@@ -12,6 +12,7 @@ from lightning_muter.curvature.base import Curvature, CurvatureSum, Solver
 from lightning_muter.curvature.dense import DenseCurvature
 from lightning_muter.models import ModelView, measuring
 from lightning_muter.parallel import Group
+from lightning_muter.unlearning.diagnosis import STATIONARY_LIMIT
 from lightning_muter.unlearning.point_problem import PointProblem
 from lightning_muter.unlearning.points import Batch, Sums
 
@@ -26,6 +27,8 @@ __all__ = [
 
 #: a Hessian is used again while a step lowers the gradient to this share
 PAYS = 0.3
+#: a step of F without a derivative that leaves a larger share of the gradient is the last
+LOITERS = 0.9
 HALVINGS = 20
 #: as many halvings without a lower F, and a lower gradient serves
 PATIENCE = 5
@@ -120,7 +123,9 @@ def newton(
 
     Each Hessian serves further steps, a gradient pass each, as long as they pay. A smoothed threat
     starts wide and ends at its own bandwidth half-way. A step that does not lower F is halved;
-    where no step helps, Newton stops at its best point. ω in the module is what changes.
+    where no step helps, Newton stops at its best point, and where most perturbations are no
+    maximisers, so that F has no derivative, as soon as a step leaves most of the gradient. ω in the
+    module is what changes.
     """
     view = objective.view
     tol = max(tol, 0.1 * torch.finfo(view.dtype).eps)
@@ -135,11 +140,15 @@ def newton(
             break
         omega = view.get()
         solver = curvature.damped(damping).solver()
-        history.append(_descend(objective, problem, solver, start, tol).residual)
+        end = _descend(objective, problem, solver, start, tol)
+        history.append(end.residual)
         del curvature, solver
         stuck = torch.equal(view.get(), omega)
         at_rounding = start.residual <= 1e4 * tol * max(1.0, start.value)
         if widening == 1.0 and (stuck or (at_rounding and history[-1] > PAYS * start.residual)):
+            break
+        lost = end.stationary < STATIONARY_LIMIT and widening == 1.0
+        if lost and end.residual > LOITERS * start.residual:
             break
     return history
 

@@ -47,17 +47,20 @@ def test_a_move_that_was_not_made_is_forgotten() -> None:
     assert torch.allclose(proposal[0], 2 * ones[0])  # a move of one closed half of the gap
 
 
-def problem(scale: float) -> tuple[nn.Module, Tensor, Tensor]:
+def problem(scale: float, smooth: bool = True) -> tuple[nn.Module, Tensor, Tensor]:
     torch.manual_seed(0)
-    net = nn.Sequential(nn.Linear(D, 16), nn.Tanh(), nn.Linear(16, 3)).double()
+    kind = nn.Tanh() if smooth else nn.ReLU()
+    net = nn.Sequential(nn.Linear(D, 16), kind, nn.Linear(16, 3)).double()
     with torch.no_grad():
         net[0].weight.mul_(scale)
     return net, torch.rand(N, D).double(), torch.randint(0, 3, (N,))
 
 
-def ascend(threat: Threat, scale: float, max_iter: int = 200) -> tuple[InnerMaximum, float]:
+def ascend(
+    threat: Threat, scale: float, max_iter: int = 200, smooth: bool = True
+) -> tuple[InnerMaximum, float]:
     """The maximum, and passes a point."""
-    net, x, y = problem(scale)
+    net, x, y = problem(scale, smooth)
     loss, passes = resolve_loss("cross_entropy"), 0
 
     def input_gradient(points: Tensor, which: Tensor) -> tuple[Tensor, Tensor]:
@@ -92,6 +95,31 @@ def test_more_maximisers_are_stationary_after_fewer_passes(
     assert torch.allclose(value[0][both], value[1][both], rtol=1e-3)
     same = (fast.delta - patient.delta).norm(dim=1)[both] < 1e-4
     assert int(same.sum()) >= 0.9 * int(both.sum())
+
+
+def test_points_on_kinks_are_given_up_and_not_called_stationary() -> None:
+    """With all patience the same points are on their kinks still, after ten times the passes."""
+    short, few = ascend(L2Ball(1.0), 2.0, max_iter=2000, smooth=False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(inner_module, "_PATIENCE", 10**9)
+        patch.setattr(inner_module, "_LONG_PATIENCE", 10**9)
+        long, many = ascend(L2Ball(1.0), 2.0, max_iter=2000, smooth=False)
+    kinks = ~long.stationary
+    assert int(kinks.sum()) > N // 4 and few < many / 10
+    assert torch.equal(short.stationary, long.stationary)
+    assert float((long.losses - short.losses).abs().max()) < 0.01 * float(long.losses.mean())
+
+
+def test_a_slow_point_of_a_smooth_function_is_waited_for() -> None:
+    threat = LinfBall(0.3, bandwidth=1e-3)
+    found, _ = ascend(threat, 2.0, max_iter=20_000)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(inner_module, "_PATIENCE", 10**9)
+        patch.setattr(inner_module, "_LONG_PATIENCE", 10**9)
+        patient, _ = ascend(threat, 2.0, max_iter=20_000)
+    assert int(patient.stationary.sum()) > 0.9 * N
+    assert torch.equal(found.stationary, patient.stationary)
+    assert torch.equal(found.delta[found.stationary], patient.delta[found.stationary])
 
 
 def test_a_point_s_maximiser_is_its_own_whatever_the_batch() -> None:
