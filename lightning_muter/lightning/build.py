@@ -198,14 +198,15 @@ def _decay(
     if keeper.weight_decay is not None:
         return keeper.weight_decay
     optimizers = [one for one in trainer.optimizers if holds(one, view.parameters)]
-    if optimizers and not checkpoint:
+    if optimizers and not checkpoint and not view.loss.summed:
         return decay_of(optimizers, view.parameters, None, keeper.newton_steps)
     states = checkpoint.get("optimizer_states", [])
     found = {
         float(group.get("weight_decay", 0.0)) for one in states for group in one["param_groups"]
     }
-    if len(found) != 1:
+    if len(found) != 1 or (view.loss.summed and found != {0.0}):
         seen = f"has {sorted(found)}" if found else "says none"
+        seen += ", and the points a batch of a sum are not known" * view.loss.summed
         raise ConfigurationError(
             f"the weight decay of the training is not known (the checkpoint {seen}): say which λ "
             "its objective had by MUterCallback(weight_decay=...), 0.0 for none"

@@ -21,7 +21,7 @@ from lightning_muter.lightning.after_training import (
     report,
 )
 from lightning_muter.lightning.fidelity.averaging import check_order, check_unmoved
-from lightning_muter.lightning.fidelity.decay import check_held, decay_of, declared_penalty
+from lightning_muter.lightning.fidelity.decay import check_held, decay_and_penalty
 from lightning_muter.lightning.fidelity.flow import check_rates
 from lightning_muter.lightning.fidelity.frozen import check_finetuning
 from lightning_muter.lightning.fidelity.watch import TrainingWatch
@@ -253,8 +253,12 @@ class MUterCallback(MemoryKeeper, AdversarialTraining):
         points.check()
         self._id_texts = ids_of(points.dataset, self.ids)
         check_held(trainer.optimizers, view, self.newton_steps)
-        self._lambda = decay_of(
-            trainer.optimizers, view.parameters, self.weight_decay, self.newton_steps
+        self._lambda, penalty = decay_and_penalty(
+            trainer.optimizers,
+            view,
+            trainer.train_dataloader,  # type: ignore[arg-type]
+            self.weight_decay,
+            self.newton_steps,
         )
         if self.horizon == "training":
             check_rates(trainer.optimizers, view.parameters)
@@ -268,9 +272,7 @@ class MUterCallback(MemoryKeeper, AdversarialTraining):
             view,
             self.settings.head,
             points,
-            penalty=0.0
-            if self.newton_steps
-            else declared_penalty(trainer.optimizers, view.parameters, self.weight_decay),
+            penalty=penalty,
             flow_time=self._resumed.get("flow_time", 0.0) if self.horizon == "training" else None,
             reduce=process_group(trainer).sum,
             refuse=self._refuse,

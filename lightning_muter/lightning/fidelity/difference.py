@@ -78,7 +78,10 @@ class Comparison:
             )
         if self.cosine > 1 - max(_ALIGNED, self.slack**2):
             if abs(self.ratio / self.points - 1) < 1e-2:
-                return "training_step sums the loss over the batch: return the mean"
+                return (
+                    "training_step sums the loss over the batch: return the mean, or give loss= "
+                    "the sum, as in nn.CrossEntropyLoss(reduction='sum')"
+                )
             return (
                 f"training_step's loss is {self.ratio:.4g} times the mean over the batch: return "
                 "the mean itself, and scale the learning rate instead"

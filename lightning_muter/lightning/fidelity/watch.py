@@ -89,7 +89,7 @@ class TrainingWatch:
             vanished,
         )
         self._due, self._compared = True, False
-        self._window = 0
+        self._window, self._points_of_batch, self._points_in_window = 0, 0, 0
         self._divisor: int | None = None
         self._epochs, self._open = 0, False
         self._pushed = PushedWeights(self._parameters)
@@ -148,10 +148,13 @@ class TrainingWatch:
             self._frozen.check_flags()
         position = batch_idx + 1
         self._due |= position & (position - 1) == 0 or self._trainer.is_last_batch
+        x, targets = self._points.form.read(batch)
         self._window += 1
+        self._points_of_batch = len(x)
+        self._points_in_window += len(x)
         self._open = True
         with self._topic("content"):
-            self._count.see(digests_of(self.key, *self._points.form.read(batch)))
+            self._count.see(digests_of(self.key, x, targets))
 
     def perturbed(self, seen: Seen, targets: Tensor) -> None:
         """The batch as the attack left it: what training_step is about to see of its inputs."""
@@ -178,15 +181,16 @@ class TrainingWatch:
             with self._topic("changed"):
                 self._check_unchanged()
             self._gradient.sum.stepped()
-            self._window = 0
+            self._window, self._points_in_window = 0, 0
         if self._steps is not None:
             with self._topic("steps"):
                 self._steps.before_step(optimizer, share)
 
     def _share(self) -> float:
-        """The step's gradient as a multiple of its batches' mean gradient."""
+        """The step's gradient as a multiple of its points' mean gradient."""
+        each = self._points_in_window / max(self._window, 1) if self._loss.summed else 1.0
         if self._module.automatic_optimization:
-            return self._window / self._trainer.accumulate_grad_batches
+            return each * self._window / self._trainer.accumulate_grad_batches
         batches, divisor = max(self._window, 1), self._divisor or 1
         ends_early = batches < divisor and not self._trainer.is_last_batch
         if divisor > 1 and (ends_early or batches > divisor):
@@ -196,7 +200,7 @@ class TrainingWatch:
                 f"{batches} batches: divide by the number of batches that a step sums, or not at "
                 "all"
             )
-        return batches / divisor
+        return each * batches / divisor
 
     def ended(self) -> None:
         """A training batch has ended."""
@@ -262,6 +266,7 @@ class TrainingWatch:
         """
         automatic = self._module.automatic_optimization
         scale = float(self._trainer.accumulate_grad_batches) if automatic else 1.0
+        scale /= self._points_of_batch if self._loss.summed else 1
         scaler = getattr(self._trainer.precision_plugin, "scaler", None)
         comparison = self._gradient.compare(scale / (scaler.get_scale() if scaler else 1.0))
         if comparison is None:
