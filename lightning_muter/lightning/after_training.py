@@ -19,6 +19,7 @@ from lightning_muter.lightning.preflight import Preflight, rehearse, time_pass
 from lightning_muter.lightning.process_group import process_group
 from lightning_muter.lightning.progress import bar_of
 from lightning_muter.lightning.rescue import check_not_stopped
+from lightning_muter.linalg.lanczos import TimeAverage
 from lightning_muter.memory.ids import id_digests, ids_key
 from lightning_muter.memory.memory import UnlearningMemory
 from lightning_muter.memory.rebase_policy import RebasePolicy
@@ -128,6 +129,7 @@ class AfterTraining:
         digests: Tensor,
         key: bytes,
         initial: Tensor | None,
+        average: TimeAverage | None = None,
     ) -> UnlearningMemory:
         """The memory at the trained ω.
 
@@ -137,6 +139,7 @@ class AfterTraining:
             digests: of all points (n, 16).
             key: of the digests.
             initial: the ω (p,) that training started from.
+            average: the times of training's flow that the trained ω averages over, if it does.
 
         Raises:
             ConfigurationError: the robust gradient is not finite.
@@ -152,6 +155,7 @@ class AfterTraining:
             group,
             initial,
             weights,
+            average,
         )
         if not bool(torch.isfinite(memory.residual_gradient).all()):
             raise ConfigurationError(

@@ -87,6 +87,7 @@ def rebase(
         tol = level / max(1.0, abs(before.value))
         history = newton(objective, steps, settings.damping, tol)
     initial = None if memory.start is None else memory.start.initial
+    average = None if memory.start is None else memory.start.average
     (built,) = build_memories(
         view.module,
         [settings],
@@ -96,6 +97,7 @@ def rebase(
         group,
         initial,
         remaining.weights,
+        average,
     )
     residual = float(built.summary["residual_gradient"])
     ledger, openings = committed(memory.ledger)

@@ -250,8 +250,8 @@ def _distance(memory: UnlearningMemory) -> float:
 
 def _step(memory: UnlearningMemory) -> Step:
     """The whole step, or one as long as training was."""
-    horizon, start = memory.settings.horizon, memory.start
-    if horizon is None or start is None:
+    start = memory.start
+    if start is None:
         return NewtonStep()
     offset = start.initial - memory.omega_star
-    return FlowStep(horizon, offset, memory.residual_gradient, start.retraced)
+    return FlowStep(start.average, offset, memory.residual_gradient, start.retraced)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_muter.errors import ConfigurationError
 from lightning_muter.lightning.flavour import pl
+from lightning_muter.linalg.lanczos import TimeAverage
 from lightning_muter.models import ModelView
 
-__all__ = ["check_order", "check_unmoved"]
+__all__ = ["AverageWatch", "averaging_of", "check_order", "check_unmoved"]
 
 #: WeightAveraging and its subclasses came with Lightning 2.6
 _AVERAGING: tuple[type[pl.Callback], ...] = tuple(
@@ -19,6 +22,9 @@ _AVERAGING: tuple[type[pl.Callback], ...] = tuple(
     for name in ("StochasticWeightAveraging", "WeightAveraging")
     if hasattr(pl.callbacks, name)
 )
+
+#: of an average that a memory keeps: with h their span, groups of them are off by (h a / 2048)² / 6
+_TIMES = 1024
 
 
 def check_order(callbacks: Sequence[pl.Callback], own: pl.Callback) -> None:
@@ -34,6 +40,130 @@ def check_order(callbacks: Sequence[pl.Callback], own: pl.Callback) -> None:
             f"{name} is listed after MUterCallback: it would put averaged weights into the model "
             f"after the memory of the last ones was built; list {name} before MUterCallback"
         )
+
+
+def averaging_of(trainer: pl.Trainer, own: pl.Callback) -> pl.Callback | None:
+    """The callback listed before ``own`` whose averaged weights training ends with."""
+    callbacks: list[pl.Callback] = list(getattr(trainer, "callbacks", []))
+    before = callbacks[: callbacks.index(own)]
+    return next((one for one in reversed(before) if isinstance(one, _AVERAGING)), None)
+
+
+class AverageWatch:
+    """Follows an averaging callback: which times of the flow its average is over, in which shares.
+
+    Every update of it is ω̄ ← ω̄ + c (ω - ω̄). The rule's c is tried on two numbers, the updates are
+    repeated on the trained parameters alone, and where training ends the two must agree.
+
+    Args:
+        callback: one of Lightning's that average weights.
+        slack: the relative difference that rounding may make.
+    """
+
+    def __init__(self, callback: pl.Callback, slack: float) -> None:
+        self._callback, self._slack = callback, slack
+        self._seen = 0
+        self._times: list[float] = []
+        self._newest: list[float] = []
+        self._average: Tensor | None = None
+
+    def look(self, time: float, omega: Tensor) -> None:
+        """Take an update since the last look, at ω (p,) and this time of the flow."""
+        count, share = self._rule()
+        if count == self._seen:
+            return
+        if self._average is None or share == 1.0:
+            self._times, self._newest, self._average = [], [], omega.clone()
+        else:
+            self._average = self._average + share * (omega - self._average)
+        self._seen = count
+        self._times.append(time)
+        self._newest.append(share)
+
+    def _rule(self) -> tuple[int, float]:
+        """How many updates there were, and c of the last one."""
+        # no public name of Lightning's says what it averages
+        rule: Any
+        several: Any = None
+        if isinstance(self._callback, pl.callbacks.StochasticWeightAveraging):
+            count, rule = self._callback.n_averaged, self._callback._avg_fn
+        else:
+            average: Any = getattr(self._callback, "_average_model", None)
+            count = None if average is None else average.n_averaged
+            rule, several = getattr(average, "avg_fn", None), getattr(average, "multi_avg_fn", None)
+        done = 0 if count is None else int(count)
+        before = torch.tensor(max(done - 1, 0))
+        if done <= 1:
+            return done, 1.0
+        old, new = torch.zeros(1, dtype=torch.float64), torch.ones(1, dtype=torch.float64)
+        if several is not None:
+            several([old], [new], before)
+            return done, float(old)
+        return done, 1 / done if rule is None else float(rule(old, new, before))
+
+    def times(self, omega: Tensor) -> TimeAverage:
+        """The average that training ended with.
+
+        Args:
+            omega: the trained parameters (p,) at the end.
+
+        Raises:
+            ConfigurationError: they are no such average.
+        """
+        name = type(self._callback).__name__
+        if self._average is None:
+            raise ConfigurationError(
+                f"horizon='training', but {name} averaged nothing until training ended: let it "
+                "start earlier, or leave it out"
+            )
+        apart = float(torch.linalg.vector_norm(omega - self._average))
+        if not apart <= self._slack * float(torch.linalg.vector_norm(omega)):
+            raise ConfigurationError(
+                f"horizon='training', but {name} ended {apart:.3g} away from the average of the "
+                "weights at its updates: a rule that depends on more than their number, or two "
+                "averages, follow no flow; use Lightning's own rules, or give newton_steps=..."
+            )
+        shares, rest = [], 1.0
+        for newest in reversed(self._newest):
+            shares.append(newest * rest)
+            rest *= 1.0 - newest
+        return _grouped(self._times, shares[::-1])
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run, or a memory of its checkpoint, needs to know."""
+        return {
+            "seen": self._seen,
+            "times": list(self._times),
+            "newest": list(self._newest),
+            "average": self._average,
+        }
+
+    def load_state_dict(self, state: dict[str, Any] | None) -> None:
+        """Go on where a checkpoint was.
+
+        Raises:
+            ConfigurationError: it is of a training without this callback.
+        """
+        if state is None:
+            raise ConfigurationError(
+                f"horizon='training' with {type(self._callback).__name__}, but the checkpoint is "
+                "of a training without it: what its average is over is not known; resume with the "
+                "callbacks of before"
+            )
+        self._seen, self._average = state["seen"], state["average"]
+        self._times, self._newest = list(state["times"]), list(state["newest"])
+
+
+def _grouped(times: Sequence[float], shares: Sequence[float]) -> TimeAverage:
+    """At most so many times as a memory keeps: neighbours become one at their mean time."""
+    size = math.ceil(len(times) / _TIMES)
+    found: list[tuple[float, float]] = []
+    for k in range(0, len(times), size):
+        share = sum(shares[k : k + size])
+        if share > 0:
+            parts = zip(times[k : k + size], shares[k : k + size], strict=True)
+            found.append((sum(s * a for s, a in parts) / share, share))
+    return TimeAverage(tuple(s for s, _ in found), tuple(a for _, a in found))
 
 
 def check_unmoved(omega: Tensor, view: ModelView) -> None:
