@@ -19,10 +19,10 @@ from lightning_muter.lightning.preflight import Preflight, rehearse, time_pass
 from lightning_muter.lightning.process_group import process_group
 from lightning_muter.lightning.progress import bar_of
 from lightning_muter.lightning.rescue import check_not_stopped
-from lightning_muter.linalg.lanczos import TimeAverage
 from lightning_muter.memory.ids import id_digests, ids_key
 from lightning_muter.memory.memory import UnlearningMemory
 from lightning_muter.memory.rebase_policy import RebasePolicy
+from lightning_muter.memory.start import TrainingFlow
 from lightning_muter.models import BatchForm
 from lightning_muter.spec import Settings
 from lightning_muter.unlearning.cost import Cost
@@ -129,7 +129,7 @@ class AfterTraining:
         digests: Tensor,
         key: bytes,
         initial: Tensor | None,
-        average: TimeAverage | None = None,
+        flow: TrainingFlow | None = None,
     ) -> UnlearningMemory:
         """The memory at the trained ω.
 
@@ -139,7 +139,7 @@ class AfterTraining:
             digests: of all points (n, 16).
             key: of the digests.
             initial: the ω (p,) that training started from.
-            average: the times of training's flow that the trained ω averages over, if it does.
+            flow: how long training went, where ``settings`` take its horizon.
 
         Raises:
             ConfigurationError: the robust gradient is not finite.
@@ -155,7 +155,7 @@ class AfterTraining:
             group,
             initial,
             weights,
-            average,
+            flow,
         )
         if not bool(torch.isfinite(memory.residual_gradient).all()):
             raise ConfigurationError(

@@ -377,14 +377,14 @@ class MUterCallback(MemoryKeeper, AdversarialTraining):
         rescue.keep()
         watch.finish()
         weights = self.point_weights = watch.point_weights
-        horizon, average = horizon_of(self.horizon, watch.average, weights)
+        horizon, flow = horizon_of(self.horizon, watch.flow, weights)
         settings = self.settings.trained(self._lambda, horizon)
         if self.newton_steps:
             with rescue.guarding("newton_steps"):
                 self.newton_history = after.newton(settings, weights)
             rescue.keep()
         with rescue.guarding("Stage I"):
-            start = self.initial, average
+            start = self.initial, flow
             memory = after.stage_one(settings, weights, watch.digests, watch.key, *start)
         self.memory = after.finished(memory, self._id_texts, self.findings, self.rebase_policy)
         create(self.memory, self.folder, rescue, self.overwrite)

@@ -374,7 +374,7 @@ class UnlearningMemory:
             "ids_key": self.ids_key.hex(),
             "rebase": self.rebase_policy.to_dict(),
             "settings": self.settings.to_dict(),
-            "flow": None if self.start is None else self.start.average.to_dict(),
+            "flow": None if self.start is None else self.start.flow.to_dict(),
             "fingerprint": self.fingerprint,
             "summary": self.summary,
             "warnings": list(self.warnings),

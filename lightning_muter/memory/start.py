@@ -4,14 +4,43 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from lightning_muter.linalg.lanczos import TimeAverage
 
-__all__ = ["Start"]
+__all__ = ["Start", "TrainingFlow"]
+
+
+@dataclass(frozen=True)
+class TrainingFlow:
+    """The times of a training's flow that its ω averages over, and what a Retrain keeps of them.
+
+    A step of lr on the mean of n points is a time of lr / n of their sum's flow.
+
+    Attributes:
+        average: the times; the end alone where nothing averages.
+        pace: a Retrain takes as many "epochs", each of fewer steps of a longer time, which is as
+            long in all; or as many "steps", which is longer.
+    """
+
+    average: TimeAverage
+    pace: Literal["epochs", "steps"] = "epochs"
+
+    def of_remaining(self, share: float) -> TimeAverage:
+        """The times of a Retrain on points of this share of the weight."""
+        return self.average if self.pace == "epochs" else self.average.scaled(1 / share)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data."""
+        return {**self.average.to_dict(), "pace": self.pace}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> TrainingFlow:
+        """The inverse of `to_dict`."""
+        return cls(TimeAverage.from_dict(data), data["pace"])
 
 
 @dataclass(frozen=True)
@@ -22,17 +51,16 @@ class Start:
         initial: the ω (p,) that it started from.
         retraced: how far (p,) the quadratic model of all points comes from there within the
             horizon.
-        average: the times of its flow that the trained ω is an average over; its end alone where
-            nothing averages.
+        flow: how long it went.
     """
 
     initial: Tensor
     retraced: Tensor
-    average: TimeAverage
+    flow: TrainingFlow
 
     def to(self, device: torch.device | str) -> Start:
         """The same on another device."""
-        return Start(self.initial.to(device), self.retraced.to(device), self.average)
+        return Start(self.initial.to(device), self.retraced.to(device), self.flow)
 
     def tensors(self) -> dict[str, Tensor]:
         """What is kept of it as tensors."""
@@ -46,10 +74,11 @@ class Start:
 
         Args:
             tensors: of the memory.
-            flow: the average's plain data; None in a folder of before there were averages.
+            flow: its plain data; None in a folder of before there was any.
             horizon: of the memory.
         """
         if "initial" not in tensors or horizon is None:
             return None
-        average = TimeAverage.end(horizon) if flow is None else TimeAverage.from_dict(flow)
-        return cls(tensors["initial"], tensors["retraced"], average)
+        end = TrainingFlow(TimeAverage.end(horizon))
+        found = end if flow is None else TrainingFlow.from_dict(flow)
+        return cls(tensors["initial"], tensors["retraced"], found)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from lightning_muter.lightning.flavour import pl
 from lightning_muter.linalg.lanczos import TimeAverage
 from lightning_muter.models import ModelView
 
-__all__ = ["AverageWatch", "averaging_of", "check_order", "check_unmoved"]
+__all__ = ["AverageWatch", "Updates", "averaging_of", "check_order", "check_unmoved"]
 
 #: WeightAveraging and its subclasses came with Lightning 2.6
 _AVERAGING: tuple[type[pl.Callback], ...] = tuple(
@@ -49,11 +50,62 @@ def averaging_of(trainer: pl.Trainer, own: pl.Callback) -> pl.Callback | None:
     return next((one for one in reversed(before) if isinstance(one, _AVERAGING)), None)
 
 
+@dataclass
+class Updates:
+    """The updates ω̄ ← ω̄ + c (ω - ω̄) of an average so far, repeated on the trained parameters.
+
+    Attributes:
+        count: how many there were.
+        times: of the flow at each since the average began.
+        newest: c of each.
+        average: ω̄ (p,); None before the first.
+    """
+
+    count: int = 0
+    times: list[float] = field(default_factory=list)
+    newest: list[float] = field(default_factory=list)
+    average: Tensor | None = None
+
+    def add(self, count: int, share: float, time: float, omega: Tensor) -> None:
+        """Take the update of this number, by c = ``share``, at ω (p,) and a time of the flow."""
+        if self.average is None or share == 1.0:
+            self.times, self.newest, self.average = [], [], omega.clone()
+        else:
+            self.average = self.average + share * (omega - self.average)
+        self.count = count
+        self.times.append(time)
+        self.newest.append(share)
+
+    def averaged(self, omega: Tensor, slack: float, name: str) -> TimeAverage:
+        """The average that ends at ω (p,).
+
+        Raises:
+            ConfigurationError: ω is no such average.
+        """
+        if self.average is None:
+            raise ConfigurationError(
+                f"horizon='training', but {name} averaged nothing until training ended: let it "
+                "start earlier, or leave it out"
+            )
+        apart = float(torch.linalg.vector_norm(omega - self.average.to(omega)))
+        if not apart <= slack * float(torch.linalg.vector_norm(omega)):
+            raise ConfigurationError(
+                f"horizon='training', but {name} ended {apart:.3g} away from the average of the "
+                "weights at its updates: a rule that depends on more than their number, or two "
+                "averages, follow no flow; use Lightning's own rules, or give newton_steps=..."
+            )
+        shares, rest = [], 1.0
+        for newest in reversed(self.newest):
+            shares.append(newest * rest)
+            rest *= 1.0 - newest
+        return _grouped(self.times, shares[::-1])
+
+
 class AverageWatch:
     """Follows an averaging callback: which times of the flow its average is over, in which shares.
 
-    Every update of it is ω̄ ← ω̄ + c (ω - ω̄). The rule's c is tried on two numbers, the updates are
-    repeated on the trained parameters alone, and where training ends the two must agree.
+    The rule's c is tried on two numbers, the updates are repeated on the trained parameters alone,
+    and where training ends the two must agree.
 
     Args:
         callback: one of Lightning's that average weights.
@@ -62,23 +114,14 @@ class AverageWatch:
 
     def __init__(self, callback: pl.Callback, slack: float) -> None:
         self._callback, self._slack = callback, slack
-        self._seen = 0
-        self._times: list[float] = []
-        self._newest: list[float] = []
-        self._average: Tensor | None = None
+        self._name = type(callback).__name__
+        self._updates = Updates()
 
     def look(self, time: float, omega: Tensor) -> None:
         """Take an update since the last look, at ω (p,) and this time of the flow."""
         count, share = self._rule()
-        if count == self._seen:
-            return
-        if self._average is None or share == 1.0:
-            self._times, self._newest, self._average = [], [], omega.clone()
-        else:
-            self._average = self._average + share * (omega - self._average)
-        self._seen = count
-        self._times.append(time)
-        self._newest.append(share)
+        if count != self._updates.count:
+            self._updates.add(count, share, time, omega)
 
     def _rule(self) -> tuple[int, float]:
         """How many updates there were, and c of the last one."""
@@ -102,41 +145,16 @@ class AverageWatch:
         return done, 1 / done if rule is None else float(rule(old, new, before))
 
     def times(self, omega: Tensor) -> TimeAverage:
-        """The average that training ended with.
-
-        Args:
-            omega: the trained parameters (p,) at the end.
+        """The average that training ended with, at the trained parameters (p,).
 
         Raises:
             ConfigurationError: they are no such average.
         """
-        name = type(self._callback).__name__
-        if self._average is None:
-            raise ConfigurationError(
-                f"horizon='training', but {name} averaged nothing until training ended: let it "
-                "start earlier, or leave it out"
-            )
-        apart = float(torch.linalg.vector_norm(omega - self._average))
-        if not apart <= self._slack * float(torch.linalg.vector_norm(omega)):
-            raise ConfigurationError(
-                f"horizon='training', but {name} ended {apart:.3g} away from the average of the "
-                "weights at its updates: a rule that depends on more than their number, or two "
-                "averages, follow no flow; use Lightning's own rules, or give newton_steps=..."
-            )
-        shares, rest = [], 1.0
-        for newest in reversed(self._newest):
-            shares.append(newest * rest)
-            rest *= 1.0 - newest
-        return _grouped(self._times, shares[::-1])
+        return self._updates.averaged(omega, self._slack, self._name)
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run, or a memory of its checkpoint, needs to know."""
-        return {
-            "seen": self._seen,
-            "times": list(self._times),
-            "newest": list(self._newest),
-            "average": self._average,
-        }
+        return asdict(self._updates)
 
     def load_state_dict(self, state: dict[str, Any] | None) -> None:
         """Go on where a checkpoint was.
@@ -146,12 +164,11 @@ class AverageWatch:
         """
         if state is None:
             raise ConfigurationError(
-                f"horizon='training' with {type(self._callback).__name__}, but the checkpoint is "
-                "of a training without it: what its average is over is not known; resume with the "
-                "callbacks of before"
+                f"horizon='training' with {self._name}, but the checkpoint is of a training "
+                "without it: what its average is over is not known; resume with the callbacks of "
+                "before"
             )
-        self._seen, self._average = state["seen"], state["average"]
-        self._times, self._newest = list(state["times"]), list(state["newest"])
+        self._updates = Updates(**state)
 
 
 def _grouped(times: Sequence[float], shares: Sequence[float]) -> TimeAverage:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -16,9 +16,11 @@ from lightning_muter.lightning.fidelity.averaging import AverageWatch
 from lightning_muter.lightning.fidelity.difference import tolerances
 from lightning_muter.lightning.flavour import pl
 from lightning_muter.linalg.lanczos import TimeAverage
+from lightning_muter.memory.start import TrainingFlow
+from lightning_muter.objectives.losses import PointLoss
 from lightning_muter.unlearning.flow import flow_rate
 
-__all__ = ["StepWatch", "holds", "horizon_of"]
+__all__ = ["StepWatch", "holds", "horizon_of", "pace_of"]
 
 
 def holds(optimizer: Optimizer, parameters: list[nn.Parameter]) -> bool:
@@ -160,20 +162,32 @@ def _refusal(what: str, moved: Tensor) -> ConfigurationError:
     )
 
 
+def pace_of(trainer: pl.Trainer, loss: PointLoss) -> Literal["epochs", "steps"]:
+    """What a Retrain of this training would have as many of.
+
+    Of a batch of all points there is one an epoch, however many they are; its sum grows with them.
+    """
+    by_steps = trainer.max_epochs in (None, -1) or trainer.global_step >= trainer.max_steps
+    limited = trainer.max_steps > 0 and by_steps
+    if trainer.num_training_batches == 1:
+        return "epochs" if loss.summed else "steps"
+    return "steps" if limited else "epochs"
+
+
 def horizon_of(
-    asked: float | Literal["training"] | None, average: TimeAverage | None, weights: Tensor
-) -> tuple[float | None, TimeAverage | None]:
-    """A memory's horizon, and the times that its weights average over.
+    asked: float | Literal["training"] | None, flow: TrainingFlow | None, weights: Tensor
+) -> tuple[float | None, TrainingFlow | None]:
+    """A memory's horizon, and training's flow where it is that.
 
     Args:
         asked: as the callback has it.
-        average: of training's own times, Σ lr; None where nothing followed them.
+        flow: of training's own times, Σ lr; None where nothing followed them.
         weights: of the points (n,): F is a sum, and its flow as much faster.
     """
-    if asked != "training" or average is None:
+    if asked != "training" or flow is None:
         return None if asked == "training" else asked, None
-    average = average.scaled(1 / float(weights.sum()))
-    return average.mean, average
+    average = flow.average.scaled(1 / float(weights.sum()))
+    return average.mean, replace(flow, average=average)
 
 
 def check_rates(optimizers: list[Optimizer], parameters: list[nn.Parameter]) -> None:

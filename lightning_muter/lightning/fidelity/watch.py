@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from lightning_muter.errors import ConfigurationError, MuterError
 from lightning_muter.lightning.data import TrainingPoints
 from lightning_muter.lightning.fidelity.difference import Comparison, tolerances
-from lightning_muter.lightning.fidelity.flow import StepWatch, holds
+from lightning_muter.lightning.fidelity.flow import StepWatch, holds, pace_of
 from lightning_muter.lightning.fidelity.frozen import FrozenPart
 from lightning_muter.lightning.fidelity.gradient import GradientWatch
 from lightning_muter.lightning.fidelity.outputs import head_outputs
@@ -25,6 +25,7 @@ from lightning_muter.lightning.kept_state import untouched
 from lightning_muter.lightning.progress import bar_of, blocks
 from lightning_muter.linalg.lanczos import TimeAverage
 from lightning_muter.memory.points import digests_of
+from lightning_muter.memory.start import TrainingFlow
 from lightning_muter.models import ModelView, measuring
 from lightning_muter.models.base import Seen
 from lightning_muter.objectives.targets import check_targets
@@ -84,8 +85,8 @@ class TrainingWatch:
         self._steps = None
         if flow is not None:
             self._steps = StepWatch.of(trainer, self._parameters, averaging, flow)
-        #: the times of the flow that the trained weights are an average over
-        self.average: TimeAverage | None = None
+        #: how long training went, Σ lr, once it ended
+        self.flow: TrainingFlow | None = None
         self._gradient = GradientWatch(
             view.logits,
             self._parameters,
@@ -334,8 +335,9 @@ class TrainingWatch:
             self._counted()
         if self._steps is not None:
             with self._topic("steps"):
-                self.average = TimeAverage.end(self._steps.time)  # where a refusal is a warning
-                self.average = self._steps.finish()
+                end, pace = TimeAverage.end(self._steps.time), pace_of(self._trainer, self._loss)
+                self.flow = TrainingFlow(end, pace)  # where a refusal is a warning
+                self.flow = TrainingFlow(self._steps.finish(), pace)
         if self._averaging is None:  # an average of equal values is rounded, so is the frozen part
             with self._topic("pushed"):
                 self._pushed.check()
@@ -376,7 +378,8 @@ class TrainingWatch:
 
     def flow_state(self) -> dict[str, Any]:
         """What a resumed run needs to know of the steps."""
-        return {} if self._steps is None else self._steps.state_dict()
+        pace = pace_of(self._trainer, self._loss)
+        return {} if self._steps is None else {"pace": pace, **self._steps.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on counting where a checkpoint was."""

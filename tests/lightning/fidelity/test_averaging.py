@@ -79,17 +79,13 @@ MAKERS: dict[str, Callable[[], pl.Callback]] = {
 def run(
     make: Callable[[], pl.Callback] | None, gone: list[int] | None = None, **options: Any
 ) -> tuple[Trainer, MUterCallback, Ridge]:
-    """Full batches; a Retrain's rate makes its flow as long as the training's."""
-    share = 1.0 if gone is None else 1 - len(gone) / N
+    """Full batches, of which a Retrain takes as many."""
     torch.manual_seed(0)
-    model = Ridge(0.02 * share).double()
+    model = Ridge(0.02).double()
     callback = MUterCallback(
         L2Ball(1e-7), head="head", loss="squared", horizon="training", **options
     )
     made = [] if make is None else [make()]
-    for one in made:
-        if isinstance(one, StochasticWeightAveraging):
-            one._swa_lrs = 0.02 * share
     trainer = Trainer(max_epochs=EPOCHS, callbacks=[*made, callback], **QUIET)
     data = points(gone)
     trainer.fit(model, DataLoader(data, batch_size=len(data)))
@@ -102,14 +98,44 @@ def test_a_request_ends_at_the_averaged_retrain(name: str, tmp_path: Path) -> No
     memory = memory_of(callback)
     assert memory.summary["retrace_error"] < 0.02
     before, truth = memory.omega, memory_of(run(MAKERS[name], GONE)[1]).omega
-    last = memory_of(run(None)[1]).omega
+    last = memory_of(run(None, method="none")[1]).omega
     none = float((before - truth).norm())
     assert float((before - last).norm()) > 2 * none  # the average is not the last weights
     trainer.unlearn(RemovalDataModule(points(), indices=GONE))
     assert float((memory_of(callback).omega - truth).norm()) < 0.05 * none
     found = UnlearningMemory.load(tmp_path)
     assert found.start is not None and memory.start is not None
-    assert found.start.average == memory.start.average
+    assert found.start.flow == memory.start.flow and found.start.flow.pace == "steps"
+
+
+def test_a_checkpoint_of_averaged_weights_has_the_horizon_of_its_average(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = Ridge(0.02).double()
+    callback = MUterCallback(
+        L2Ball(1e-7), head="head", loss="squared", horizon="training", weight_decay=1e-2
+    )
+    saving = ModelCheckpoint(tmp_path, save_last=True)
+    settings = {
+        **QUIET,
+        "enable_checkpointing": True,
+        "callbacks": [MAKERS["EMA"](), callback, saving],
+    }
+    trainer = Trainer(max_epochs=EPOCHS, **settings)
+    trainer.fit(model, DataLoader(points(), batch_size=N))
+    whole = memory_of(callback)
+    with pytest.warns(UserWarning, match="of a model that was trained already"):
+        found = trainer.build_memory(model, points(), tmp_path / "last.ckpt")
+    assert found.start is not None and whole.start is not None
+    torch.testing.assert_close(found.omega, whole.omega)
+    torch.testing.assert_close(found.start.retraced, whole.start.retraced)
+    assert found.start.flow.pace == "steps"
+    # and where nothing followed the average, there is no horizon
+    state = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    for one in state["callbacks"].values():
+        one.pop("average", None)
+    torch.save(state, tmp_path / "other.ckpt")
+    with pytest.raises(ConfigurationError, match="did not follow the average"):
+        trainer.build_memory(model, points(), tmp_path / "other.ckpt")
 
 
 def test_an_average_that_never_began_is_refused() -> None:
