@@ -90,8 +90,8 @@ class MUterCallback(MemoryKeeper, AdversarialTraining):
             (``model.ckpt``, always the current one); None keeps the memory in the process.
         horizon: how long a Retrain would train, where training does not reach its optimum: the
             step goes as far as a gradient flow of that time. "training" is this training's own,
-            Σ lr / n of plain SGD; a number is taken as it is; None is an infinite one, the
-            paper's.
+            Σ lr / n of plain SGD, averaged where a Lightning callback averages the weights;
+            a number is taken as it is; None is an infinite one, the paper's.
         batch_size: points a pass reads at once.
         attack_steps: steps of the threat's own ascent.
         attack_step_size: its step length.
