@@ -8,6 +8,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from cases import QUIET, memory_of
+from pytorch_lightning.callbacks import EarlyStopping
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -78,4 +79,19 @@ def test_a_number_of_steps_is_as_many_steps() -> None:
         memory = memory_of(run(size=10, **options)[1])
         assert memory.start is not None and memory.start.flow.pace == "steps"
     memory = memory_of(run(size=10, max_epochs=3, max_steps=1000)[1])
+    assert memory.start is not None and memory.start.flow.pace == "epochs"
+
+
+def test_a_training_that_stops_early_is_as_long_as_it_was() -> None:
+    class Scored(Linear):
+        def on_train_epoch_end(self) -> None:
+            self.log("score", float(self.current_epoch))
+
+    torch.manual_seed(0)
+    stopping = EarlyStopping("score", patience=2, check_on_train_epoch_end=True)
+    callback = MUterCallback(L2Ball(1e-7), head="head", loss="criterion", horizon="training")
+    trainer = Trainer(max_epochs=60, callbacks=[stopping, callback], **QUIET)
+    trainer.fit(Scored(0.005, "mean").double(), DataLoader(points(), batch_size=10))
+    memory = memory_of(callback)  # epochs 0, 1 and 2, of four steps each
+    assert memory.settings.horizon == pytest.approx(3 * 4 * 0.005 / N)
     assert memory.start is not None and memory.start.flow.pace == "epochs"
