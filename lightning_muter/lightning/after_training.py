@@ -22,6 +22,7 @@ from lightning_muter.lightning.rescue import check_not_stopped
 from lightning_muter.memory.ids import id_digests, ids_key
 from lightning_muter.memory.memory import UnlearningMemory
 from lightning_muter.memory.rebase_policy import RebasePolicy
+from lightning_muter.memory.start import TrainingFlow
 from lightning_muter.models import BatchForm
 from lightning_muter.spec import Settings
 from lightning_muter.unlearning.cost import Cost
@@ -128,6 +129,7 @@ class AfterTraining:
         digests: Tensor,
         key: bytes,
         initial: Tensor | None,
+        flow: TrainingFlow | None = None,
     ) -> UnlearningMemory:
         """The memory at the trained ω.
 
@@ -137,6 +139,7 @@ class AfterTraining:
             digests: of all points (n, 16).
             key: of the digests.
             initial: the ω (p,) that training started from.
+            flow: how long training went, where ``settings`` take its horizon.
 
         Raises:
             ConfigurationError: the robust gradient is not finite.
@@ -152,6 +155,7 @@ class AfterTraining:
             group,
             initial,
             weights,
+            flow,
         )
         if not bool(torch.isfinite(memory.residual_gradient).all()):
             raise ConfigurationError(

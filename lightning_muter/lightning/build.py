@@ -17,8 +17,10 @@ from lightning_muter.errors import ConfigurationError
 from lightning_muter.lightning.after_training import AfterTraining, refuse_spawned, report
 from lightning_muter.lightning.borrowed import borrowed, kept_random_state
 from lightning_muter.lightning.data import TrainingPoints, training_points
+from lightning_muter.lightning.fidelity.averaging import Updates
 from lightning_muter.lightning.fidelity.decay import decay_of
-from lightning_muter.lightning.fidelity.flow import holds
+from lightning_muter.lightning.fidelity.difference import tolerances
+from lightning_muter.lightning.fidelity.flow import holds, horizon_of
 from lightning_muter.lightning.fidelity.outputs import head_outputs
 from lightning_muter.lightning.fidelity.own_loss import check_own_loss
 from lightning_muter.lightning.flavour import pl, refuse_other
@@ -28,8 +30,10 @@ from lightning_muter.lightning.kept_state import KeptState, untouched
 from lightning_muter.lightning.point_ids import ids_of
 from lightning_muter.lightning.process_group import process_group
 from lightning_muter.lightning.rescue import Rescue
+from lightning_muter.linalg.lanczos import TimeAverage
 from lightning_muter.memory.memory import UnlearningMemory
 from lightning_muter.memory.points import digests_of
+from lightning_muter.memory.start import TrainingFlow
 from lightning_muter.models import ModelView, measuring
 from lightning_muter.objectives.targets import check_targets
 from lightning_muter.parallel import Group
@@ -107,16 +111,14 @@ def _built(
     after.rehearse()
     digests = _read(keeper, keeper.settings.view(model), points, key)
     weights = torch.ones(len(points), dtype=torch.float64)
-    horizon = keeper.horizon
-    if horizon == "training":
-        horizon = past.flow_time / len(points)
+    horizon, flow = horizon_of(keeper.horizon, past.flow, weights)
     settings = keeper.settings.trained(past.weight_decay, horizon)
     compared = check_own_loss(
         model, settings, _batch(trainer, model, points), trainer.precision_plugin.train_step_context
     )
     if keeper.newton_steps:
         after.newton(settings, weights)
-    memory = after.stage_one(settings, weights, digests, key, past.initial)
+    memory = after.stage_one(settings, weights, digests, key, past.initial, flow)
     unseen = _UNSEEN.format("" if compared else " this loss,")
     finished = after.finished(memory, texts, (*past.findings, unseen), keeper.rebase_policy)
     return finished, after.cost
@@ -156,7 +158,7 @@ class _Past:
 
     weight_decay: float
     initial: Tensor | None
-    flow_time: float
+    flow: TrainingFlow | None
     findings: tuple[str, ...]
 
     @classmethod
@@ -174,21 +176,45 @@ class _Past:
         """
         state = checkpoint.get("callbacks", {}).get(keeper.state_key, {})
         initial = state.get("initial", keeper.initial)
-        flow_time = float(state.get("flow_time", 0.0))
         if keeper.horizon is not None and initial is None:
             raise ConfigurationError(
                 f"horizon={keeper.horizon!r} needs the parameters that training started from, "
                 "which only a checkpoint of a fit with the MUterCallback holds: give ckpt_path= of "
                 "one, or newton_steps= in the place of a horizon"
             )
-        if keeper.horizon == "training" and not flow_time > 0:
+        flow = _flow(state, view, checkpoint) if keeper.horizon == "training" else None
+        if keeper.horizon == "training" and flow is None:
             raise ConfigurationError(
                 "horizon='training' needs the time that training took, which only a checkpoint of "
                 "a fit with MUterCallback(horizon='training') holds: give ckpt_path= of one, a "
                 "number for horizon=, or newton_steps="
             )
         decay = _decay(keeper, trainer, view, checkpoint)
-        return cls(decay, initial, flow_time, tuple(state.get("findings", ())))
+        return cls(decay, initial, flow, tuple(state.get("findings", ())))
+
+
+def _flow(
+    state: Mapping[str, Any], view: ModelView, checkpoint: Mapping[str, Any]
+) -> TrainingFlow | None:
+    """How long the training of a checkpoint went by the callback's ``state``, if that says so.
+
+    Raises:
+        ConfigurationError: its weights are an average that nothing followed.
+    """
+    time = float(state.get("flow_time", 0.0))
+    if not time > 0:
+        return None
+    times = TimeAverage.end(time)
+    if "averaging_state" in checkpoint:  # WeightAveraging's: the weights are the averaged ones
+        if "average" not in state:
+            raise ConfigurationError(
+                "horizon='training', but the checkpoint's weights are averaged, and its "
+                "MUterCallback did not follow the average: give a number for horizon=, or "
+                "newton_steps="
+            )
+        slack, _ = tolerances("32")
+        times = Updates(**state["average"]).averaged(view.get(), slack, "the checkpoint")
+    return TrainingFlow(times, state.get("pace", "epochs"))
 
 
 def _decay(
@@ -198,14 +224,15 @@ def _decay(
     if keeper.weight_decay is not None:
         return keeper.weight_decay
     optimizers = [one for one in trainer.optimizers if holds(one, view.parameters)]
-    if optimizers and not checkpoint:
+    if optimizers and not checkpoint and not view.loss.summed:
         return decay_of(optimizers, view.parameters, None, keeper.newton_steps)
     states = checkpoint.get("optimizer_states", [])
     found = {
         float(group.get("weight_decay", 0.0)) for one in states for group in one["param_groups"]
     }
-    if len(found) != 1:
+    if len(found) != 1 or (view.loss.summed and found != {0.0}):
         seen = f"has {sorted(found)}" if found else "says none"
+        seen += ", and the points a batch of a sum are not known" * view.loss.summed
         raise ConfigurationError(
             f"the weight decay of the training is not known (the checkpoint {seen}): say which λ "
             "its objective had by MUterCallback(weight_decay=...), 0.0 for none"

@@ -20,9 +20,9 @@ from lightning_muter.lightning.after_training import (
     refuse_spawned,
     report,
 )
-from lightning_muter.lightning.fidelity.averaging import check_order, check_unmoved
-from lightning_muter.lightning.fidelity.decay import check_held, decay_of, declared_penalty
-from lightning_muter.lightning.fidelity.flow import check_rates
+from lightning_muter.lightning.fidelity.averaging import averaging_of, check_order, check_unmoved
+from lightning_muter.lightning.fidelity.decay import check_held, decay_and_penalty
+from lightning_muter.lightning.fidelity.flow import horizon_of
 from lightning_muter.lightning.fidelity.frozen import check_finetuning
 from lightning_muter.lightning.fidelity.watch import TrainingWatch
 from lightning_muter.lightning.flavour import pl, refuse_other
@@ -90,8 +90,8 @@ class MUterCallback(MemoryKeeper, AdversarialTraining):
             (``model.ckpt``, always the current one); None keeps the memory in the process.
         horizon: how long a Retrain would train, where training does not reach its optimum: the
             step goes as far as a gradient flow of that time. "training" is this training's own,
-            Σ lr / n of plain SGD; a number is taken as it is; None is an infinite one, the
-            paper's.
+            Σ lr / n of plain SGD, averaged where a Lightning callback averages the weights;
+            a number is taken as it is; None is an infinite one, the paper's.
         batch_size: points a pass reads at once.
         attack_steps: steps of the threat's own ascent.
         attack_step_size: its step length.
@@ -253,11 +253,13 @@ class MUterCallback(MemoryKeeper, AdversarialTraining):
         points.check()
         self._id_texts = ids_of(points.dataset, self.ids)
         check_held(trainer.optimizers, view, self.newton_steps)
-        self._lambda = decay_of(
-            trainer.optimizers, view.parameters, self.weight_decay, self.newton_steps
+        self._lambda, penalty = decay_and_penalty(
+            trainer.optimizers,
+            view,
+            trainer.train_dataloader,  # type: ignore[arg-type]
+            self.weight_decay,
+            self.newton_steps,
         )
-        if self.horizon == "training":
-            check_rates(trainer.optimizers, view.parameters)
         self._after = AfterTraining(
             trainer, pl_module, points, self.settings, self.newton_steps, self.batch_size
         )
@@ -268,10 +270,9 @@ class MUterCallback(MemoryKeeper, AdversarialTraining):
             view,
             self.settings.head,
             points,
-            penalty=0.0
-            if self.newton_steps
-            else declared_penalty(trainer.optimizers, view.parameters, self.weight_decay),
-            flow_time=self._resumed.get("flow_time", 0.0) if self.horizon == "training" else None,
+            penalty=penalty,
+            flow=self._resumed if self.horizon == "training" else None,
+            averaging=averaging_of(trainer, self),
             reduce=process_group(trainer).sum,
             refuse=self._refuse,
         )
@@ -297,7 +298,7 @@ class MUterCallback(MemoryKeeper, AdversarialTraining):
         if self._watch is None:
             return {**self._resumed, "initial": self.initial}
         return {
-            "flow_time": self._watch.flow_time,
+            **self._watch.flow_state(),
             "initial": self.initial,
             "points": self._watch.state_dict(),
             "findings": list(self.findings),
@@ -376,16 +377,15 @@ class MUterCallback(MemoryKeeper, AdversarialTraining):
         rescue.keep()
         watch.finish()
         weights = self.point_weights = watch.point_weights
-        horizon = self.horizon
-        if horizon == "training":  # Σ lr over the weight of all points
-            horizon = watch.flow_time / float(weights.sum())
+        horizon, flow = horizon_of(self.horizon, watch.flow, weights)
         settings = self.settings.trained(self._lambda, horizon)
         if self.newton_steps:
             with rescue.guarding("newton_steps"):
                 self.newton_history = after.newton(settings, weights)
             rescue.keep()
         with rescue.guarding("Stage I"):
-            memory = after.stage_one(settings, weights, watch.digests, watch.key, self.initial)
+            start = self.initial, flow
+            memory = after.stage_one(settings, weights, watch.digests, watch.key, *start)
         self.memory = after.finished(memory, self._id_texts, self.findings, self.rebase_policy)
         create(self.memory, self.folder, rescue, self.overwrite)
         rescue.done()

@@ -2,15 +2,74 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from lightning_muter.linalg.solution import Operator, Solution, Status, finite, relative_residual
 
-__all__ = ["Krylov", "flow", "inverse_square_root"]
+__all__ = ["Krylov", "TimeAverage", "flow", "inverse_square_root"]
 
 _EXHAUSTED = 1e-13
 _FIRST = 8  # rows of the basis to begin with; doubled as it grows
+
+
+@dataclass(frozen=True)
+class TimeAverage:
+    """Σ_k a_k f(s_k) of functions f of time: what an average over the way of a flow sees.
+
+    Attributes:
+        times: s_k (k,).
+        shares: a_k (k,), of sum 1.
+
+    Example:
+        >>> TimeAverage((1.0, 3.0), (0.25, 0.75)).mean
+        2.5
+    """
+
+    times: Sequence[float]
+    shares: Sequence[float]
+
+    @classmethod
+    def end(cls, time: float) -> TimeAverage:
+        """One time alone."""
+        return cls((time,), (1.0,))
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Sequence[float]]) -> TimeAverage:
+        """The inverse of `to_dict`."""
+        return cls(tuple(data["times"]), tuple(data["shares"]))
+
+    def to_dict(self) -> dict[str, list[float]]:
+        """Plain data."""
+        return {"times": list(self.times), "shares": list(self.shares)}
+
+    @property
+    def mean(self) -> float:
+        """Σ_k a_k s_k."""
+        return sum(s * a for s, a in zip(self.times, self.shares, strict=True))
+
+    def scaled(self, factor: float) -> TimeAverage:
+        """The same with other units of time."""
+        return TimeAverage(tuple(factor * s for s in self.times), tuple(self.shares))
+
+    def decayed(self, values: Tensor) -> Tensor:
+        """Σ_k a_k exp(-s_k a) of each eigenvalue a (m,)."""
+        times, shares = self._tensors(values)
+        return torch.exp(-times * values.unsqueeze(1)) @ shares
+
+    def integral(self, values: Tensor) -> Tensor:
+        """Σ_k a_k (1 - exp(-s_k a)) / a of each eigenvalue a (m,), and Σ_k a_k s_k at a = 0."""
+        times, shares = self._tensors(values)
+        one = values.unsqueeze(1)
+        small = one.abs() * times < 1e-12
+        safe = torch.where(small, torch.ones_like(small, dtype=values.dtype), one)
+        return torch.where(small, times, -torch.expm1(-times * safe) / safe) @ shares
+
+    def _tensors(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        return like.new_tensor(self.times), like.new_tensor(self.shares)
 
 
 class Krylov:
@@ -124,9 +183,15 @@ def _root(krylov: Krylov) -> tuple[Tensor, Tensor]:
 
 
 def flow(
-    operator: Operator, rhs: Tensor, horizon: float, tol: float = 1e-10, max_iter: int = 500
+    operator: Operator,
+    rhs: Tensor,
+    horizon: float | TimeAverage,
+    tol: float = 1e-10,
+    max_iter: int = 500,
 ) -> Solution:
     """∫₀ʰ exp(-sA) b ds = A⁻¹(I - exp(-hA)) b by Lanczos: a gradient flow stopped after time h.
+
+    Of several times it is the average, Σ_k a_k A⁻¹(I - exp(-s_k A)) b.
 
     Where h is long against 1/A it is A⁻¹b; a direction of eigenvalue a with h a below 1 moves by
     h b only, as training itself did not settle it. The residual is that of A x = b - exp(-hA) b,
@@ -136,7 +201,7 @@ def flow(
     Args:
         operator: products with a symmetric A.
         rhs: b (p,).
-        horizon: h, in the units of 1/A.
+        horizon: h, in the units of 1/A; or times s_k with their shares a_k.
         tol: residual at which to stop.
         max_iter: Lanczos steps at the most.
 
@@ -151,27 +216,19 @@ def flow(
     """
     if not bool(rhs.any()):
         return Solution(torch.zeros_like(rhs), 0.0, 0, Status.CONVERGED)
+    average = horizon if isinstance(horizon, TimeAverage) else TimeAverage.end(horizon)
     krylov = Krylov(operator, rhs)
     limit = min(max_iter, len(rhs))
     for _ in range(limit):
         krylov.step()
         values, vectors = krylov.spectrum()
-        step = _first_column(values, vectors, _integral(values, horizon))
+        step = _first_column(values, vectors, average.integral(values))
         if float(krylov.length * step[-1].abs()) <= tol or bool(krylov.exhausted):
             break
     value = krylov.combine(step)
-    decayed = krylov.combine(_first_column(values, vectors, torch.exp(-horizon * values)))
+    decayed = krylov.combine(_first_column(values, vectors, average.decayed(values)))
     relative = relative_residual(operator(value) - (rhs - decayed), rhs)
     status = Status.CONVERGED if float(values[0]) > 0 else Status.INDEFINITE
     if relative > max(1e3 * tol, 1e-8):
         status = Status.MAX_ITERATIONS
     return finite(Solution(value, relative, len(values), status))
-
-
-def _integral(values: Tensor, horizon: float) -> Tensor:
-    """(1 - exp(-h a)) / a of each eigenvalue a, and h at a = 0."""
-    small = values.abs() * horizon < 1e-12
-    safe = torch.where(small, torch.ones_like(values), values)
-    return torch.where(
-        small, torch.full_like(values, horizon), -torch.expm1(-horizon * safe) / safe
-    )

@@ -25,26 +25,15 @@ from lightning_muter.memory.kept_model import BASE, CURRENT, named
 from lightning_muter.memory.known_points import KnownPoints
 from lightning_muter.memory.rebase_policy import RebasePolicy
 from lightning_muter.memory.records import Content, Request
+from lightning_muter.memory.start import Start
 from lightning_muter.models import ModelView
 from lightning_muter.parallel import Group
 from lightning_muter.spec import Settings, agreed
 
-__all__ = ["Start", "UnlearningMemory"]
+__all__ = ["UnlearningMemory"]
 
 #: ω^u without a publication's noise, among the tensors of the last request
 _PRIVATE = "private_omega"
-
-
-@dataclass(frozen=True)
-class Start:
-    """Where training that stopped early began, for a step of the same length.
-
-    ``initial`` is the ω (p,) that it started from, ``retraced`` (p,) how far the quadratic model
-    of all points comes from there within the horizon.
-    """
-
-    initial: Tensor
-    retraced: Tensor
 
 
 @dataclass(frozen=True, repr=False)
@@ -128,7 +117,7 @@ class UnlearningMemory:
         if self.private is not None:
             moved["private"] = self.private.to(device)
         if self.start is not None:
-            moved["start"] = Start(self.start.initial.to(device), self.start.retraced.to(device))
+            moved["start"] = self.start.to(device)
         return replace(self, **moved)
 
     def shared(self, group: Group) -> UnlearningMemory:
@@ -380,11 +369,12 @@ class UnlearningMemory:
         if self.ids is not None:
             base["ids"] = self.ids
         if self.start is not None:
-            base |= {"initial": self.start.initial, "retraced": self.start.retraced}
+            base |= self.start.tensors()
         facts = {
             "ids_key": self.ids_key.hex(),
             "rebase": self.rebase_policy.to_dict(),
             "settings": self.settings.to_dict(),
+            "flow": None if self.start is None else self.start.flow.to_dict(),
             "fingerprint": self.fingerprint,
             "summary": self.summary,
             "warnings": list(self.warnings),
@@ -411,7 +401,7 @@ class UnlearningMemory:
         removed = torch.zeros(content.sizes["n"], dtype=torch.bool)
         for request in content.requests:
             removed[request.entry.get("indices", [])] = True
-        start = Start(base["initial"], base["retraced"]) if "initial" in base else None
+        start = Start.restore(base, facts.get("flow"), own.horizon)
         last = content.requests[-1].tensors if content.requests else {}
         return cls(
             settings=own,

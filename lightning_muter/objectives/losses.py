@@ -127,7 +127,8 @@ class PointLoss:
     maps them to what an adversary ascends in the loss's place, and ``link`` that to the loss;
     without it the loss itself is ascended. ``classifies``: outputs are logits of classes.
     ``target_kind`` says what its targets have to be; points of the class ``ignored`` are no part of
-    training's mean, so that no point may have it.
+    training's mean, so that no point may have it. ``summed``: training's loss is the sum over a
+    batch, not its mean.
     """
 
     name: str
@@ -139,6 +140,7 @@ class PointLoss:
     classifies: bool = True
     target_kind: TargetKind = "numbers"
     ignored: int | None = None
+    summed: bool = False
 
     def __call__(self, outputs: Tensor, targets: Tensor) -> Tensor:
         if self.one_output and outputs.numel() != len(outputs):

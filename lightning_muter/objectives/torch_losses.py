@@ -19,7 +19,7 @@ __all__ = ["TorchLoss"]
 
 @dataclass(frozen=True)
 class TorchLoss:
-    """A loss module of ``torch.nn`` whose mean over a batch is a mean over points.
+    """A loss module of ``torch.nn`` that is a mean over the points of a batch, or their sum.
 
     Attributes:
         name: of its class in ``torch.nn``.
@@ -49,10 +49,10 @@ class TorchLoss:
                 f"loss={name} is no loss module that is known; expected one of {sorted(_KINDS)} of "
                 "torch.nn, a name, or a function (outputs, targets) -> per-point losses"
             )
-        if module.reduction != "mean":
+        if module.reduction not in ("mean", "sum"):
             raise ConfigurationError(
                 f"loss={name}(reduction={module.reduction!r}): training's loss has to be the mean "
-                "over the batch, since its weight decay is meant for a mean; use reduction='mean'"
+                "or the sum over the batch; use reduction='mean'"
             )
         if getattr(module, "weight", None) is not None:
             raise ConfigurationError(
@@ -61,7 +61,8 @@ class TorchLoss:
                 "WeightedRandomSampler, or write the weighted sum as a function (outputs, targets) "
                 "-> per-point losses and train with its mean"
             )
-        found = {one: _plain(getattr(module, one)) for one in _KINDS[name].options}
+        named = (*_KINDS[name].options, "reduction")
+        found = {one: _plain(getattr(module, one)) for one in named}
         default = {one: _plain(getattr(type(module)(), one)) for one in found}
         changed = {one: value for one, value in found.items() if value != default[one]}
         return cls(name, tuple(sorted(changed.items())))
@@ -70,7 +71,7 @@ class TorchLoss:
     def from_dict(cls, data: Mapping[str, Any]) -> TorchLoss:
         """The inverse of `to_dict`."""
         options = {name: value for name, value in data.items() if name != "torch"}
-        known = _KINDS[data["torch"]].options
+        known = (*_KINDS[data["torch"]].options, "reduction")
         if options.keys() - set(known):
             raise ValueError(
                 f"{data['torch']} has no options {sorted(options.keys() - set(known))}"
@@ -86,7 +87,9 @@ class TorchLoss:
     @property
     def point_loss(self) -> PointLoss:
         """The loss of a point, with its derivatives."""
-        return _KINDS[self.name].build(dict(self.options))
+        options = dict(self.options)
+        summed = options.get("reduction") == "sum"
+        return replace(_KINDS[self.name].build(options), summed=summed)
 
 
 def _plain(value: Any) -> Any:
@@ -119,6 +122,11 @@ def _cross_entropy(options: dict[str, Any]) -> PointLoss:
     return PointLoss(name, losses, derivatives, target_kind="classes", ignored=ignored)
 
 
+def _terms(options: dict[str, Any], z: Tensor) -> int:
+    """What torch divides the sum over a point's outputs (n, C) by: C, or 1 where it sums."""
+    return 1 if options.get("reduction") == "sum" else z.shape[1]
+
+
 def _binary(options: dict[str, Any]) -> PointLoss:
     """The mean over labels of w_j (softplus(z_j) - y_j z_j), w_j the weight of a positive label."""
     positive = options.get("pos_weight")
@@ -134,15 +142,15 @@ def _binary(options: dict[str, Any]) -> PointLoss:
         labels, _ = parts(outputs, targets)
         scale = None if positive is None else z.new_tensor(positive)
         each = F.binary_cross_entropy_with_logits(z, labels, reduction="none", pos_weight=scale)
-        return each.mean(dim=1)
+        return each.sum(dim=1) / _terms(options, z)
 
     def derivatives(z: Tensor, y: Tensor) -> tuple[Tensor, OutputCurvature]:
         z = z.reshape(len(z), -1)
         labels, weights = parts(z, y)
         # w y + 1 - y is the weight of a label's term, w y what pulls upwards
         upward = weights * labels
-        r = (weights * torch.sigmoid(z) - upward) / z.shape[1]
-        curvature = weights * torch.sigmoid(z) * torch.sigmoid(-z) / z.shape[1]
+        r = (weights * torch.sigmoid(z) - upward) / _terms(options, z)
+        curvature = weights * torch.sigmoid(z) * torch.sigmoid(-z) / _terms(options, z)
         return r, Diagonal(curvature)
 
     return PointLoss("BCEWithLogitsLoss", losses, derivatives, target_kind="shares")
@@ -153,12 +161,12 @@ def _squares(options: dict[str, Any]) -> PointLoss:
 
     def losses(outputs: Tensor, targets: Tensor) -> Tensor:
         z = outputs.reshape(len(outputs), -1)
-        return (z - targets.reshape(z.shape).to(z)).square().mean(dim=1)
+        return (z - targets.reshape(z.shape).to(z)).square().sum(dim=1) / _terms(options, z)
 
     def derivatives(z: Tensor, y: Tensor) -> tuple[Tensor, OutputCurvature]:
         z = z.reshape(len(z), -1)
-        r = 2.0 * (z - y.reshape(z.shape).to(z)) / z.shape[1]
-        return r, Diagonal(torch.full_like(z, 2.0 / z.shape[1]))
+        r = 2.0 * (z - y.reshape(z.shape).to(z)) / _terms(options, z)
+        return r, Diagonal(torch.full_like(z, 2.0 / _terms(options, z)))
 
     return PointLoss("MSELoss", losses, derivatives, classifies=False)
 

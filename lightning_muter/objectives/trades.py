@@ -101,6 +101,13 @@ class BoundTRADES(Objective):
     point_loss: PointLoss
     even: ClassVar[bool] = True
 
+    def __post_init__(self) -> None:
+        if self.point_loss.summed:
+            raise ConfigurationError(
+                f"TRADES(beta={self.beta:g}) is a mean over the batch, and its loss at the clean "
+                "point has reduction='sum': use reduction='mean' for both"
+            )
+
     @property
     def loss(self) -> PointLoss:
         return self.point_loss

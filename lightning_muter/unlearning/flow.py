@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_muter.linalg.lanczos import flow
+from lightning_muter.linalg.lanczos import TimeAverage, flow
 from lightning_muter.linalg.solution import Operator, Solution
 
 __all__ = ["flow_rate", "retrace"]
@@ -38,8 +38,12 @@ def flow_rate(optimizer: Optimizer, parameters: Iterable[Tensor] | None = None) 
     return rates.pop() if len(rates) == 1 else None
 
 
-def retrace(hessian: Operator, gradient: Tensor, offset: Tensor, horizon: float) -> Solution:
+def retrace(
+    hessian: Operator, gradient: Tensor, offset: Tensor, horizon: float | TimeAverage
+) -> Solution:
     """ω(h) - ω(0) of the gradient flow of a quadratic model of F, known at ω*.
+
+    Of several times it is the average: where averaged weights come to.
 
     Source: ours (docs/theory.md). A request moves ω by the difference of two: with the model of
     the remaining points, and with that of all.
@@ -48,7 +52,7 @@ def retrace(hessian: Operator, gradient: Tensor, offset: Tensor, horizon: float)
         hessian: products with the model's Hessian.
         gradient: its gradient at ω* (p,).
         offset: ω(0) - ω* (p,).
-        horizon: h.
+        horizon: h, or the times that are averaged over.
 
     Raises:
         SolverError: as in `flow`.

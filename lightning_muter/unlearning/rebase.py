@@ -87,6 +87,11 @@ def rebase(
         tol = level / max(1.0, abs(before.value))
         history = newton(objective, steps, settings.damping, tol)
     initial = None if memory.start is None else memory.start.initial
+    flow = None
+    if memory.start is not None:
+        left = float(remaining.weights.sum()) / float(memory.weights.sum())
+        flow = replace(memory.start.flow, average=memory.start.flow.of_remaining(left))
+        settings = replace(settings, horizon=flow.average.mean)
     (built,) = build_memories(
         view.module,
         [settings],
@@ -96,6 +101,7 @@ def rebase(
         group,
         initial,
         remaining.weights,
+        flow,
     )
     residual = float(built.summary["residual_gradient"])
     ledger, openings = committed(memory.ledger)

@@ -167,7 +167,8 @@ def _solved(memory: UnlearningMemory, gone: _Gone) -> Solution:
     downdated = METHODS[memory.settings.method].downdate
     curvature = gone.remaining if downdated else _curvature(memory)
     rhs = memory.gradient + gone.gradient
-    return _step(memory).solve(curvature.damped(memory.settings.damping), rhs)
+    step = _step(memory, float(gone.sums.weight))
+    return step.solve(curvature.damped(memory.settings.damping), rhs)
 
 
 def _solved_by_blocks(
@@ -248,10 +249,12 @@ def _distance(memory: UnlearningMemory) -> float:
     return float(memory.summary.get("distance_to_optimum", 0.0))
 
 
-def _step(memory: UnlearningMemory) -> Step:
-    """The whole step, or one as long as training was."""
-    horizon, start = memory.settings.horizon, memory.start
-    if horizon is None or start is None:
+def _step(memory: UnlearningMemory, weight: float) -> Step:
+    """The whole step, or one as long as training was, without points of this weight."""
+    start = memory.start
+    if start is None:
         return NewtonStep()
     offset = start.initial - memory.omega_star
-    return FlowStep(horizon, offset, memory.residual_gradient, start.retraced)
+    left = float(memory.weights[memory.remaining].sum()) - weight
+    times = start.flow.of_remaining(left / float(memory.weights.sum()))
+    return FlowStep(times, offset, memory.residual_gradient, start.retraced)

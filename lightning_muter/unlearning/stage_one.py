@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from lightning_muter.adversary.maximiser import InnerMaximum
 from lightning_muter.curvature.base import Curvature, CurvatureSum
 from lightning_muter.errors import ConfigurationError
+from lightning_muter.linalg.lanczos import TimeAverage
 from lightning_muter.memory.fingerprint import fingerprint
-from lightning_muter.memory.memory import Start, UnlearningMemory
+from lightning_muter.memory.memory import UnlearningMemory
+from lightning_muter.memory.start import Start, TrainingFlow
 from lightning_muter.models import ModelView, measuring
 from lightning_muter.parallel import Group
 from lightning_muter.spec import Settings
@@ -66,6 +68,7 @@ def build_memories(
     group: Group | None = None,
     initial: Tensor | None = None,
     weights: Tensor | None = None,
+    flow: TrainingFlow | None = None,
 ) -> list[UnlearningMemory]:
     """Memories of several methods at the module's ω* from one pass and one δ* a point.
 
@@ -81,6 +84,7 @@ def build_memories(
         group: the processes; this one alone by default.
         initial: the ω (p,) that training started from; needed by settings with a horizon.
         weights: of all points (n,), in the order of their indices; 1 each by default.
+        flow: how long training went, where the settings have a horizon; by default that alone.
     """
     group = group or Group()
     building = [_Building.start(one, module) for one in settings]
@@ -90,7 +94,7 @@ def build_memories(
             for one in building:
                 one.add(batch, shared)
     weights = torch.ones(len(digests), dtype=torch.float64) if weights is None else weights
-    return [_memory(one, digests, key, group, initial, weights) for one in building]
+    return [_memory(one, digests, key, group, initial, weights, flow) for one in building]
 
 
 def _memory(
@@ -100,6 +104,7 @@ def _memory(
     group: Group,
     initial: Tensor | None,
     weights: Tensor,
+    flow: TrainingFlow | None,
 ) -> UnlearningMemory:
     settings, view = built.settings, built.view
     omega = view.get()
@@ -110,7 +115,7 @@ def _memory(
     warnings: tuple[str, ...] = ()
     if built.curvature is not None:
         curvature = built.curvature.finished(group, evaluation.weight, settings.weight_decay)
-        start = _start(settings, curvature, evaluation.gradient, omega, initial)
+        start = _start(settings, curvature, evaluation.gradient, omega, initial, flow)
         summary, warnings = summarise(settings, evaluation, curvature, omega, start)
     return UnlearningMemory(
         settings=settings,
@@ -140,6 +145,7 @@ def _start(
     gradient: Tensor,
     omega: Tensor,
     initial: Tensor | None,
+    flow: TrainingFlow | None,
 ) -> Start | None:
     """What a Retrain that stops early needs, where the settings have a horizon."""
     horizon = settings.horizon
@@ -149,7 +155,9 @@ def _start(
         raise ConfigurationError(f"horizon={horizon} needs the parameters that training started at")
     initial = initial.to(omega)
     damped = curvature.damped(settings.damping)
-    return Start(initial, retrace(damped.matvec, gradient, initial - omega, horizon).value)
+    flow = flow or TrainingFlow(TimeAverage.end(horizon))
+    found = retrace(damped.matvec, gradient, initial - omega, flow.average)
+    return Start(initial, found.value, flow)
 
 
 def _counts(settings: Settings, evaluation: Evaluation, p: int) -> dict[str, Any]:

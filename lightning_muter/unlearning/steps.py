@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from lightning_muter.curvature.base import Curvature
+from lightning_muter.linalg.lanczos import TimeAverage
 from lightning_muter.linalg.solution import Solution
 from lightning_muter.unlearning.flow import retrace
 
@@ -35,13 +36,13 @@ class FlowStep(Step):
     """What a training of the same length would have done otherwise. Source: ours.
 
     Attributes:
-        horizon: its length h.
+        horizon: its length h, or the times that the weights were averaged over.
         offset: ω_0 - ω* (p,), where training started.
         gradient: ∇F(ω*) of all points (p,).
         retraced: where the model of all points comes to from ω_0 (p,).
     """
 
-    horizon: float
+    horizon: TimeAverage
     offset: Tensor
     gradient: Tensor
     retraced: Tensor

@@ -11,8 +11,24 @@ import pytorch_lightning as pl
 import torch
 from cases import QUIET, Data, Net
 from safetensors.torch import save_file
+from torch.utils.data import Dataset
 
 from lightning_muter import L2Ball, MUterCallback, RemovalDataModule, Trainer
+
+
+class Named(Dataset[dict[str, torch.Tensor]]):
+    """The same points as dictionaries."""
+
+    def __init__(self, points: Dataset[tuple[torch.Tensor, ...]], n: int) -> None:
+        self.points, self.n = points, n
+
+    def __len__(self) -> int:
+        return self.n
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        x, y = self.points[index]
+        return {"image": x, "label": y, "row": torch.tensor(index)}
+
 
 if __name__ == "__main__":
     devices, path = int(sys.argv[1]), sys.argv[2]
@@ -43,5 +59,12 @@ if __name__ == "__main__":
     trainer.unlearn(RemovalDataModule(data, [5]))  # fewer points than processes
     assert callback.memory is not None
     found.update(matrix=callback.memory.curvature.matrix, omega=callback.memory.omega)
+    model.load_state_dict(trained)
+    built = trainer.build_memory(model, Named(data.dataset, 41))
+    assert built.summary["n"] == 41
+    found["built"] = built.curvature.matrix
+    trainer.unlearn(RemovalDataModule(Named(data.dataset, 41), [3, 17, 40]))
+    assert callback.memory is not None
+    found["built_omega"] = callback.memory.omega
     if trainer.is_global_zero:
         save_file({k: v.clone() for k, v in found.items()}, path)

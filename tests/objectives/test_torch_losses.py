@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_muter import (
+    TRADES,
     ConfigurationError,
     L2Ball,
     MUterCallback,
@@ -38,6 +40,8 @@ CASES: dict[str, tuple[nn.Module, str]] = {
     "labels": (nn.BCEWithLogitsLoss(), "labels"),
     "weighted labels": (nn.BCEWithLogitsLoss(pos_weight=torch.tensor([1.0, 2.0, 0.5])), "labels"),
     "several outputs": (nn.MSELoss(), "numbers"),
+    "a sum of labels": (nn.BCEWithLogitsLoss(reduction="sum"), "labels"),
+    "a sum of outputs": (nn.MSELoss(reduction="sum"), "numbers"),
 }
 
 
@@ -46,7 +50,8 @@ def test_a_mean_of_point_losses_with_its_derivatives(case: str) -> None:
     module, kind = CASES[case]
     y, loss = targets(kind), resolve_loss(module)
     z = torch.randn(N, C, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
-    torch.testing.assert_close(loss(z, y).mean(), module.double()(z, y), rtol=1e-12, atol=0)
+    total = loss(z, y).sum() if loss.summed else loss(z, y).mean()
+    torch.testing.assert_close(total, module.double()(z, y), rtol=1e-12, atol=0)
     r, curvature = loss.derivatives(z, y)
     s = curvature.dense()
     for i in range(4):
@@ -72,7 +77,6 @@ def test_a_value_that_is_read_back(case: str) -> None:
     ("module", "message"),
     [
         (nn.CrossEntropyLoss(weight=torch.ones(3)), "no sum over points"),
-        (nn.CrossEntropyLoss(reduction="sum"), "reduction='mean'"),
         (nn.HuberLoss(), "expected one of"),
         (nn.BCELoss(), "expected one of"),
     ],
@@ -136,7 +140,7 @@ def test_a_run_ends_near_its_retrain(case: str, tmp_path: Any) -> None:
     assert found.settings == memory_of(callback).settings
 
 
-@pytest.mark.parametrize("case", ["smoothed", "labels", "weighted labels"])
+@pytest.mark.parametrize("case", ["smoothed", "labels", "weighted labels", "several outputs"])
 def test_the_total_hessian_is_that_of_the_robust_loss(case: str) -> None:
     """Central differences of the robust gradient, δ* solved again on both sides."""
     module, kind = CASES[case][0].double(), CASES[case][1]
@@ -165,6 +169,73 @@ def test_the_total_hessian_is_that_of_the_robust_loss(case: str) -> None:
     robust_gradient(omega)
     matrix = total_hessian(net, batch, L2Ball(0.2), head="head", loss=module)
     torch.testing.assert_close(matrix @ v, numeric, rtol=1e-6, atol=1e-7)
+
+
+# --- the sum over a batch --------------------------------------------------------------------
+
+
+class Scaled(Net):
+    """The same with another optimizer."""
+
+    def __init__(self, criterion: nn.Module, **options: Any) -> None:
+        super().__init__(criterion)
+        self.options = options
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.head.parameters(), **self.options)
+
+
+def fitted(
+    reduction: str, lr: float, weight_decay: float, batch_size: int = 20, drop_last: bool = True,
+    accumulate: int = 1, **options: Any,
+) -> UnlearningMemory:  # fmt: skip
+    torch.manual_seed(0)
+    module = nn.CrossEntropyLoss(label_smoothing=0.1, reduction=reduction)
+    net = Scaled(module, lr=lr, weight_decay=weight_decay).double()
+    callback = MUterCallback(L2Ball(0.2), head="head", loss="criterion", **options)
+    trainer = Trainer(
+        max_epochs=4, callbacks=[callback], accumulate_grad_batches=accumulate, **QUIET
+    )
+    loader = DataLoader(data("classes"), batch_size, drop_last=drop_last)
+    trainer.fit(net, loader)
+    return memory_of(callback)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("horizon", ["training", None])
+def test_a_sum_is_the_mean_at_a_larger_rate_and_a_smaller_decay(
+    accumulate: int, horizon: str | None
+) -> None:
+    options = {"horizon": horizon, "accumulate": accumulate}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "training stopped about")
+        found = fitted("sum", 0.01, 0.4, **options)
+        expected = fitted("mean", 0.2, 0.02, **options)
+    torch.testing.assert_close(found.omega, expected.omega)
+    assert found.settings.weight_decay == pytest.approx(0.02)
+    assert found.settings.horizon == pytest.approx(expected.settings.horizon)
+    for one in ("gradient", "residual_gradient"):
+        torch.testing.assert_close(getattr(found, one), getattr(expected, one))
+
+
+def test_a_sum_without_decay_takes_batches_of_any_size() -> None:
+    found = fitted("sum", 0.01, 0.0, batch_size=25, drop_last=False, horizon="training")
+    # 25, 25 and 10 points a step, four epochs
+    assert found.settings.horizon == pytest.approx(4 * 0.01)
+    assert found.settings.weight_decay == 0.0
+
+
+@pytest.mark.parametrize("batch_size", [25, 60])
+def test_a_sum_with_a_decay_and_other_batches_is_refused(batch_size: int) -> None:
+    with pytest.raises(ConfigurationError, match="it counts once a batch"):
+        fitted("sum", 0.01, 0.4, batch_size=batch_size, drop_last=False)
+
+
+def test_trades_with_a_sum_is_refused() -> None:
+    with pytest.raises(ConfigurationError, match="reduction='mean' for both"):
+        MUterCallback(
+            L2Ball(0.2), head="head", loss=nn.CrossEntropyLoss(reduction="sum"), objective=TRADES()
+        )
 
 
 @pytest.mark.parametrize("value", [2.0, -1.0])

@@ -25,7 +25,7 @@ from lightning_muter import (
     Trainer,
     UnlearningMemory,
 )
-from lightning_muter.linalg.lanczos import flow
+from lightning_muter.linalg.lanczos import TimeAverage, flow
 from lightning_muter.unlearning.flow import flow_rate, retrace
 from lightning_muter.unlearning.points import unweighted
 from lightning_muter.unlearning.stage_one import build_memories
@@ -38,6 +38,43 @@ def _symmetric(values: Tensor, seed: int) -> Tensor:
     noise = torch.randn(len(values), len(values), generator=generator, dtype=torch.float64)
     q, _ = torch.linalg.qr(noise)
     return (q * values) @ q.T
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.9999, None])
+def test_an_average_over_a_quadratic_training_is_retraced_exactly(decay: float | None) -> None:
+    """Exponential averages (0: the last weights), and an even one over the second half."""
+    p, steps, rate = 5, 20_000, 1e-5
+    whole = _symmetric(torch.logspace(-1, 2, p, dtype=torch.float64), 3)
+    part = whole - _symmetric(torch.linspace(0, 0.09, p, dtype=torch.float64), 4)
+    pull, gone = (torch.linspace(-1, 1, p).double(), torch.linspace(0.5, -0.2, p).double())
+
+    def average(matrix: Tensor, b: Tensor) -> Tensor:
+        omega = torch.ones(p, dtype=torch.float64)
+        mean = omega.clone()
+        for k in range(steps):
+            omega = omega - rate * (matrix @ omega - b)
+            if decay is None:
+                mean = omega if k < steps // 2 else mean + (omega - mean) / (k - steps // 2 + 1)
+            else:
+                mean = decay * mean + (1 - decay) * omega
+        return mean
+
+    shares = torch.zeros(steps + 1, dtype=torch.float64)
+    if decay is None:
+        shares[steps // 2 + 1 :] = 2.0 / steps
+    else:
+        shares[1:] = (1 - decay) * decay ** torch.arange(steps - 1, -1, -1).double()
+        shares[0] = decay**steps
+    times = (torch.arange(steps + 1).double() * rate).tolist()
+    horizon = TimeAverage(times, shares.tolist())
+    trained, retrained = average(whole, pull), average(part, pull - gone)
+    gradient = whole @ trained - pull
+    rhs = gradient - (part @ trained - (pull - gone))
+    offset = torch.ones(p, dtype=torch.float64) - trained
+    back = retrace(lambda v: whole @ v, gradient, offset, horizon).value
+    torch.testing.assert_close(back, -offset, rtol=1e-3, atol=1e-3 * float(offset.norm()))
+    there = retrace(lambda v: part @ v, gradient - rhs, offset, horizon).value
+    torch.testing.assert_close(there - back, retrained - trained, rtol=2e-3, atol=1e-6)
 
 
 def test_a_quadratic_training_is_retraced_exactly() -> None:

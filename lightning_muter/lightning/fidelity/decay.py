@@ -4,15 +4,38 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
+from torch.utils.data import DataLoader
 
 from lightning_muter.errors import ConfigurationError
 from lightning_muter.models import ModelView
 
-__all__ = ["check_held", "decay_of", "declared_penalty"]
+__all__ = ["check_held", "decay_and_penalty", "decay_of"]
+
+
+def decay_and_penalty(
+    optimizers: list[Optimizer],
+    view: ModelView,
+    loader: DataLoader[Any],
+    declared: float | None,
+    newton_steps: int,
+) -> tuple[float, float]:
+    """λ of the objective, and the part of it that is an L2 penalty of the loss's own.
+
+    Newton's steps end at the optimum of a declared λ, whatever training had.
+
+    Raises:
+        ConfigurationError: the weight decay is none of one objective's.
+    """
+    parameters = view.parameters
+    summed = _points_of_a_sum(optimizers, parameters, loader) if view.loss.summed else 1
+    decay = decay_of(optimizers, parameters, declared, newton_steps, summed)
+    own = 0.0 if newton_steps else _declared_penalty(optimizers, parameters, declared, summed)
+    return decay, own
 
 
 def _decays(optimizers: Iterable[Optimizer], parameters: list[nn.Parameter]) -> set[float]:
@@ -23,6 +46,30 @@ def _decays(optimizers: Iterable[Optimizer], parameters: list[nn.Parameter]) -> 
         for group in optimizer.param_groups
         if any(id(p) in wanted for p in group["params"])
     }
+
+
+def _points_of_a_sum(
+    optimizers: list[Optimizer], parameters: list[nn.Parameter], loader: DataLoader[Any]
+) -> int:
+    """The points a batch, b, of a training whose loss is their sum.
+
+    A step follows Σ_b l + (λ/2)‖ω‖², which is b times the mean with a decay of λ / b: that is one
+    objective where every batch has b points, in a Retrain as well, or where λ is 0.
+
+    Raises:
+        ConfigurationError: the weight decay counts for another number of points in some batches.
+    """
+    size = loader.batch_size
+    if not any(_decays(optimizers, parameters)):
+        return size or 1  # nothing is divided by it
+    if size is None or not loader.drop_last:
+        raise ConfigurationError(
+            "reduction='sum' with a weight decay: it counts once a batch, however many points that "
+            "holds, so that batches of another size, or all points in one, solve another problem "
+            "with fewer points; use reduction='mean', a weight decay of 0, or "
+            "DataLoader(batch_size=..., drop_last=True), whose batches are alike"
+        )
+    return size
 
 
 def check_held(optimizers: list[Optimizer], view: ModelView, newton_steps: int) -> None:
@@ -46,8 +93,11 @@ def decay_of(
     parameters: list[nn.Parameter],
     declared: float | None,
     newton_steps: int,
+    summed: int = 1,
 ) -> float:
     """λ as declared, or else that of the optimizer's groups that hold the trained parameters.
+
+    ``summed`` is how many points a loss sums, 1 for a mean: it takes as much of the optimizer's.
 
     Raises:
         ConfigurationError: the groups disagree, and nothing is declared.
@@ -68,11 +118,14 @@ def decay_of(
             "the memory assumes; use newton_steps, or SGD or Adam",
             stacklevel=2,
         )
-    return decays.pop() if decays else 0.0
+    return decays.pop() / summed if decays else 0.0
 
 
-def declared_penalty(
-    optimizers: list[Optimizer], parameters: list[nn.Parameter], declared: float | None
+def _declared_penalty(
+    optimizers: list[Optimizer],
+    parameters: list[nn.Parameter],
+    declared: float | None,
+    summed: int = 1,
 ) -> float:
     """The part of a declared λ that no optimizer has: an L2 penalty of the loss's own, or 0."""
     decays = _decays(optimizers, parameters)
@@ -80,5 +133,5 @@ def declared_penalty(
         return 0.0
     if any(isinstance(o, torch.optim.AdamW) for o in optimizers):
         return 0.0  # its decay is none of the objective's
-    rest = declared - decays.pop()
+    rest = declared - decays.pop() / summed
     return rest if abs(rest) > 1e-9 * max(declared, 1e-9) else 0.0

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["Comparison"]
+__all__ = ["Comparison", "tolerances"]
 
 _ALIGNED = 1e-5
 
@@ -78,7 +78,10 @@ class Comparison:
             )
         if self.cosine > 1 - max(_ALIGNED, self.slack**2):
             if abs(self.ratio / self.points - 1) < 1e-2:
-                return "training_step sums the loss over the batch: return the mean"
+                return (
+                    "training_step sums the loss over the batch: return the mean, or give loss= "
+                    "the sum, as in nn.CrossEntropyLoss(reduction='sum')"
+                )
             return (
                 f"training_step's loss is {self.ratio:.4g} times the mean over the batch: return "
                 "the mean itself, and scale the learning rate instead"
@@ -115,3 +118,12 @@ class Comparison:
         a, b = torch.cat(moved), torch.cat(weights)
         aligned = float(F.cosine_similarity(a, b, dim=0)) > 1 - max(1e-4, self.slack)
         return float(a @ b / (b @ b)) if aligned else None
+
+
+def tolerances(precision: str) -> tuple[float, float]:
+    """The relative difference that rounding may make, and the share that has vanished in it."""
+    if precision.startswith("64"):
+        return 1e-5, 1e-8
+    if precision.startswith("32"):
+        return 1e-3, 4e-3
+    return 1e-2, 0.3

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -10,9 +12,15 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_muter.errors import ConfigurationError
+from lightning_muter.lightning.fidelity.averaging import AverageWatch
+from lightning_muter.lightning.fidelity.difference import tolerances
+from lightning_muter.lightning.flavour import pl
+from lightning_muter.linalg.lanczos import TimeAverage
+from lightning_muter.memory.start import TrainingFlow
+from lightning_muter.objectives.losses import PointLoss
 from lightning_muter.unlearning.flow import flow_rate
 
-__all__ = ["StepWatch", "holds"]
+__all__ = ["StepWatch", "holds", "horizon_of", "pace_of"]
 
 
 def holds(optimizer: Optimizer, parameters: list[nn.Parameter]) -> bool:
@@ -39,10 +47,18 @@ class StepWatch:
         parameters: the trained ones.
         slack: the relative difference that rounding may make.
         time: of the flow so far.
+        average: follows the callback that averages the weights, if there is one.
     """
 
-    def __init__(self, parameters: list[nn.Parameter], slack: float, time: float = 0.0) -> None:
+    def __init__(
+        self,
+        parameters: list[nn.Parameter],
+        slack: float,
+        time: float = 0.0,
+        average: AverageWatch | None = None,
+    ) -> None:
         self._parameters, self._slack = parameters, slack
+        self.average = average
         self._eps = torch.finfo(parameters[0].dtype).eps
         self._step: _Step | None = None
         self._last = self._omega()
@@ -67,12 +83,56 @@ class StepWatch:
             rate = flow_rate(optimizer, self._parameters) or 0.0
             self._step = _Step(self._omega(), _sgd(optimizer, self._parameters), rate * share)
 
+    @classmethod
+    def of(
+        cls,
+        trainer: pl.Trainer,
+        parameters: list[nn.Parameter],
+        averaging: pl.Callback | None,
+        state: Mapping[str, Any],
+    ) -> StepWatch:
+        """That of a training which starts, or goes on from the ``state`` of a checkpoint.
+
+        Raises:
+            ConfigurationError: its optimizers follow no gradient flow, or nothing is known of what
+                the checkpoint's average was.
+        """
+        check_rates(trainer.optimizers, parameters)
+        slack, _ = tolerances(str(trainer.precision))
+        average = None if averaging is None else AverageWatch(averaging, slack)
+        if average is not None and state.get("flow_time", 0.0) > 0:
+            average.load_state_dict(state.get("average"))
+        return cls(parameters, slack, state.get("flow_time", 0.0), average)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs to know."""
+        average = {} if self.average is None else {"average": self.average.state_dict()}
+        return {"flow_time": self.time, **average}
+
+    def finish(self) -> TimeAverage:
+        """The times that the trained weights are an average over: the end, where nothing averages.
+
+        Raises:
+            ConfigurationError: the weights are not what training, or its averaging, left.
+        """
+        if self.average is not None:
+            return self.average.times(self._omega())
+        self.settle()
+        return TimeAverage.end(self.time)
+
     def settle(self) -> None:
         """Compare the last step with its prediction, and count its time.
 
         Raises:
             ConfigurationError: ω moved another way than SGD moves it.
         """
+        try:
+            self._settle()
+        finally:
+            if self.average is not None:
+                self.average.look(self.time, self._last)
+
+    def _settle(self) -> None:
         now, step = self._omega(), self._step
         self._step = None
         before = self._last if step is None else step.before
@@ -96,9 +156,38 @@ class StepWatch:
 def _refusal(what: str, moved: Tensor) -> ConfigurationError:
     return ConfigurationError(
         f"horizon='training', but {what} by {float(torch.linalg.vector_norm(moved)):.3g}: averaged "
-        "weights (WeightAveraging, EMA, SWA), weights that are set or clipped, and steps past "
-        "Lightning's optimizers follow no gradient flow; leave them out, or give newton_steps=..."
+        "weights of one's own (Lightning's WeightAveraging and StochasticWeightAveraging are "
+        "followed), weights that are set or clipped, and steps past Lightning's optimizers follow "
+        "no gradient flow; leave them out, or give newton_steps=..."
     )
+
+
+def pace_of(trainer: pl.Trainer, loss: PointLoss) -> Literal["epochs", "steps"]:
+    """What a Retrain of this training would have as many of.
+
+    Of a batch of all points there is one an epoch, however many they are; its sum grows with them.
+    """
+    by_steps = trainer.max_epochs in (None, -1) or trainer.global_step >= trainer.max_steps
+    limited = trainer.max_steps > 0 and by_steps
+    if trainer.num_training_batches == 1:
+        return "epochs" if loss.summed else "steps"
+    return "steps" if limited else "epochs"
+
+
+def horizon_of(
+    asked: float | Literal["training"] | None, flow: TrainingFlow | None, weights: Tensor
+) -> tuple[float | None, TrainingFlow | None]:
+    """A memory's horizon, and training's flow where it is that.
+
+    Args:
+        asked: as the callback has it.
+        flow: of training's own times, Σ lr; None where nothing followed them.
+        weights: of the points (n,): F is a sum, and its flow as much faster.
+    """
+    if asked != "training" or flow is None:
+        return None if asked == "training" else asked, None
+    average = flow.average.scaled(1 / float(weights.sum()))
+    return average.mean, replace(flow, average=average)
 
 
 def check_rates(optimizers: list[Optimizer], parameters: list[nn.Parameter]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,8 +13,8 @@ from torch.optim import Optimizer
 
 from lightning_muter.errors import ConfigurationError, MuterError
 from lightning_muter.lightning.data import TrainingPoints
-from lightning_muter.lightning.fidelity.difference import Comparison
-from lightning_muter.lightning.fidelity.flow import StepWatch, holds
+from lightning_muter.lightning.fidelity.difference import Comparison, tolerances
+from lightning_muter.lightning.fidelity.flow import StepWatch, holds, pace_of
 from lightning_muter.lightning.fidelity.frozen import FrozenPart
 from lightning_muter.lightning.fidelity.gradient import GradientWatch
 from lightning_muter.lightning.fidelity.outputs import head_outputs
@@ -23,7 +23,9 @@ from lightning_muter.lightning.fidelity.pushed import PushedWeights
 from lightning_muter.lightning.flavour import pl, rank_zero_info
 from lightning_muter.lightning.kept_state import untouched
 from lightning_muter.lightning.progress import bar_of, blocks
+from lightning_muter.linalg.lanczos import TimeAverage
 from lightning_muter.memory.points import digests_of
+from lightning_muter.memory.start import TrainingFlow
 from lightning_muter.models import ModelView, measuring
 from lightning_muter.models.base import Seen
 from lightning_muter.objectives.targets import check_targets
@@ -45,7 +47,9 @@ class TrainingWatch:
         head: name of the linear layer that is trained, or None where parameters are named.
         points: the training data set.
         penalty: an L2 coefficient that the loss is declared to have of its own.
-        flow_time: of the steps before, or None where no step needs to follow a gradient flow.
+        flow: what a checkpoint says of the steps before, or None where no step needs to follow a
+            gradient flow.
+        averaging: the callback that puts averaged weights into the module when training ends.
         reduce: sums a tensor over processes.
         refuse: is given what is found.
     """
@@ -58,7 +62,8 @@ class TrainingWatch:
         head: str | None,
         points: TrainingPoints,
         penalty: float,
-        flow_time: float | None,
+        flow: Mapping[str, Any] | None,
+        averaging: pl.Callback | None,
         reduce: Callable[[Tensor], Tensor],
         refuse: Callable[[MuterError], None],
     ) -> None:
@@ -69,16 +74,19 @@ class TrainingWatch:
         self._head = layer
         self._reduce, self._refuse = reduce, refuse
         self._said: set[str] = set()
-        self._slack, vanished = _tolerances(str(trainer.precision))
+        self._slack, vanished = tolerances(str(trainer.precision))
         self._context = trainer.precision_plugin.train_step_context
         self.key: bytes = trainer.strategy.broadcast(os.urandom(16))
         self.digests, received = self._read()
         sampling = sampling_of(trainer.train_dataloader, len(points))  # type: ignore[arg-type]
         self._count = PointCount(received, sampling, trainer.world_size, reduce)
         self._frozen = FrozenPart(module, view.names)
-        self._steps = (
-            None if flow_time is None else StepWatch(self._parameters, self._slack, flow_time)
-        )
+        self._averaging = averaging
+        self._steps = None
+        if flow is not None:
+            self._steps = StepWatch.of(trainer, self._parameters, averaging, flow)
+        #: how long training went, Σ lr, once it ended
+        self.flow: TrainingFlow | None = None
         self._gradient = GradientWatch(
             view.logits,
             self._parameters,
@@ -89,7 +97,7 @@ class TrainingWatch:
             vanished,
         )
         self._due, self._compared = True, False
-        self._window = 0
+        self._window, self._points_of_batch, self._points_in_window = 0, 0, 0
         self._divisor: int | None = None
         self._epochs, self._open = 0, False
         self._pushed = PushedWeights(self._parameters)
@@ -148,10 +156,13 @@ class TrainingWatch:
             self._frozen.check_flags()
         position = batch_idx + 1
         self._due |= position & (position - 1) == 0 or self._trainer.is_last_batch
+        x, targets = self._points.form.read(batch)
         self._window += 1
+        self._points_of_batch = len(x)
+        self._points_in_window += len(x)
         self._open = True
         with self._topic("content"):
-            self._count.see(digests_of(self.key, *self._points.form.read(batch)))
+            self._count.see(digests_of(self.key, x, targets))
 
     def perturbed(self, seen: Seen, targets: Tensor) -> None:
         """The batch as the attack left it: what training_step is about to see of its inputs."""
@@ -178,15 +189,16 @@ class TrainingWatch:
             with self._topic("changed"):
                 self._check_unchanged()
             self._gradient.sum.stepped()
-            self._window = 0
+            self._window, self._points_in_window = 0, 0
         if self._steps is not None:
             with self._topic("steps"):
                 self._steps.before_step(optimizer, share)
 
     def _share(self) -> float:
-        """The step's gradient as a multiple of its batches' mean gradient."""
+        """The step's gradient as a multiple of its points' mean gradient."""
+        each = self._points_in_window / max(self._window, 1) if self._loss.summed else 1.0
         if self._module.automatic_optimization:
-            return self._window / self._trainer.accumulate_grad_batches
+            return each * self._window / self._trainer.accumulate_grad_batches
         batches, divisor = max(self._window, 1), self._divisor or 1
         ends_early = batches < divisor and not self._trainer.is_last_batch
         if divisor > 1 and (ends_early or batches > divisor):
@@ -196,7 +208,7 @@ class TrainingWatch:
                 f"{batches} batches: divide by the number of batches that a step sums, or not at "
                 "all"
             )
-        return batches / divisor
+        return each * batches / divisor
 
     def ended(self) -> None:
         """A training batch has ended."""
@@ -262,6 +274,7 @@ class TrainingWatch:
         """
         automatic = self._module.automatic_optimization
         scale = float(self._trainer.accumulate_grad_batches) if automatic else 1.0
+        scale /= self._points_of_batch if self._loss.summed else 1
         scaler = getattr(self._trainer.precision_plugin, "scaler", None)
         comparison = self._gradient.compare(scale / (scaler.get_scale() if scaler else 1.0))
         if comparison is None:
@@ -289,13 +302,21 @@ class TrainingWatch:
     # --- an epoch, and the end ----------------------------------------------------------------
 
     def epoch_ended(self) -> None:
-        """The counts of an epoch are complete; after the first one, the frozen part is compared."""
+        """An epoch's steps are over; the frozen part is compared after the first, or each."""
+        if self._steps is not None:
+            with self._topic("steps"):
+                self._steps.settle()
+        if self._epochs == 0 or self._averaging is not None:
+            with self._topic("frozen"):
+                self._frozen.check_values()
+        self._counted()
+
+    def _counted(self) -> None:
+        """The counts of an epoch are complete."""
         self._open = False
         with self._topic("counts"):
             self._count.end_epoch()
         if self._epochs == 0:
-            with self._topic("frozen"):
-                self._frozen.check_values()
             with self._topic("gradient"):
                 self._check_compared()
         self._epochs += 1
@@ -311,14 +332,17 @@ class TrainingWatch:
         """Training has ended, and Stage I is about to begin."""
         self._gradient.sum.close()
         if self._open:
-            self.epoch_ended()
+            self._counted()
         if self._steps is not None:
             with self._topic("steps"):
-                self._steps.settle()
-        with self._topic("pushed"):
-            self._pushed.check()
-        with self._topic("frozen"):
-            self._frozen.check_values()
+                end, pace = TimeAverage.end(self._steps.time), pace_of(self._trainer, self._loss)
+                self.flow = TrainingFlow(end, pace)  # where a refusal is a warning
+                self.flow = TrainingFlow(self._steps.finish(), pace)
+        if self._averaging is None:  # an average of equal values is rounded, so is the frozen part
+            with self._topic("pushed"):
+                self._pushed.check()
+            with self._topic("frozen"):
+                self._frozen.check_values()
         with self._topic("content"):
             self._check_data()
         missed = int((self._count.weights() == 0).sum())
@@ -344,31 +368,22 @@ class TrainingWatch:
         self._gradient.sum.close()
 
     @property
-    def flow_time(self) -> float:
-        """Of the steps so far; 0 where none had to follow a gradient flow."""
-        return 0.0 if self._steps is None else self._steps.time
-
-    @property
     def point_weights(self) -> Tensor:
         """How much each point weighs in training's objective (n,)."""
         return self._count.weights()
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs to know."""
+        """What a resumed run needs to know of the points."""
         return self._count.state_dict()
+
+    def flow_state(self) -> dict[str, Any]:
+        """What a resumed run needs to know of the steps."""
+        pace = pace_of(self._trainer, self._loss)
+        return {} if self._steps is None else {"pace": pace, **self._steps.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on counting where a checkpoint was."""
         self._count.load_state_dict(state)
-
-
-def _tolerances(precision: str) -> tuple[float, float]:
-    """The relative difference that rounding may make, and the share that has vanished in it."""
-    if precision.startswith("64"):
-        return 1e-5, 1e-8
-    if precision.startswith("32"):
-        return 1e-3, 4e-3
-    return 1e-2, 0.3
 
 
 def _rows(digests: list[bytes]) -> Tensor:

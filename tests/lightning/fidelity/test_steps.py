@@ -150,8 +150,6 @@ def test_averaged_weights() -> None:
         with pytest.raises(ConfigurationError, match="before MUterCallback"):
             train(model, after=[make()], trainer=many)
         assert model._trainer is None or model.trainer.global_step == 0
-        with pytest.raises(ConfigurationError, match="averaged"):
-            train(Sgd(), before=[make()], horizon="training", trainer=many)
         callback = train(Sgd(), before=[make()], trainer=many)  # its weights are the expansion's
         assert callback.memory is not None
 
