@@ -97,8 +97,10 @@ class AfterTraining:
 
     def _as_trained(self, batch: Batch) -> Batch:
         """A batch in the dtype that the trainer's precision gives to training's own batches."""
-        x, targets = self.trainer.precision_plugin.convert_input([batch.x, batch.targets])
-        return replace(batch, x=x.to(next(self.module.parameters()).dtype), targets=targets)
+        convert = self.trainer.precision_plugin.convert_input
+        x, targets, rows = convert([batch.x, batch.targets, batch.beside.rows])
+        beside, dtype = replace(batch.beside, rows=rows), next(self.module.parameters()).dtype
+        return replace(batch, x=x.to(dtype), targets=targets, beside=beside.to(None, dtype))
 
     def newton(self, settings: Settings, weights: Tensor) -> list[float]:
         """Newton steps on the robust objective; if one fails, ω is again what training made it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from lightning_muter.curvature.kept import OuterProducts
 from lightning_muter.curvature.point import PointCurvature
 from lightning_muter.errors import ConfigurationError
+from lightning_muter.models.beside import Beside
 from lightning_muter.models.logits import CALLED, LogitsForm
 from lightning_muter.models.names import suggest
 from lightning_muter.objectives.base import Objective
@@ -29,10 +31,15 @@ Seen = tuple[Tensor, ...]
 
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
-    """Eval mode, gradients on, no compiled graphs; everything restored after."""
+    """Eval mode, gradients on, no compiled graphs; everything restored after.
+
+    Nor the fast path that ``nn.TransformerEncoder`` takes in eval mode: it has no derivative.
+    """
     modes = [(m, m.training) for m in module.modules()]
     set_stance = getattr(torch.compiler, "set_stance", None)
+    fast = torch.backends.mha.get_fastpath_enabled()
     try:
+        torch.backends.mha.set_fastpath_enabled(False)
         module.eval()
         with torch.inference_mode(False), torch.enable_grad():
             if set_stance is None:
@@ -41,6 +48,7 @@ def evaluating(module: nn.Module) -> Iterator[None]:
                 with set_stance("force_eager"):
                     yield
     finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
         for m, mode in modes:
             m.training = mode
 
@@ -49,16 +57,10 @@ def evaluating(module: nn.Module) -> Iterator[None]:
 def measuring(module: nn.Module) -> Iterator[None]:
     """`evaluating`, with attention that can be differentiated twice; everything restored after.
 
-    The fused attention kernels, and the fast path that ``nn.TransformerEncoder`` takes in eval
-    mode, have no double backward.
+    The fused attention kernels have no double backward.
     """
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with evaluating(module), sdpa_kernel(SDPBackend.MATH):
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
+    with evaluating(module), sdpa_kernel(SDPBackend.MATH):
+        yield
 
 
 @dataclass(frozen=True)
@@ -183,6 +185,14 @@ class ModelView(ABC):
             with torch.no_grad():
                 for parameter, value in zip(self.parameters, before, strict=True):
                     parameter.copy_(value)
+
+    def beside(self, beside: Beside) -> ModelView:
+        """The same view for points that have something beside x, which forward takes."""
+        if not beside and not self.logits.beside:
+            return self
+        found = copy.copy(self)
+        found.logits = self.logits.form.of(self.module, beside)
+        return found
 
     def received(self, x: Tensor) -> Tensor:
         """Points x (n, ...) as the module receives them; the same tensor without a scaling."""

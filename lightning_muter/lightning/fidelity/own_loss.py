@@ -53,8 +53,9 @@ def check_own_loss(
         found = _gradient(_step(own, batch), view.parameters)
         if found is None:
             return False
-        x, targets = settings.batch.read(batch)
-        mine = _gradient(view.loss(view.logits(x), targets).mean(), view.parameters)
+        x, targets, beside = settings.batch.read(batch)
+        logits = view.beside(beside).logits
+        mine = _gradient(view.loss(logits(x), targets).mean(), view.parameters)
     if mine is None:
         return False
     omega = tuple(p.detach().reshape(-1).double() for p in view.parameters)
