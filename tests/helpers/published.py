@@ -122,7 +122,7 @@ def first_image(batch: Any) -> Tensor:
 
 
 def slope(
-    case: Case, model: Any, wanted: list[Tensor], data: Points, indices: list[int], steps: int = 100
+    case: Case, model: Any, wanted: list[Tensor], data: Points, indices: list[int], steps: int = 60
 ) -> list[Tensor]:
     """Σ ∇l at each point's own maximiser, found by a damped iteration of δ = ε g/‖g‖."""
     batch = data.batch(indices)
@@ -188,15 +188,19 @@ def uncertainty() -> Case:
 def remote_sensing() -> Case:
     trainers = importlib.import_module("torchgeo.trainers")
     model = trainers.ClassificationTask(
-        model="resnet18", in_channels=3, task="multiclass", num_classes=CLASSES, freeze_backbone=True
+        model="test_resnet",
+        in_channels=3,
+        task="multiclass",
+        num_classes=CLASSES,
+        freeze_backbone=True,
     )
     return Case(
         model,
         "model.fc",
         lambda module, batch: module.criterion(module(batch["image"]), batch["label"]),
-        {"loss": "criterion", "weight_decay": 0.02, "sketch": 1, "newton_steps": 5},
+        {"loss": "criterion", "weight_decay": 0.02},
         eps=0.05,
-        n=12,
+        size=16,
         make=lambda x, y, i: {"image": x, "label": y, "crs": "EPSG:4326"},
         share=0.5,
     )
@@ -282,8 +286,8 @@ def timm(name: str, head: str, size: int, **sizes: Any) -> Case:
 
 def resnet(compiled: bool = False) -> Case:
     net = importlib.import_module("torchvision.models").resnet18(num_classes=CLASSES)
-    case = wrapped(net, "net.fc", eps=0.05, n=12, share=0.5)
-    case.callback |= {"sketch": 1, "newton_steps": 5}
+    case = wrapped(net, "net.fc", eps=0.05, n=9, share=0.5)
+    case.callback |= {"sketch": 1, "newton_steps": 3}
     if compiled:
         case.model.compile(backend="eager")
     return case
@@ -305,7 +309,12 @@ CASES: dict[str, Callable[[], Case]] = {
         num_heads=2,
     ),
     "timm convnext_atto": lambda: timm(
-        "convnext_atto", "net.head.fc", 32, dims=(4, 8, 12, 16), depths=(1, 1, 1, 1)
+        "convnext_atto",
+        "net.head.fc",
+        16,
+        patch_size=2,
+        dims=(4, 8, 12, 16),
+        depths=(1, 1, 1, 1),
     ),
     "torchvision resnet18": resnet,
     "torchvision resnet18, compiled": lambda: resnet(compiled=True),
