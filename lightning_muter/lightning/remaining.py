@@ -77,16 +77,15 @@ class RemainingPoints:
         Raises:
             RemovalError: a row is not what the memory was built on.
         """
-        parameter = view.parameters[0]
         for block, x, targets, beside in self._read():
             refuse_changed(self.memory.changed(block, x, targets, beside))
             known = block if names is None else [names[i] for i in block]
             yield Batch(
-                x.to(parameter.device, parameter.dtype),
-                targets.to(parameter.device),
-                self.memory.weights[block].to(parameter.device),
-                torch.tensor(known, device=parameter.device),
-                beside.to(parameter.device, parameter.dtype),
+                x.to(view.device, view.dtype),
+                targets.to(view.device),
+                self.memory.weights[block].to(view.device),
+                torch.tensor(known, device=view.device),
+                beside.to(view.device, view.dtype),
             )
 
     def objective(self, view: ModelView) -> RobustObjective:

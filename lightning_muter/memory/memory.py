@@ -250,7 +250,7 @@ class UnlearningMemory:
         """
         self.check_architecture(view)
         now = view.get().to(self.omega.device)
-        expected = [w.to(view.dtype).double() for w in (self.omega, self.omega_star)]
+        expected = [w.to(view.kept_as).double() for w in (self.omega, self.omega_star)]
         if not any(torch.allclose(now, w, rtol=1e-6, atol=1e-8) for w in expected):
             distance = float(torch.linalg.vector_norm(now - expected[0]))
             raise StateError(

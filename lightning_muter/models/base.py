@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -23,10 +24,23 @@ from lightning_muter.responses import Response
 from lightning_muter.threats import Geometry
 from lightning_muter.threats.pixels import Scaling
 
-__all__ = ["Linearisation", "ModelView", "Products", "Seen", "evaluating", "measuring"]
+__all__ = ["Linearisation", "ModelView", "Products", "Seen", "computing", "evaluating", "measuring"]
 
 #: the inputs of n points that an objective looks at, the perturbed ones last
 Seen = tuple[Tensor, ...]
+
+
+_HALF = (torch.bfloat16, torch.float16)
+
+
+def computing(dtype: torch.dtype) -> torch.dtype:
+    """What a module of this dtype is differentiated in: single precision at the least.
+
+    Example:
+        >>> computing(torch.bfloat16), computing(torch.float64)
+        (torch.float32, torch.float64)
+    """
+    return torch.float32 if dtype in _HALF else dtype
 
 
 @contextmanager
@@ -57,10 +71,29 @@ def evaluating(module: nn.Module) -> Iterator[None]:
 def measuring(module: nn.Module) -> Iterator[None]:
     """`evaluating`, with attention that can be differentiated twice; everything restored after.
 
-    The fused attention kernels have no double backward.
+    The fused attention kernels have no double backward. A module of half precision is one of
+    single precision meanwhile: what moved in it is rounded when it is restored.
     """
-    with evaluating(module), sdpa_kernel(SDPBackend.MATH):
+    with _widened(module), evaluating(module), sdpa_kernel(SDPBackend.MATH):
         yield
+
+
+@contextmanager
+def _widened(module: nn.Module) -> Iterator[None]:
+    """Parameters and buffers of half precision with single precision's digits."""
+    narrow = [t for t in chain(module.parameters(), module.buffers()) if t.dtype in _HALF]
+    own = [(t, t.data, t.grad) for t in narrow]
+    try:
+        for t in narrow:
+            t.grad = None
+            t.data = t.data.float()
+        yield
+    finally:
+        for t, data, grad in own:
+            if not torch.equal(t.data, data.float()):
+                data.copy_(t.data)
+            t.data = data
+            t.grad = grad
 
 
 @dataclass(frozen=True)
@@ -153,7 +186,12 @@ class ModelView(ABC):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype that the module computes in."""
+        """The dtype that the module is differentiated in."""
+        return computing(self.parameters[0].dtype)
+
+    @property
+    def kept_as(self) -> torch.dtype:
+        """The dtype that the trained parameters are kept in."""
         return self.parameters[0].dtype
 
     @property

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_muter.curvature.dense import DenseCurvature
-from lightning_muter.models import BatchForm, LogitsForm, measuring, view_of
+from lightning_muter.models import BatchForm, LogitsForm, computing, measuring, view_of
 from lightning_muter.models.logits import Forward, Output
 from lightning_muter.objectives.module_loss import loss_in
 from lightning_muter.objectives.resolve import AnyLoss
@@ -88,7 +88,7 @@ def total_hessian(
     view = view_of(module, own, head, parameters, space, threat.scaling, objective, form)
     resolved = resolve_response(response, inverse, neumann_order, sketch)
     problem = PointProblem("muter", threat, resolved, weight_decay)
-    points = unweighted(x, targets, beside)
+    points = unweighted(x.to(computing(x.dtype)), targets, beside)
     total = DenseCurvature.zeros(view.p, points.x.device)
     with measuring(module):
         inner = None if delta is None else problem.given(view, points, delta)

@@ -14,7 +14,7 @@ from lightning_muter.linalg.cholesky import DenseSolver
 from lightning_muter.linalg.solution import Status
 from lightning_muter.memory.memory import UnlearningMemory
 from lightning_muter.memory.points import integer
-from lightning_muter.models import measuring
+from lightning_muter.models import computing, measuring
 from lightning_muter.unlearning.points import unweighted
 
 __all__ = ["TopInfluences", "adversarial_influence", "influence_on_losses", "top_influences"]
@@ -139,6 +139,7 @@ def _gradients(memory: UnlearningMemory, module: nn.Module, batch: Sequence[Tens
     """∇_ω l(ω*, x + δ*) (m, p) of each point."""
     view, problem = memory.settings.view(module), memory.settings.problem()
     x, targets, beside = memory.settings.batch.read(batch)
+    x = x.to(computing(x.dtype))
     starts = range(0, len(x), _BLOCK)
     found = []
     with measuring(module), view.at(memory.omega_star):

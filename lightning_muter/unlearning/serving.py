@@ -89,10 +89,10 @@ class Server:
                 self.memory,
                 self.view,
                 indices,
-                x.to(parameter.device, parameter.dtype, copy=True),
+                x.to(parameter.device, self.view.dtype, copy=True),
                 targets.to(parameter.device, copy=True),
                 group=self.group,
-                beside=beside.to(parameter.device, parameter.dtype).copied(),
+                beside=beside.to(parameter.device, self.view.dtype).copied(),
             )
         self.memory = outcome.memory
         self.outcomes.append(outcome)

@@ -69,8 +69,8 @@ class Points(Dataset[Any]):
 class Case:
     """A module, the least change that it needs, and its own loss.
 
-    ``refused`` are the arguments of a first attempt and what its refusal says; ``share`` is what may
-    be left of the gradient.
+    ``refused`` are the arguments of a first attempt and what its refusal says; ``share`` is what
+    may be left of the gradient.
     """
 
     model: Any

@@ -13,7 +13,7 @@ from lightning_muter.lightning.fidelity.backward import BackwardSum
 from lightning_muter.lightning.fidelity.difference import Comparison
 from lightning_muter.lightning.fidelity.outputs import head_outputs
 from lightning_muter.lightning.kept_state import untouched
-from lightning_muter.models import NOTHING, Beside, Logits, measuring
+from lightning_muter.models import NOTHING, Beside, Logits, evaluating
 from lightning_muter.models.base import Seen
 from lightning_muter.objectives.base import Objective
 
@@ -97,7 +97,7 @@ class GradientWatch:
         if not bool(torch.isfinite(found).all()):
             return None
         module = self._logits
-        with self.sum.paused(), untouched(module), measuring(module), self._context():
+        with self.sum.paused(), untouched(module), evaluating(module), self._context():
             own = self._own(batch)
         self._longest = max(
             self._longest,

@@ -25,7 +25,7 @@ from lightning_muter.lightning.flavour import pl, rank_zero_info
 from lightning_muter.lightning.kept_state import untouched
 from lightning_muter.lightning.progress import bar_of, blocks
 from lightning_muter.memory.points import digests_of
-from lightning_muter.models import Beside, ModelView, measuring
+from lightning_muter.models import Beside, ModelView, evaluating
 from lightning_muter.models.base import Seen
 from lightning_muter.objectives.targets import check_targets
 
@@ -139,7 +139,7 @@ class TrainingWatch:
         """Outputs a point, which are the head's own."""
         module, device = self._module, self._parameters[0].device
         logits = self._logits.form.of(module, beside.to(device))
-        with untouched(module), measuring(module), torch.no_grad(), self._context():
+        with untouched(module), evaluating(module), torch.no_grad(), self._context():
             x = x.to(device)
             with self._topic("outputs"):
                 return head_outputs(logits, self._head, x, self._slack).numel() // len(x)
