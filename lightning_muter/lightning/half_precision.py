@@ -65,8 +65,9 @@ def rounding_of(omega: Tensor, view: ModelView, update: float) -> tuple[str, ...
     if moved >= _DROWNED * update:
         raise RemovalError(
             f"the update is {update:.3g} long, and rounding its weights to {_name(view)} would "
-            f"move them by {moved:.3g}: most of it would be lost; nothing was changed; ask for more points at once, or train with "
-            "precision='bf16-mixed', which keeps the weights in float32"
+            f"move them by {moved:.3g}: most of it would be lost; nothing was changed; ask for "
+            "more points at once, or train with precision='bf16-mixed', which keeps the weights in "
+            "float32"
         )
     if moved < _SHARE * update:
         rank_zero_info(f"rounding to {_name(view)} moves the weights by {moved:.3g}")

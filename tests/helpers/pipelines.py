@@ -461,6 +461,16 @@ PIPELINES = [
     Pipeline("a compiled module", _compiled, {}, note="torch.compile"),
     Pipeline("single precision", Plain, {}, precision="32-true", tolerance=0.2),
     Pipeline("bf16 autocast", Plain, {}, precision="bf16-mixed", tolerance=0.3),
+    Pipeline("weights of half precision", Plain, {}, precision="bf16-true", tolerance=0.3),
+    Pipeline(
+        "weights of half precision, several processes' strategy",
+        Plain,
+        {},
+        precision="bf16-true",
+        trainer={"strategy": "ddp", "devices": 1},
+        note="ddp",
+        outcome="with a distributed strategy",
+    ),
     Pipeline(
         "accumulated gradients",
         Plain,

@@ -81,6 +81,7 @@ class Case:
     eps: float = EPS
     size: int = 8
     n: int = N
+    validates: bool = False
     make: Callable[[Tensor, Tensor, int], Any] = lambda x, y, i: (x, y)
     refused: tuple[dict[str, Any], str] | None = None
     share: float = 0.1
@@ -93,7 +94,8 @@ class Case:
         given = {"head": self.head, "newton_steps": 10, "batch_size": 64, **arguments}
         callback = MUterCallback(L2Ball(self.eps), **given)
         trainer = Trainer(max_epochs=2, callbacks=[callback], **QUIET)
-        trainer.fit(self.model, DataLoader(data, batch_size=8))
+        loader = DataLoader(data, batch_size=8)
+        trainer.fit(self.model, loader, loader if self.validates else None)
         return trainer, callback
 
     def gradient(self, data: Points, left: list[int]) -> float:
@@ -201,6 +203,7 @@ def remote_sensing() -> Case:
         {"loss": "criterion", "weight_decay": 0.02},
         eps=0.05,
         size=16,
+        validates=True,  # its schedule looks at val_loss
         make=lambda x, y, i: {"image": x, "label": y, "crs": "EPSG:4326"},
         share=0.5,
     )
