@@ -30,12 +30,12 @@ from lightning_muter.unlearning.point_problem import PointProblem
 __all__ = ["Settings"]
 
 _THREATS: dict[str, type[Threat]] = {"L2Ball": L2Ball, "LinfBall": LinfBall}
-_FORMS = ("batch", "forward", "output")
+_FORMS = ("batch", "taken", "forward", "output")
 _SOLVERS = ("auto", "direct", "schur")
 _REPRESENTATIONS = ("auto", "dense", "rows")
 _ROW_DTYPES = {"float64": torch.float64, "float32": torch.float32}
-#: how a sum is kept and solved, not which one it is
-_MANNER = {"solver", "representation", "row_dtype", "solver_tol"}
+#: how a sum is kept and solved, not which one it is; and what training's batches decided
+_MANNER = {"solver", "representation", "row_dtype", "solver_tol", "taken"}
 #: of these what a memory's tensors decide
 _KEPT = ("representation", "row_dtype")
 #: of the free memory that a preconditioner may take
@@ -127,9 +127,12 @@ class Settings:
         return replace(self, weight_decay=weight_decay, horizon=horizon)
 
     def of(self, module: nn.Module) -> Settings:
-        """The same settings with the module's own loss, where it was named by its attribute."""
-        loss = self.loss
-        return replace(self, loss=loss.of(module)) if isinstance(loss, ModuleLoss) else self
+        """The same settings with what only the module says.
+
+        Its own loss, where it was named by its attribute, and the entries that forward takes.
+        """
+        loss = self.loss.of(module) if isinstance(self.loss, ModuleLoss) else self.loss
+        return replace(self, loss=loss, batch=self.batch.taking(self.logits.takes(module)))
 
     def robust(self) -> Settings:
         """The settings of the robust objective itself: ω* is every method's, its optimum."""
@@ -187,6 +190,7 @@ class Settings:
         """How batches and outputs are read, as far as it was said."""
         said = {
             "batch": self.batch.where,
+            "taken": self.batch.taken or None,
             "forward": self.logits.forward,
             "output": self.logits.output,
         }
@@ -218,7 +222,7 @@ class Settings:
                 )
             values = {
                 **{name: one for name, one in data.items() if name not in _FORMS},
-                "batch": BatchForm.of(forms.get("batch")),
+                "batch": BatchForm.of(forms.get("batch")).taking(forms.get("taken", ())),
                 "logits": LogitsForm(forms.get("forward"), forms.get("output")),
                 "threat": _THREATS[threat.pop("own")](**threat),
                 "loss": _loss_of(loss),
@@ -325,4 +329,5 @@ def agreed(saved: dict[str, Any], given: Settings | None) -> Settings:
             "settings, with functions and classes whose code is as it was, in the same Python "
             "version; or rebuild the memory"
         )
-    return replace(trained, **{name: saved[name] for name in _KEPT if name in saved})
+    form = trained.batch.taking(saved.get("taken", ()))
+    return replace(trained, batch=form, **{name: saved[name] for name in _KEPT if name in saved})

@@ -122,7 +122,7 @@ class _Seed:
         pl.seed_everything(seed, verbose=False)
         datamodule, module = experiment.datamodule(), experiment.module()
         points = training_points(datamodule)
-        x, y = points.batch(range(len(points)))
+        x, y, _ = points.batch(range(len(points)))  # no form is asked: nothing is beside them
         datamodule.setup("test")
         loader = datamodule.test_dataloader()
         tests = [batch[:2] for batch in loader]

@@ -21,7 +21,7 @@ from lightning_muter.errors import ConfigurationError, MuterError
 from lightning_muter.lightning.flavour import pl
 from lightning_muter.lightning.kept_state import untouched
 from lightning_muter.lightning.two_points import check_gradient, check_outputs
-from lightning_muter.models import BatchForm, Logits, LogitsForm, evaluating
+from lightning_muter.models import NOTHING, BatchForm, Beside, Logits, LogitsForm, evaluating
 from lightning_muter.models.batches import Where
 from lightning_muter.models.logits import Forward, Output
 from lightning_muter.objectives.base import Objective
@@ -55,8 +55,8 @@ class AdversarialTraining(pl.Callback):
         objective: `TRADES`: the attack moves the outputs away from those of the clean point,
             training batches are [input, target, perturbed input], and accuracies are of attacks
             on ``loss``, as they are without; None for adversarial training.
-        batch: where a batch's input and target are: two names or positions, or a function batch ->
-            (x, target); None to find them.
+        batch: where a batch's input and target are, and after them what forward takes beside x:
+            names or positions, or a function batch -> (x, target, ...); None to find them.
         output: where the logits are in what the module returns: a key, a position, an attribute, or
             a function of it; None to find them.
         forward: a method's name or a function (module, x) -> logits, where calling the module with
@@ -93,16 +93,16 @@ class AdversarialTraining(pl.Callback):
         self._blind = SumMetric()
         self._inputs_refused = False
 
-    def perturb(self, module: nn.Module, x: Tensor, targets: Tensor) -> Tensor:
-        """Adversarial inputs (n, ...); module mode, gradients and RNG are left as they were."""
-        return self._attacked(module, self._objective_in(module), x, targets)
-
-    def _attacked(
-        self, module: nn.Module, objective: Objective, x: Tensor, targets: Tensor
+    def perturb(
+        self, module: nn.Module, x: Tensor, targets: Tensor, beside: Beside = NOTHING
     ) -> Tensor:
-        logits = self._logits.of(module)
+        """Adversarial inputs (n, ...); module mode, gradients and RNG are left as they were."""
+        logits = self._logits.of(module, beside)
+        return self._attacked(logits, self._objective_in(module), x, targets)
+
+    def _attacked(self, logits: Logits, objective: Objective, x: Tensor, targets: Tensor) -> Tensor:
         self._try(logits, objective.loss, x, targets)
-        with evaluating(module), own_random_numbers(x):
+        with evaluating(logits), own_random_numbers(x):
             x = x.detach().clone()
             if self.attack is not None:
                 return self.attack(logits, x, targets.clone())
@@ -133,14 +133,16 @@ class AdversarialTraining(pl.Callback):
     def _try(self, logits: Logits, loss: PointLoss, x: Tensor, targets: Tensor) -> None:
         """Two points first: what the module cannot do is said by what would help."""
         if not self._tried:
-            with untouched(logits), evaluating(logits):
-                check_outputs(logits, x[:2].clone())
-                check_gradient(logits, loss, x[:2].clone(), targets[:2].clone())
+            two = logits.form.of(logits.module, logits.beside.part(slice(2)))
+            with untouched(two), evaluating(two):
+                check_outputs(two, x[:2].clone())
+                check_gradient(two, loss, x[:2].clone(), targets[:2].clone())
         self._tried = True
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self._tried = False
         self._loss_in(pl_module)
+        self._batch = self._batch.taking(self._logits.takes(pl_module))
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._inputs_refused = False
@@ -148,9 +150,9 @@ class AdversarialTraining(pl.Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        x, targets = self._batch.read(batch)
+        x, targets, beside = self._batch.read(batch)
         self._check_inputs(x)
-        perturbed = self.perturb(pl_module, x, targets)
+        perturbed = self.perturb(pl_module, x, targets, beside)
         if self._trades is None:
             self._put_back = self._batch.put(batch, x, perturbed)
         else:
@@ -194,13 +196,14 @@ class AdversarialTraining(pl.Callback):
         """What happens on a refusal: it is raised. A subclass may let some pass with a warning."""
         raise error
 
-    def _attack_hard(self, module: nn.Module, x: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    def _attack_hard(self, logits: Logits, x: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Adversarial inputs to measure by, and the points (n,) that no gradient led anywhere."""
-        adversarial = self._attacked(module, Standard(self._loss_in(module)), x, targets)
-        with evaluating(module), own_random_numbers(x):
+        loss = self._loss_in(logits.module)
+        adversarial = self._attacked(logits, Standard(loss), x, targets)
+        with evaluating(logits), own_random_numbers(x):
             return without_blind_spots(
-                self._logits.of(module),
-                self._loss_in(module),
+                logits,
+                loss,
                 self.threat,
                 x.detach().clone(),
                 targets.clone(),
@@ -210,17 +213,17 @@ class AdversarialTraining(pl.Callback):
             )
 
     def _measure(self, pl_module: pl.LightningModule, batch: Any) -> None:
-        x, targets = self._batch.read(batch)
-        logits, loss = self._logits.of(pl_module), self._loss_in(pl_module)
+        x, targets, beside = self._batch.read(batch)
+        logits, loss = self._logits.of(pl_module, beside), self._loss_in(pl_module)
         self._check_inputs(x)
-        adversarial, blind = self._attack_hard(pl_module, x, targets)
+        adversarial, blind = self._attack_hard(logits, x, targets)
         self._blind.to(x.device).update(blind.sum())
-        with torch.no_grad():
-            for metric, inputs in ((self._clean, x), (self._robust, adversarial)):
+        for metric, inputs in ((self._clean, x), (self._robust, adversarial)):
+            with evaluating(logits), torch.no_grad():
                 outputs = logits(inputs).detach()
                 correct = loss.is_correct(outputs, targets)
                 value = loss(outputs, targets) if correct is None else correct.float()
-                metric.to(x.device).update(value)
+            metric.to(x.device).update(value)
 
     def _report(self, pl_module: pl.LightningModule, stage: str) -> None:
         kind = "acc" if self._loss_in(pl_module).classifies else "loss"

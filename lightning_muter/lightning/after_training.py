@@ -15,6 +15,7 @@ from lightning_muter.display import counted
 from lightning_muter.errors import ConfigurationError
 from lightning_muter.lightning.data import TrainingPoints
 from lightning_muter.lightning.flavour import pl, rank_zero_info
+from lightning_muter.lightning.half_precision import check_precision
 from lightning_muter.lightning.preflight import Preflight, rehearse, time_pass
 from lightning_muter.lightning.process_group import process_group
 from lightning_muter.lightning.progress import bar_of
@@ -23,7 +24,7 @@ from lightning_muter.memory.ids import id_digests, ids_key
 from lightning_muter.memory.memory import UnlearningMemory
 from lightning_muter.memory.rebase_policy import RebasePolicy
 from lightning_muter.memory.start import TrainingFlow
-from lightning_muter.models import BatchForm
+from lightning_muter.models import BatchForm, computing, measuring
 from lightning_muter.spec import Settings
 from lightning_muter.unlearning.cost import Cost
 from lightning_muter.unlearning.methods import METHODS
@@ -63,6 +64,7 @@ class AfterTraining:
     def rehearse(self) -> None:
         """Two points through all that comes after training; what it takes, for a person."""
         settings, device = self.settings, self.trainer.strategy.root_device
+        check_precision(self.trainer, settings.view(self.module))
         has_memory = METHODS[settings.method].has_memory
         kept = self._represented(settings if has_memory else settings.robust())
         self.representation = kept.settings.representation
@@ -97,9 +99,18 @@ class AfterTraining:
         return self._as_trained(next(self.points.batches(some, count, device)))
 
     def _as_trained(self, batch: Batch) -> Batch:
-        """A batch in the dtype that the trainer's precision gives to training's own batches."""
-        x, targets = self.trainer.precision_plugin.convert_input([batch.x, batch.targets])
-        return replace(batch, x=x.to(next(self.module.parameters()).dtype), targets=targets)
+        """A batch in the dtype that the trainer's precision gives to training's own batches.
+
+        Under half precision it is not rounded: what is differentiated is of single precision, and
+        so are the points of a request.
+        """
+        dtype = computing(next(self.module.parameters()).dtype)
+        given: list[Any] = [batch.x, batch.targets, batch.beside.rows]
+        converted = self.trainer.precision_plugin.convert_input(given)
+        rounded = computing(converted[0].dtype) != converted[0].dtype
+        x, targets, rows = given if rounded else converted
+        beside = replace(batch.beside, rows=rows).to(None, dtype)
+        return replace(batch, x=x.to(dtype), targets=targets, beside=beside)
 
     def newton(self, settings: Settings, weights: Tensor) -> list[float]:
         """Newton steps on the robust objective; if one fails, ω is again what training made it."""
@@ -107,7 +118,8 @@ class AfterTraining:
         target = self.objective(robust, weights)
         trained = target.view.get()
         try:
-            return newton(target, self.newton_steps, robust.damping)
+            with measuring(self.module):  # no step is rounded, the last one is
+                return newton(target, self.newton_steps, robust.damping)
         except BaseException:
             target.view.set(trained)  # exact: float64 holds every value of a smaller dtype
             raise

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +71,8 @@ def build_memory(
     with _weights_of(model, checkpoint), kept_random_state(group.device):
         keeper.settings = keeper.settings.of(model)
         view = keeper.settings.view(model)
-        points = training_points(datamodule, keeper.settings.batch)
+        points = training_points(datamodule, keeper.settings.batch).settled()
+        keeper.settings = replace(keeper.settings, batch=points.form)
         points.check()
         past = _Past.of(keeper, trainer, view, checkpoint)
         kept = KeptState(model)
@@ -127,7 +128,7 @@ def _built(
 def _batch(trainer: pl.Trainer, model: pl.LightningModule, points: TrainingPoints) -> Any:
     """Some points as training's loader gives them, in training's precision."""
     batch = points.collated(range(min(_COMPARED, len(points))))
-    x, _ = points.form.read(batch)
+    x = points.form.read(batch)[0]
     batch = trainer.precision_plugin.convert_input(batch)
     moved = trainer.strategy.batch_to_device(batch)
     points.form.put(moved, points.form.read(moved)[0], x.to(next(model.parameters())))
@@ -139,13 +140,14 @@ def _read(keeper: MemoryKeeper, view: ModelView, points: TrainingPoints, key: by
     module, head, rows = view.module, keeper.settings.head, bytearray()
     layer = None if head is None else module.get_submodule(head)
     for start in range(0, len(points), _BLOCK):
-        x, targets = points.batch(range(start, min(start + _BLOCK, len(points))))
+        x, targets, beside = points.batch(range(start, min(start + _BLOCK, len(points))))
         keeper.settings.threat.check_inputs(x)
         with untouched(module), measuring(module), torch.no_grad():
             few = x[:2].to(view.device, view.dtype)
-            width = head_outputs(view.logits, layer, few, _SLACK).numel() // len(few)
+            logits = view.beside(beside.part(slice(2)).to(view.device, view.dtype)).logits
+            width = head_outputs(logits, layer, few, _SLACK).numel() // len(few)
         check_targets(view.loss, targets, width)
-        rows += b"".join(digests_of(key, x, targets))
+        rows += b"".join(digests_of(key, x, targets, beside))
     return torch.frombuffer(rows, dtype=torch.uint8).reshape(len(points), -1)
 
 

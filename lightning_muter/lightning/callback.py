@@ -228,7 +228,9 @@ class MUterCallback(MemoryKeeper, AdversarialTraining):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         refuse_other(trainer=trainer, model=pl_module)
         super().setup(trainer, pl_module, stage)
-        self.settings = replace(self.settings, loss=loss_in(self.loss, pl_module))
+        self.settings = replace(
+            self.settings, loss=loss_in(self.loss, pl_module), batch=self._batch
+        )
         if not hasattr(trainer, "unlearn"):
             trainer.unlearn = types.MethodType(unlearn, trainer)  # type: ignore[attr-defined]
         if stage != "fit":
@@ -249,7 +251,9 @@ class MUterCallback(MemoryKeeper, AdversarialTraining):
             self._refuse(error)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        points, view = points_of(trainer, self.settings.batch), self.settings.view(pl_module)
+        points = points_of(trainer, self.settings.batch).settled()
+        self.settings = replace(self.settings, batch=points.form)
+        view = self.settings.view(pl_module)
         points.check()
         self._id_texts = ids_of(points.dataset, self.ids)
         check_held(trainer.optimizers, view, self.newton_steps)
@@ -318,10 +322,11 @@ class MUterCallback(MemoryKeeper, AdversarialTraining):
             self._kept.evaluate_frozen(pl_module, set(self.settings.view(pl_module).names))
         watch = self._watching()
         watch.received(batch, batch_idx)
+        _, targets, beside = self.settings.batch.read(batch)
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
-        x, targets = self.settings.batch.read(batch)
         trades = self.settings.objective
-        watch.perturbed((x,) if trades is None else trades.trained_on(batch), targets)
+        seen = self.settings.batch.read(batch)[:1] if trades is None else trades.trained_on(batch)
+        watch.perturbed(seen, targets, beside)
 
     def on_before_backward(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor

@@ -23,7 +23,7 @@ from lightning_muter.errors import ConfigurationError, RemovalError
 from lightning_muter.lightning.flavour import pl, refuse_other
 from lightning_muter.memory.ids import id_texts
 from lightning_muter.memory.points import digests_of, integer, listing, training_indices
-from lightning_muter.models import BatchForm
+from lightning_muter.models import BatchForm, Beside
 from lightning_muter.models.batches import FOUND, Where
 from lightning_muter.unlearning.points import Batch, unweighted
 from lightning_muter.unlearning.serving import RemovalBatch
@@ -56,8 +56,14 @@ class TrainingPoints:
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def batch(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Inputs and targets of some points."""
+    def settled(self) -> TrainingPoints:
+        """The same points; of the entries that forward could take, those that there are."""
+        if not self.form.taken or not len(self):
+            return self
+        return TrainingPoints(self.dataset, self.collate, self.form.within(self.collated([0])))
+
+    def batch(self, indices: Sequence[int]) -> tuple[Tensor, Tensor, Beside]:
+        """Inputs and targets of some points, and what else forward takes of them."""
         return self.form.read(self.collated(indices))
 
     def collated(self, indices: Sequence[int]) -> Any:
@@ -106,9 +112,10 @@ class TrainingPoints:
         """
         for start in range(0, len(indices), batch_size):
             some = list(indices[start : start + batch_size])
-            x, targets = self.batch(some)
+            x, targets, beside = self.batch(some)
             named = torch.tensor(some, device=device)
-            batch = replace(unweighted(x.to(device), targets.to(device)), indices=named)
+            batch = unweighted(x.to(device), targets.to(device), beside.to(device))
+            batch = replace(batch, indices=named)
             if weights is not None:
                 batch = replace(batch, weights=weights[some].to(batch.weights))
             yield batch
@@ -172,7 +179,9 @@ def training_points(
     return TrainingPoints(loader.dataset, loader.collate_fn, form)
 
 
-class _Indexed(Dataset[RemovalBatch]):
+class _Indexed(Dataset[int]):
+    """Positions of a request; `removal` makes the batch of some of them."""
+
     def __init__(self, points: TrainingPoints, indices: list[int], names: list[int] | None) -> None:
         self.points, self.indices = points, indices
         self.names = indices if names is None else names
@@ -180,9 +189,13 @@ class _Indexed(Dataset[RemovalBatch]):
     def __len__(self) -> int:
         return len(self.indices)
 
-    def __getitem__(self, position: int) -> RemovalBatch:
-        x, target = self.points.batch([self.indices[position]])
-        return RemovalBatch(x[0], target[0], self.names[position])
+    def __getitem__(self, position: int) -> int:
+        return range(len(self))[position]
+
+    def removal(self, positions: Sequence[int]) -> RemovalBatch:
+        x, targets, beside = self.points.batch([self.indices[k] for k in positions])
+        names = torch.tensor([self.names[k] for k in positions])
+        return RemovalBatch(x, targets, names, beside.entries())
 
 
 def _keys(ids: Sequence[str | int]) -> list[str]:
@@ -275,7 +288,7 @@ class RemovalDataModule(pl.LightningDataModule):
         points, gone = self.training_points(), set(self.indices)
         return Subset(points.dataset, [i for i in range(len(points)) if i not in gone])
 
-    def predict_dataloader(self) -> DataLoader[RemovalBatch]:
+    def predict_dataloader(self) -> DataLoader[int]:
         self._refuse_ids()
         points = self.training_points()
         points.check_positions(self.indices)
@@ -285,4 +298,10 @@ class RemovalDataModule(pl.LightningDataModule):
             dataset, num_replicas=1, rank=0, shuffle=False
         )
         generator = torch.Generator()  # of its own: the global random state is the user's
-        return DataLoader(dataset, batch_size=self.batch_size, sampler=sampler, generator=generator)
+        return DataLoader(
+            dataset,
+            batch_size=self.batch_size,
+            sampler=sampler,
+            generator=generator,
+            collate_fn=dataset.removal,
+        )

@@ -136,7 +136,7 @@ def rehearse(
     with untouched(module), measuring(module):
         batch = read(2)
         x, targets = batch.x, batch.targets
-        view = settings[-1].view(module)
+        view = settings[-1].view(module).beside(batch.beside)
         outputs = check_forward(view.logits, x)
         check_targets(view.loss, targets, outputs)
         if known_targets is not None:

@@ -14,7 +14,7 @@ from lightning_muter.lightning.progress import Bar, blocks, no_bar
 from lightning_muter.lightning.removals import refuse_missing
 from lightning_muter.memory.memory import UnlearningMemory
 from lightning_muter.memory.points import digests_of, refuse_changed
-from lightning_muter.models import ModelView
+from lightning_muter.models import Beside, ModelView
 from lightning_muter.parallel import Group
 from lightning_muter.unlearning.objective import RobustObjective
 from lightning_muter.unlearning.points import Batch
@@ -77,15 +77,15 @@ class RemainingPoints:
         Raises:
             RemovalError: a row is not what the memory was built on.
         """
-        parameter = view.parameters[0]
-        for block, x, targets in self._read():
-            refuse_changed(self._changed(block, x, targets))
+        for block, x, targets, beside in self._read():
+            refuse_changed(self.memory.changed(block, x, targets, beside))
             known = block if names is None else [names[i] for i in block]
             yield Batch(
-                x.to(parameter.device, parameter.dtype),
-                targets.to(parameter.device),
-                self.memory.weights[block].to(parameter.device),
-                torch.tensor(known, device=parameter.device),
+                x.to(view.device, view.dtype),
+                targets.to(view.device),
+                self.memory.weights[block].to(view.device),
+                torch.tensor(known, device=view.device),
+                beside.to(view.device, view.dtype),
             )
 
     def objective(self, view: ModelView) -> RobustObjective:
@@ -98,7 +98,7 @@ class RemainingPoints:
         """The remaining points in the order of their rows, their digests under a new key."""
         memory = self.memory
         order = sorted(memory.remaining, key=self.places.tolist().__getitem__)
-        rows = [one for _, x, y in self._blocks(order) for one in digests_of(key, x, y)]
+        rows = [one for _, x, y, more in self._blocks(order) for one in digests_of(key, x, y, more)]
         names = [-1] * memory.n
         for new, old in enumerate(order):
             names[old] = new
@@ -111,16 +111,13 @@ class RemainingPoints:
             ids=None if memory.ids is None else memory.ids[order],
         )
 
-    def _read(self) -> Iterator[tuple[list[int], Tensor, Tensor]]:
+    def _read(self) -> Iterator[tuple[list[int], Tensor, Tensor, Beside]]:
         return self._blocks(self.group.share(self.memory.remaining))
 
-    def _blocks(self, points: list[int]) -> Iterator[tuple[list[int], Tensor, Tensor]]:
+    def _blocks(self, points: list[int]) -> Iterator[tuple[list[int], Tensor, Tensor, Beside]]:
         parts = blocks(range(len(points)), _BATCH)
         for part in self.bar(parts, "the remaining points", len(points), len):
             block = [points[i] for i in part]
             with torch.inference_mode(False):
-                x, targets = self.points.batch(self.places[block].tolist())
-            yield block, x, targets
-
-    def _changed(self, block: list[int], x: Tensor, targets: Tensor) -> list[int]:
-        return self.memory.changed(block, x, targets)
+                x, targets, beside = self.points.batch(self.places[block].tolist())
+            yield block, x, targets, beside

@@ -143,9 +143,9 @@ def _names(memory: UnlearningMemory, points: TrainingPoints, positions: Sequence
     check_named(positions)
     rows: list[bytes] = []
     for first in range(0, len(positions), _BLOCK):
-        x, targets = points.batch(positions[first : first + _BLOCK])
+        x, targets, beside = points.batch(positions[first : first + _BLOCK])
         check_batch(x, targets)
-        rows += digests_of(memory.key, x, targets)
+        rows += digests_of(memory.key, x, targets, beside)
     names = memory.known.named(rows, positions)
     if not memory.known.repeated(names):
         return names

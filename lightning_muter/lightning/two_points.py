@@ -34,10 +34,11 @@ CURVATURE = (
     "layer that is not (a fused kernel, a custom backward), or train a smaller part of the module"
 )
 _FORWARD = (
-    "forward(x) must make logits (n, C) of a batch of inputs alone: define it so, or say by "
-    "forward= the name of the method that does, or a function (module, x) -> logits, as where "
-    "training_step flattens or normalises its inputs itself; output= says where in its result the "
-    "logits are"
+    "forward(x) must make logits (n, C) of a batch's input, and of those other entries that it "
+    "names as its arguments: define it so, or say by forward= the name of the method that does, or "
+    "a function (module, x) -> logits, as where training_step flattens or normalises its inputs "
+    'itself; batch=("x", "y", "mask") hands a further entry on, and output= says where in the '
+    "result the logits are"
 )
 _OUT_OF_MEMORY = (
     "take a smaller head, sketch=1 for a wide network's head, a smaller batch_size, or a machine "
@@ -70,7 +71,9 @@ def check_forward(logits: Logits, x: Tensor) -> Tensor:
         ConfigurationError: another type or shape, outputs that are not finite, change from call to
             call, or depend on the other points of the batch.
     """
-    outputs, again, single = (check_outputs(logits, part) for part in (x, x, x[:1]))
+    alone = logits.form.of(logits.module, logits.beside.part(slice(1)))
+    outputs, again = (check_outputs(logits, x) for _ in range(2))
+    single = check_outputs(alone, x[:1])
     if single.shape[1:] != outputs.shape[1:]:
         raise ConfigurationError(
             f"forward returns shape {tuple(single.shape)} for one point and {tuple(outputs.shape)} "

@@ -23,6 +23,7 @@ from lightning_muter.lightning.borrowed import (
 from lightning_muter.lightning.commit import Destination
 from lightning_muter.lightning.data import RemovalDataModule
 from lightning_muter.lightning.flavour import pl, rank_zero_info, refuse_other
+from lightning_muter.lightning.half_precision import check_provable, rounding_of
 from lightning_muter.lightning.keeper import MemoryKeeper, keeper_of
 from lightning_muter.lightning.module import UnlearningModule
 from lightning_muter.lightning.process_group import process_group
@@ -40,6 +41,7 @@ from lightning_muter.lightning.removals import (
 from lightning_muter.lightning.retrain import serve_without_memory
 from lightning_muter.memory.memory import UnlearningMemory
 from lightning_muter.memory.points import integer
+from lightning_muter.models import measuring
 from lightning_muter.unlearning.bound import Bound, strong_convexity_bound
 from lightning_muter.unlearning.certificate import Certificate, Publication
 from lightning_muter.unlearning.corrector import correct
@@ -94,6 +96,7 @@ def _serve(
         view = state.settings.view(module)
         destination.check_model(state, view)
         asked = _check(state, datamodule, extras, bar)
+        check_provable(view, extras.bound or extras.certificate is not None)
     if not METHODS[state.settings.method].has_memory:
         return serve_without_memory(trainer, keeper, asked, view, state, destination)
     with random_state_unless_done(), borrowed(view, group.device):
@@ -119,9 +122,12 @@ def _serve(
                 )
             found = _correct(server, asked, extras, bar)
         found = _publish(server, found, asked, extras, publisher, bar)
+        update = torch.linalg.vector_norm(found.memory.omega - view.get())
+        found = replace(
+            found, warnings=(*found.warnings, *rounding_of(found.memory.omega, view, float(update)))
+        )
         for message in found.warnings:
             warnings.warn(message, stacklevel=3)
-        update = torch.linalg.vector_norm(found.memory.omega - view.get())
     entry = _entry(server, found, extras)
     after = found.memory.annotated(entry).to(state.omega_star.device)
     committed = destination.commit(after, view)
@@ -295,7 +301,7 @@ def _correct(server: Server, asked: Asked, extras: _Extras, bar: Bar) -> _Found:
         return _Found(memory, None, tuple(said))
     rest = RemainingPoints(memory, asked.points, asked.places, server.group, bar)
     objective = rest.objective(view)
-    with view.at(memory.omega):
+    with measuring(view.module), view.at(memory.omega):
         correction = correct(memory, objective, extras.corrector_steps)
     if not correction.helped:
         said.append(

@@ -26,7 +26,7 @@ from lightning_muter.memory.known_points import KnownPoints
 from lightning_muter.memory.rebase_policy import RebasePolicy
 from lightning_muter.memory.records import Content, Request
 from lightning_muter.memory.start import Start
-from lightning_muter.models import ModelView
+from lightning_muter.models import NOTHING, Beside, ModelView
 from lightning_muter.parallel import Group
 from lightning_muter.spec import Settings, agreed
 
@@ -189,16 +189,24 @@ class UnlearningMemory:
 
     # --- checks -----------------------------------------------------------------------------
 
-    def changed(self, indices: list[int], x: Tensor, targets: Tensor) -> list[int]:
+    def changed(
+        self, indices: list[int], x: Tensor, targets: Tensor, beside: Beside = NOTHING
+    ) -> list[int]:
         """Those of ``indices`` whose content is not what the memory was built on."""
-        return points.changed(self.key, self.digests, indices, x, targets)
+        return points.changed(self.key, self.digests, indices, x, targets, beside)
 
     @property
     def known(self) -> KnownPoints:
         """The training points by content."""
         return KnownPoints(self.digests, self.removed, self.weights)
 
-    def find(self, x: Tensor, targets: Tensor, positions: Sequence[int] = ()) -> list[int]:
+    def find(
+        self,
+        x: Tensor,
+        targets: Tensor,
+        positions: Sequence[int] = (),
+        beside: Beside = NOTHING,
+    ) -> list[int]:
         """The training indices of points given by content; forgotten ones where no equal is left.
 
         Args:
@@ -206,11 +214,12 @@ class UnlearningMemory:
             targets: (m, ...).
             positions: of the points (m,), where they come from a data set: the point at i with the
                 content of training point i is that point.
+            beside: what forward takes of the points beside x.
 
         Raises:
             RemovalError: a point was never trained on, or is one more than there are of it.
         """
-        return self.known.named(points.digests_of(self.key, x, targets), positions)
+        return self.known.named(points.digests_of(self.key, x, targets, beside), positions)
 
     def owned(self, ids: list[str]) -> list[int]:
         """The training indices of all points that keys own, in the order of the keys.
@@ -230,7 +239,7 @@ class UnlearningMemory:
         """
         self.check_architecture(view)
         now = view.get().to(self.omega.device)
-        expected = [w.to(view.dtype).double() for w in (self.omega, self.omega_star)]
+        expected = [w.to(view.kept_as).double() for w in (self.omega, self.omega_star)]
         if not any(torch.allclose(now, w, rtol=1e-6, atol=1e-8) for w in expected):
             distance = float(torch.linalg.vector_norm(now - expected[0]))
             raise StateError(

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lightning_muter.errors import RemovalError
+from lightning_muter.models.beside import NOTHING, Beside
 
 __all__ = [
     "DIGEST_BYTES",
@@ -39,9 +40,12 @@ def digest(key: bytes, x: Tensor, target: Tensor) -> bytes:
     return digests_of(key, x[None], target[None])[0]
 
 
-def digests_of(key: bytes, x: Tensor, targets: Tensor) -> list[bytes]:
-    """The digest of each point of a batch x (m, ...) with its targets (m, ...)."""
-    columns = [_serialised(tensor) for tensor in (x, targets)]
+def digests_of(key: bytes, x: Tensor, targets: Tensor, beside: Beside = NOTHING) -> list[bytes]:
+    """The digest of each point of a batch x (m, ...) with its targets (m, ...).
+
+    What forward takes beside x is a part of the point: with another mask it is another one.
+    """
+    columns = [_serialised(column) for column in (x, targets, *beside.rows.values())]
     fresh = hashlib.blake2b(key=key, digest_size=DIGEST_BYTES)
     found = []
     for parts in zip(*columns, strict=True):
@@ -52,8 +56,10 @@ def digests_of(key: bytes, x: Tensor, targets: Tensor) -> list[bytes]:
     return found
 
 
-def _serialised(tensor: Tensor) -> list[bytes]:
-    """Each row's dtype, shape and values as bytes."""
+def _serialised(tensor: Tensor | Sequence[Any]) -> list[bytes]:
+    """Each row's dtype, shape and values as bytes; of what is no tensor, how it shows itself."""
+    if not isinstance(tensor, Tensor):
+        return [repr(one).encode() for one in tensor]
     value = tensor.detach().cpu()
     value = value.double() if value.is_floating_point() else value
     head = f"{value.dtype}{tuple(value.shape[1:])}".encode()
@@ -186,11 +192,16 @@ def check_batch(x: Tensor, targets: Tensor, indices: Sequence[int] | None = None
 
 
 def changed(
-    key: bytes, digests: Tensor, indices: Sequence[int], x: Tensor, targets: Tensor
+    key: bytes,
+    digests: Tensor,
+    indices: Sequence[int],
+    x: Tensor,
+    targets: Tensor,
+    beside: Beside = NOTHING,
 ) -> list[int]:
     """Those of ``indices`` whose x (m, ...) and targets (m,) are not what the digests are of."""
     known = digests[list(indices)].cpu().numpy()
-    rows = zip(indices, known, digests_of(key, x, targets), strict=True)
+    rows = zip(indices, known, digests_of(key, x, targets, beside), strict=True)
     return [i for i, row, found in rows if found != row.tobytes()]
 
 

@@ -11,6 +11,7 @@ from torch.func import functional_call, grad, jacrev, vmap
 from lightning_muter.curvature.autodiff import AutodiffHessian, AutodiffTotal
 from lightning_muter.curvature.point import PointCurvature
 from lightning_muter.models.base import Linearisation, ModelView, Seen
+from lightning_muter.models.beside import Name
 from lightning_muter.responses import Response
 from lightning_muter.threats import Geometry
 
@@ -27,18 +28,24 @@ class Autodiff(ModelView):
     """
 
     def point_function(self) -> tuple[PointFunction, Tensor]:
-        """(ω, y, *seen) -> O of one point, and the module's ω (p,)."""
+        """(ω, y, beside, *seen) -> O of one point, and the module's ω (p,).
+
+        ``beside`` holds the tensors of which the point has its own row.
+        """
         logits, shapes = self.logits, [p.shape for p in self.parameters]
         sizes = [p.numel() for p in self.parameters]
 
-        def loss(omega: Tensor, y: Tensor, *seen: Tensor) -> Tensor:
+        def loss(omega: Tensor, y: Tensor, own: dict[Name, Tensor], *seen: Tensor) -> Tensor:
             parts = torch.split(omega, sizes)
             values = {
                 f"module.{name}": part.reshape(shape)
                 for name, part, shape in zip(self.names, parts, shapes, strict=True)
             }
+            rows = {name: one.unsqueeze(0) for name, one in own.items()}
+            beside = logits.beside.with_tensors(rows)
             outputs = [
-                functional_call(logits, values, (self.received(x.unsqueeze(0)),)) for x in seen
+                functional_call(logits, values, (self.received(x.unsqueeze(0)), beside))
+                for x in seen
             ]
             return self.objective.outer(outputs, y.unsqueeze(0)).squeeze(0)
 
@@ -63,8 +70,9 @@ class AutodiffLinearisation(Linearisation):
 
     def gradients(self) -> Tensor:
         loss, omega = self.view.point_function()
-        over = (None, 0, *(0 for _ in self.seen))
-        gradients: Tensor = vmap(grad(loss), over)(omega, self.targets, *self.seen)
+        own = self.view.logits.beside.tensors()
+        over = (None, 0, 0 if own else None, *(0 for _ in self.seen))
+        gradients: Tensor = vmap(grad(loss), over)(omega, self.targets, own, *self.seen)
         return gradients.detach().double()
 
     def hessian(self) -> PointCurvature:
@@ -74,8 +82,9 @@ class AutodiffLinearisation(Linearisation):
     def total(self, geometry: Geometry, response: Response) -> PointCurvature:
         view, seen, targets = self.view, self.seen, self.targets
         loss, omega = view.point_function()
-        over = (None, 0, *(0 for _ in seen))
-        mixed = vmap(jacrev(grad(loss), argnums=1 + len(seen)), over)(omega, targets, *seen)
+        own = view.logits.beside.tensors()
+        over = (None, 0, 0 if own else None, *(0 for _ in seen))
+        mixed = vmap(jacrev(grad(loss), argnums=2 + len(seen)), over)(omega, targets, own, *seen)
         mixed = mixed.detach().reshape(len(self), view.p, -1).double()  # ∂ωδ O
         r, usable = response.dense(geometry, view.second_input_derivatives(seen, targets))
         products = view.products(seen, targets, self.weights)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from lightning_muter.curvature.kept import OuterProducts
 from lightning_muter.curvature.point import PointCurvature
 from lightning_muter.errors import ConfigurationError
+from lightning_muter.models.beside import Beside
 from lightning_muter.models.logits import CALLED, LogitsForm
 from lightning_muter.models.names import suggest
 from lightning_muter.objectives.base import Objective
@@ -21,18 +24,36 @@ from lightning_muter.responses import Response
 from lightning_muter.threats import Geometry
 from lightning_muter.threats.pixels import Scaling
 
-__all__ = ["Linearisation", "ModelView", "Products", "Seen", "evaluating", "measuring"]
+__all__ = ["Linearisation", "ModelView", "Products", "Seen", "computing", "evaluating", "measuring"]
 
 #: the inputs of n points that an objective looks at, the perturbed ones last
 Seen = tuple[Tensor, ...]
 
 
+_HALF = (torch.bfloat16, torch.float16)
+
+
+def computing(dtype: torch.dtype) -> torch.dtype:
+    """What a module of this dtype is differentiated in: single precision at the least.
+
+    Example:
+        >>> computing(torch.bfloat16), computing(torch.float64)
+        (torch.float32, torch.float64)
+    """
+    return torch.float32 if dtype in _HALF else dtype
+
+
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
-    """Eval mode, gradients on, no compiled graphs; everything restored after."""
+    """Eval mode, gradients on, no compiled graphs; everything restored after.
+
+    Nor the fast path that ``nn.TransformerEncoder`` takes in eval mode: it has no derivative.
+    """
     modes = [(m, m.training) for m in module.modules()]
     set_stance = getattr(torch.compiler, "set_stance", None)
+    fast = torch.backends.mha.get_fastpath_enabled()
     try:
+        torch.backends.mha.set_fastpath_enabled(False)
         module.eval()
         with torch.inference_mode(False), torch.enable_grad():
             if set_stance is None:
@@ -41,6 +62,7 @@ def evaluating(module: nn.Module) -> Iterator[None]:
                 with set_stance("force_eager"):
                     yield
     finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
         for m, mode in modes:
             m.training = mode
 
@@ -49,16 +71,29 @@ def evaluating(module: nn.Module) -> Iterator[None]:
 def measuring(module: nn.Module) -> Iterator[None]:
     """`evaluating`, with attention that can be differentiated twice; everything restored after.
 
-    The fused attention kernels, and the fast path that ``nn.TransformerEncoder`` takes in eval
-    mode, have no double backward.
+    The fused attention kernels have no double backward. A module of half precision is one of
+    single precision meanwhile: what moved in it is rounded when it is restored.
     """
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
+    with _widened(module), evaluating(module), sdpa_kernel(SDPBackend.MATH):
+        yield
+
+
+@contextmanager
+def _widened(module: nn.Module) -> Iterator[None]:
+    """Parameters and buffers of half precision with single precision's digits."""
+    narrow = [t for t in chain(module.parameters(), module.buffers()) if t.dtype in _HALF]
+    own = [(t, t.data, t.grad) for t in narrow]
     try:
-        with evaluating(module), sdpa_kernel(SDPBackend.MATH):
-            yield
+        for t in narrow:
+            t.grad = None
+            t.data = t.data.float()
+        yield
     finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
+        for t, data, grad in own:
+            if not torch.equal(t.data, data.float()):
+                data.copy_(t.data)
+            t.data = data
+            t.grad = grad
 
 
 @dataclass(frozen=True)
@@ -151,7 +186,12 @@ class ModelView(ABC):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype that the module computes in."""
+        """The dtype that the module is differentiated in."""
+        return computing(self.parameters[0].dtype)
+
+    @property
+    def kept_as(self) -> torch.dtype:
+        """The dtype that the trained parameters are kept in."""
         return self.parameters[0].dtype
 
     @property
@@ -183,6 +223,14 @@ class ModelView(ABC):
             with torch.no_grad():
                 for parameter, value in zip(self.parameters, before, strict=True):
                     parameter.copy_(value)
+
+    def beside(self, beside: Beside) -> ModelView:
+        """The same view for points that have something beside x, which forward takes."""
+        if not beside and not self.logits.beside:
+            return self
+        found = copy.copy(self)
+        found.logits = self.logits.form.of(self.module, beside)
+        return found
 
     def received(self, x: Tensor) -> Tensor:
         """Points x (n, ...) as the module receives them; the same tensor without a scaling."""

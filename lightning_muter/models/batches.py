@@ -1,19 +1,19 @@
-"""Where the input and the target of a training batch are, whatever shape the batch has."""
+"""Where input, target and what else forward takes are in a batch, whatever its shape."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Union
 
 from torch import Tensor
 
 from lightning_muter.errors import ConfigurationError
+from lightning_muter.models.beside import Beside, Name
 
 __all__ = ["FOUND", "BatchForm", "Where"]
 
-Name = Union[int, str]  # noqa: UP007 - read by jsonargparse
 #: what a user can give as ``batch=``
 Where = Union[Callable[[Any], Any], Sequence[Name]]  # noqa: UP007
 
@@ -24,56 +24,72 @@ _SAY = 'say where they are by batch=, as batch=("image", "label"), or a function
 
 @dataclass(frozen=True)
 class BatchForm:
-    """How a batch becomes (x, target), and how a perturbed x gets back into it.
+    """How a batch becomes (x, target, what else forward takes), and a perturbed x gets back.
 
-    Lists and tuples hold them first. In dictionaries, named tuples, dataclasses and other objects
-    they are found by the usual names, or as the only tensors that they can be.
+    Lists and tuples hold input and target first. In dictionaries, named tuples, dataclasses and
+    other objects they are found by the usual names, or as the only tensors that they can be.
 
     Attributes:
-        where: the names or positions of input and target, or a function batch -> (x, target) that
-            returns tensors of the batch itself; None to find them.
+        where: the names or positions of input and target, then of what forward takes beside x; or
+            a function batch -> (x, target, ...) that returns tensors of the batch itself; None to
+            find them.
+        taken: names that forward has for its arguments after x: an entry of such a name is handed
+            to it.
 
     Example:
         >>> import torch
         >>> batch = {"image": torch.zeros(2, 3), "label": torch.tensor([0, 1]), "path": ["a", "b"]}
-        >>> x, target = BatchForm().read(batch)
-        >>> x.shape, target.tolist()
-        (torch.Size([2, 3]), [0, 1])
+        >>> x, target, beside = BatchForm().read(batch)
+        >>> x.shape, target.tolist(), bool(beside)
+        (torch.Size([2, 3]), [0, 1], False)
     """
 
-    where: tuple[Name, Name] | Callable[[Any], Any] | None = None
+    where: tuple[Name, ...] | Callable[[Any], Any] | None = None
+    taken: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, where: Where | None) -> BatchForm:
         """The form of what a user gave.
 
         Raises:
-            ConfigurationError: it is no pair of names and no function.
+            ConfigurationError: it is not two names or more, and no function.
         """
         if where is None or callable(where):
             return cls(where)
         names = None if isinstance(where, str) else tuple(where)
-        if names is None or len(names) != 2 or not all(isinstance(n, (str, int)) for n in names):
+        if names is None or len(names) < 2 or not all(isinstance(n, (str, int)) for n in names):
             raise ConfigurationError(
-                f"batch={where!r} must be a pair of names or positions of input and target, as "
-                'batch=("image", "label"), or a function batch -> (x, target)'
+                f"batch={where!r} must be the names or positions of input and target, as "
+                'batch=("image", "label"), and after them those of what else forward takes, or a '
+                "function batch -> (x, target)"
             )
-        return cls((names[0], names[1]))
+        return cls(names)
+
+    def taking(self, names: Sequence[str]) -> BatchForm:
+        """The form for a forward whose arguments after x have these names."""
+        return replace(self, taken=tuple(names))
+
+    def within(self, batch: Any) -> BatchForm:
+        """The form without the names that batches like this one do not have."""
+        held = _entries(batch)
+        return self.taking([name for name in self.taken if name in held])
 
     def is_pair(self, batch: Any) -> bool:
         """Whether a batch is a list or tuple with input and target in front, which has no names."""
         if callable(self.where) or not _is_plain(batch):
             return False
-        return self.where in (None, (0, 1)) or any(isinstance(one, str) for one in self.where or ())
+        first = None if self.where is None else self.where[:2]
+        named = any(isinstance(one, str) for one in self.where or ())
+        return first is None or named or self.where == (0, 1)
 
-    def read(self, batch: Any) -> tuple[Tensor, Tensor]:
-        """Inputs (n, ...) and targets (n, ...) of a batch.
+    def read(self, batch: Any) -> tuple[Tensor, Tensor, Beside]:
+        """Inputs (n, ...) and targets (n, ...) of a batch, and what else forward takes.
 
         Raises:
             ConfigurationError: they are not there, or are no tensors that can be an input to
                 perturb and its target.
         """
-        x, targets = self._picked(batch)
+        x, targets, more = self._picked(batch)
         if not isinstance(x, Tensor) or not x.is_floating_point():
             raise ConfigurationError(
                 f"inputs are {getattr(x, 'dtype', type(x).__name__)}; the perturbation needs "
@@ -84,22 +100,31 @@ class BatchForm:
                 f"targets are a {type(targets).__name__}; a tensor of one target a point is "
                 f"expected: convert them in the data set or in collate_fn, or {_SAY}"
             )
-        return x, targets
+        entries = _entries(batch)
+        found: dict[Name, Any] = {
+            name: entries[name]
+            for name in self.taken
+            if name in entries and not any(entries[name] is one for one in (x, targets))
+        }
+        beside = {**found, **more}
+        return x, targets, Beside.of(beside, len(x) if x.ndim else 0)
 
-    def _picked(self, batch: Any) -> tuple[Any, Any]:
+    def _picked(self, batch: Any) -> tuple[Any, Any, dict[Name, Any]]:
         if callable(self.where):
             return _called(self.where, batch)
         entries = _entries(batch)
-        first, second = self._names(batch)
-        missing = [name for name in (first, second) if not _has(batch, entries, name)]
+        names = self._names(batch)
+        missing = [name for name in names if not _has(batch, entries, name)]
         if missing:
             raise ConfigurationError(
                 f"a batch has no entry {missing[0]!r}; it is {_described(batch)}: {_SAY}"
             )
-        return _get(batch, entries, first), _get(batch, entries, second)
+        x, targets, *others = (_get(batch, entries, name) for name in names)
+        keys = [k if isinstance(name, int) else name for k, name in enumerate(names[2:])]
+        return x, targets, dict(zip(keys, others, strict=True))
 
-    def _names(self, batch: Any) -> tuple[Name, Name]:
-        """Names or positions of input and target in a batch."""
+    def _names(self, batch: Any) -> tuple[Name, ...]:
+        """Names or positions of input and target in a batch, then of what else is named."""
         if self.where is None or callable(self.where) or self.is_pair(batch):
             return _found(batch)
         return self.where
@@ -143,7 +168,8 @@ def _nothing() -> None:
     """Nothing has to be put back."""
 
 
-def _called(function: Callable[[Any], Any], batch: Any) -> tuple[Any, Any]:
+def _called(function: Callable[[Any], Any], batch: Any) -> tuple[Any, Any, dict[Name, Any]]:
+    """Input, target and what else a function finds: values by position, mappings by name."""
     try:
         found = function(batch)
     except Exception as error:
@@ -151,11 +177,16 @@ def _called(function: Callable[[Any], Any], batch: Any) -> tuple[Any, Any]:
             f"batch= failed with {type(error).__name__}: {' '.join(str(error).split())[:300]}; it "
             f"is called with {_described(batch)} and must return (x, target)"
         ) from error
-    if not isinstance(found, (tuple, list)) or len(found) != 2:
+    if not isinstance(found, (tuple, list)) or len(found) < 2:
         raise ConfigurationError(
-            f"batch= returned a {type(found).__name__}; it must return the pair (x, target)"
+            f"batch= returned a {type(found).__name__}; it must return (x, target), and after them "
+            "what else forward takes: values in its order, or a dictionary by its names"
         )
-    return found[0], found[1]
+    x, targets, *others = found
+    more: dict[Name, Any] = {}
+    for position, one in enumerate(others):
+        more |= one if isinstance(one, Mapping) else {position: one}
+    return x, targets, more
 
 
 def _is_plain(batch: Any) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Union
@@ -9,12 +10,13 @@ from typing import Any, Union
 from torch import Tensor, nn
 
 from lightning_muter.errors import ConfigurationError
+from lightning_muter.models.beside import NOTHING, Beside
 from lightning_muter.models.names import suggest
 
 __all__ = ["CALLED", "Forward", "Logits", "LogitsForm", "Output", "described"]
 
 #: what a user can give as ``forward=`` and ``output=``; in YAML an import path comes before a name
-Forward = Union[Callable[[nn.Module, Tensor], Any], str]  # noqa: UP007 - read by jsonargparse
+Forward = Union[Callable[..., Any], str]  # noqa: UP007 - read by jsonargparse
 Output = Union[Callable[[Any], Any], int, str]  # noqa: UP007
 
 
@@ -26,7 +28,8 @@ class LogitsForm:
     ``logits``, or a dictionary of one tensor.
 
     Attributes:
-        forward: a method's name, or a function (module, x) -> output; None for the module itself.
+        forward: a method's name, or a function (module, x, ...) -> output; None for the module
+            itself.
         output: a key, an attribute or a position in the output, or a function output -> logits;
             None to find them.
     """
@@ -47,30 +50,48 @@ class LogitsForm:
                 "returns, or a function of it"
             )
 
-    def __call__(self, module: nn.Module, x: Tensor) -> Any:
-        """The logits (n, C) of inputs x (n, ...), as the module gives them.
+    def __call__(self, module: nn.Module, x: Tensor, beside: Beside = NOTHING) -> Any:
+        """The logits (n, C) of inputs x (n, ...) and what lies beside them, as the module gives.
 
         Raises:
             ConfigurationError: the output holds no logits where they are looked for.
         """
-        output = self._called(module, x)
+        output = self._called(module, x, beside)
         if self.output is None:
             return _found(output)
         return self.output(output) if callable(self.output) else _picked(output, self.output)
 
-    def _called(self, module: nn.Module, x: Tensor) -> Any:
+    def _called(self, module: nn.Module, x: Tensor, beside: Beside) -> Any:
         if self.forward is None:
-            return module(x)
+            return beside.call(module, x)
         if not isinstance(self.forward, str):
-            return self.forward(module, x)
-        method = getattr(module, self.forward, None)
+            return beside.call(self.forward, module, x)
+        return beside.call(self._method(module, self.forward), x)
+
+    def takes(self, module: nn.Module) -> tuple[str, ...]:
+        """The names of the arguments after x of what is called."""
+        if self.forward is None:
+            function, before = module.forward, 1
+        elif isinstance(self.forward, str):
+            function, before = self._method(module, self.forward), 1
+        else:
+            function, before = self.forward, 2
+        try:
+            arguments = list(inspect.signature(function).parameters.values())[before:]
+        except (TypeError, ValueError):  # a built-in function says nothing of its arguments
+            return ()
+        by_name = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+        return tuple(one.name for one in arguments if one.kind in by_name)
+
+    def _method(self, module: nn.Module, name: str) -> Callable[..., Any]:
+        method = getattr(module, name, None)
         if not callable(method):
             names = [n for n in dir(type(module)) if not n.startswith("_")]
             raise ConfigurationError(
-                f"forward={self.forward!r} is no method of {type(module).__name__}"
-                f"{suggest([self.forward], names)}"
+                f"forward={name!r} is no method of {type(module).__name__}{suggest([name], names)}"
             )
-        return method(x)
+        found: Callable[..., Any] = method
+        return found
 
     @property
     def name(self) -> str:
@@ -81,22 +102,26 @@ class LogitsForm:
             return self.forward
         return getattr(self.forward, "__name__", "forward")
 
-    def of(self, module: nn.Module) -> Logits:
-        """The module as it is differentiated."""
-        return Logits(module, self)
+    def of(self, module: nn.Module, beside: Beside = NOTHING) -> Logits:
+        """The module as it is differentiated, on points with this beside them."""
+        return Logits(module, self, beside)
 
 
 class Logits(nn.Module):
-    """A module as it is attacked and differentiated: x (n, ...) -> logits (n, C)."""
+    """A module as it is attacked and differentiated: x (n, ...) -> logits (n, C).
 
-    def __init__(self, module: nn.Module, form: LogitsForm) -> None:
+    ``beside`` is what the points have beside x, of a batch of its own for each call.
+    """
+
+    def __init__(self, module: nn.Module, form: LogitsForm, beside: Beside = NOTHING) -> None:
         super().__init__()
         self.module = module
         self.form = form
+        self.beside = beside
 
-    def forward(self, x: Tensor) -> Any:
+    def forward(self, x: Tensor, beside: Beside | None = None) -> Any:
         """The logits of x."""
-        return self.form(self.module, x)
+        return self.form(self.module, x, self.beside if beside is None else beside)
 
 
 #: the module itself, its logits found

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor, nn
 
 from lightning_muter.curvature.dense import DenseCurvature
-from lightning_muter.models import LogitsForm, measuring, view_of
+from lightning_muter.models import BatchForm, LogitsForm, computing, measuring, view_of
 from lightning_muter.models.logits import Forward, Output
 from lightning_muter.objectives.module_loss import loss_in
 from lightning_muter.objectives.resolve import AnyLoss
@@ -22,7 +23,7 @@ __all__ = ["total_hessian"]
 
 def total_hessian(
     module: nn.Module,
-    batch: tuple[Tensor, Tensor] | Sequence[Tensor],
+    batch: Any,
     threat: Threat,
     *,
     head: str | None = None,
@@ -46,7 +47,8 @@ def total_hessian(
 
     Args:
         module: maps x (n, ...) to outputs (n, C); measured in eval mode and left as it was.
-        batch: x (n, ...) as training receives it, and targets (n,).
+        batch: x (n, ...) as training receives it, and targets (n,); or a dictionary of these by
+            their usual names, with the entries that ``forward`` takes beside x.
         threat: the constraint set.
         head: dotted name of a linear layer.
         parameters: names of parameters instead of a head.
@@ -80,12 +82,13 @@ def total_hessian(
         >>> total_hessian(model, batch, L2Ball(eps=0.1), head="0", loss="logistic").shape
         torch.Size([3, 3])
     """
-    threat.check_inputs(batch[0])
     own, form = loss_in(loss, module), LogitsForm(forward, output)
+    x, targets, beside = BatchForm().taking(form.takes(module)).read(batch)
+    threat.check_inputs(x)
     view = view_of(module, own, head, parameters, space, threat.scaling, objective, form)
     resolved = resolve_response(response, inverse, neumann_order, sketch)
     problem = PointProblem("muter", threat, resolved, weight_decay)
-    points = unweighted(batch[0], batch[1])
+    points = unweighted(x.to(computing(x.dtype)), targets, beside)
     total = DenseCurvature.zeros(view.p, points.x.device)
     with measuring(module):
         inner = None if delta is None else problem.given(view, points, delta)

@@ -14,7 +14,7 @@ from lightning_muter.linalg.cholesky import DenseSolver
 from lightning_muter.linalg.solution import Status
 from lightning_muter.memory.memory import UnlearningMemory
 from lightning_muter.memory.points import integer
-from lightning_muter.models import measuring
+from lightning_muter.models import computing, measuring
 from lightning_muter.unlearning.points import unweighted
 
 __all__ = ["TopInfluences", "adversarial_influence", "influence_on_losses", "top_influences"]
@@ -36,7 +36,7 @@ def adversarial_influence(
     Args:
         memory: the memory at ω*; n is the number of points still in it.
         module: the model; measured at ω* and left as it was.
-        batch: x (m, ...) and targets (m,).
+        batch: x (m, ...), targets (m,), and what else forward takes, as training has them.
 
     Returns:
         Influences (m, p), float64, on the memory's device. Source: the paper, Definition 2.
@@ -138,12 +138,13 @@ def top_influences(
 def _gradients(memory: UnlearningMemory, module: nn.Module, batch: Sequence[Tensor]) -> Tensor:
     """∇_ω l(ω*, x + δ*) (m, p) of each point."""
     view, problem = memory.settings.view(module), memory.settings.problem()
-    x, targets = memory.settings.batch.read(batch)
+    x, targets, beside = memory.settings.batch.read(batch)
+    x = x.to(computing(x.dtype))
     starts = range(0, len(x), _BLOCK)
     found = []
     with measuring(module), view.at(memory.omega_star):
         for k in tqdm(starts, "maximisers", leave=False, disable=len(x) < _MANY):
-            some = unweighted(x[k : k + _BLOCK], targets[k : k + _BLOCK])
+            some = unweighted(x, targets, beside).part(slice(k, k + _BLOCK))
             found += [chunk.linearisation.gradients() for chunk in problem.chunks(view, some)]
     return torch.cat(found)
 

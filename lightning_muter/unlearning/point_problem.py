@@ -121,7 +121,7 @@ class PointProblem:
         origin = self._flat(view, batch)
         clean = view.scaling.shaped(origin, batch.x)
         seen = view.objective.seen(clean, clean)
-        linearisation = view.linearise(seen, batch.targets, batch.weights)
+        linearisation = view.beside(batch.beside).linearise(seen, batch.targets, batch.weights)
         ones = torch.ones_like(batch.weights)
         still = torch.zeros_like(ones)
         geometry = unconstrained_geometry(origin)
@@ -137,7 +137,8 @@ class PointProblem:
             view.scaling.shaped(flat, batch.x) for flat in (origin, origin + inner.delta)
         )
         seen = view.objective.seen(clean, perturbed)
-        linearisation = view.linearise(seen, batch.targets, batch.weights * mixing)
+        weights = batch.weights * mixing
+        linearisation = view.beside(batch.beside).linearise(seen, batch.targets, weights)
         active = self.threat.active(origin, inner.delta)
         return Chunk(origin, linearisation, geometry, inner, mixing, active, indices=batch.indices)
 
@@ -218,7 +219,7 @@ def _reference(view: ModelView, batch: Batch) -> Tensor:
 
     def clean() -> Tensor:
         pixels = view.scaling.pixels(batch.x.double())
-        return view.outputs(view.scaling.shaped(pixels, batch.x))
+        return view.beside(batch.beside).outputs(view.scaling.shaped(pixels, batch.x))
 
     return view.objective.reference(clean, batch.targets)
 
@@ -233,6 +234,7 @@ def _ascent(view: ModelView, batch: Batch, reference: Tensor) -> InputGradient:
     """What the adversary ascends at flat float64 versions of the points."""
 
     def ascent(points: Tensor, which: Tensor) -> tuple[Tensor, Tensor]:
-        return view.ascent(view.scaling.shaped(points, batch.x), reference[which])
+        there = view.beside(batch.beside.part(which) if batch.beside else batch.beside)
+        return there.ascent(view.scaling.shaped(points, batch.x), reference[which])
 
     return ascent

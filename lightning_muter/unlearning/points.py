@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_muter.adversary.maximiser import InnerMaximum
 from lightning_muter.curvature.base import PointFacts
-from lightning_muter.models import Linearisation
+from lightning_muter.models import NOTHING, Beside, Linearisation
 from lightning_muter.threats import Geometry
 
 __all__ = ["Batch", "Chunk", "Sums", "unweighted"]
@@ -20,13 +20,15 @@ __all__ = ["Batch", "Chunk", "Sums", "unweighted"]
 class Batch:
     """Points x (n, ...), their targets (n, ...), and the weight (n,) of each in every sum.
 
-    ``indices`` (n,) int64 say which training points they are, where that is known.
+    ``indices`` (n,) int64 say which training points they are, where that is known; ``beside`` is
+    what else forward takes of them.
     """
 
     x: Tensor
     targets: Tensor
     weights: Tensor
     indices: Tensor | None = None
+    beside: Beside = NOTHING
 
     def __len__(self) -> int:
         return len(self.x)
@@ -34,12 +36,14 @@ class Batch:
     def part(self, some: slice) -> Batch:
         """Some of the points."""
         named = None if self.indices is None else self.indices[some]
-        return Batch(self.x[some], self.targets[some], self.weights[some], named)
+        beside = self.beside.part(some)
+        return Batch(self.x[some], self.targets[some], self.weights[some], named, beside)
 
 
-def unweighted(x: Tensor, targets: Tensor) -> Batch:
+def unweighted(x: Tensor, targets: Tensor, beside: Beside = NOTHING) -> Batch:
     """A batch whose points all have weight 1."""
-    return Batch(x, targets, torch.ones(len(x), dtype=torch.float64, device=x.device))
+    ones = torch.ones(len(x), dtype=torch.float64, device=x.device)
+    return Batch(x, targets, ones, beside=beside)
 
 
 @dataclass(frozen=True)

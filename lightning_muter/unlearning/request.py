@@ -17,7 +17,7 @@ from lightning_muter.curvature.rows import RowsCurvature
 from lightning_muter.errors import StateError
 from lightning_muter.linalg.solution import Solution
 from lightning_muter.memory.memory import UnlearningMemory
-from lightning_muter.models import ModelView, measuring
+from lightning_muter.models import NOTHING, Beside, ModelView, measuring
 from lightning_muter.parallel import Group
 from lightning_muter.unlearning.block_system import BlockSystem
 from lightning_muter.unlearning.diagnosis import request_warnings
@@ -66,6 +66,7 @@ def forget(
     x: Tensor,
     targets: Tensor,
     group: Group | None = None,
+    beside: Beside = NOTHING,
 ) -> Outcome:
     """Stages II and III on the points x (m, ...), at ω*; neither memory nor module is changed.
 
@@ -81,6 +82,7 @@ def forget(
         x: inputs (m, ...) on the module's device.
         targets: targets (m,).
         group: the processes that share the request; this one alone by default.
+        beside: what forward takes of the points beside x.
 
     Raises:
         StateError: the method keeps no curvature.
@@ -90,7 +92,8 @@ def forget(
     if isinstance(curvature, RowsCurvature) and not _by_blocks(memory):
         return forget_rows(memory, indices)
     decay = _decay(memory, indices)
-    batch = Batch(x, targets, memory.weights[indices].to(x.device)).part(group.rows)
+    weights = memory.weights[indices].to(x.device)
+    batch = Batch(x, targets, weights, beside=beside).part(group.rows)
     with measuring(view.module), view.at(memory.omega_star):
         taken = _take(memory, view, batch)
         sums = taken.sums.reduced(group.sum)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +14,8 @@ from lightning_muter.errors import ConfigurationError, RemovalError
 from lightning_muter.linalg.solution import Status
 from lightning_muter.memory.memory import UnlearningMemory
 from lightning_muter.memory.points import check_batch, check_free, check_named, training_indices
-from lightning_muter.models import BatchForm, ModelView
+from lightning_muter.models import BatchForm, Beside, ModelView
+from lightning_muter.models.beside import Name
 from lightning_muter.parallel import Group
 from lightning_muter.unlearning.request import Outcome, forget, forget_rows
 
@@ -22,11 +23,15 @@ __all__ = ["RemovalBatch", "Server", "check_number", "request_warnings", "worst_
 
 
 class RemovalBatch(NamedTuple):
-    """Points to forget: inputs (m, ...), targets (m, ...), and indices where they are known."""
+    """Points to forget: inputs (m, ...), targets (m, ...), and indices where they are known.
+
+    ``beside`` are the entries, by position or by name, that forward takes of them beside x.
+    """
 
     x: Any
     target: Any
     index: Any
+    beside: Mapping[Name, Any] = {}
 
 
 class Server:
@@ -70,7 +75,7 @@ class Server:
         """
         with torch.inference_mode(False):
             with self.group.together():
-                x, targets, indices = self._checked(batch)
+                x, targets, beside, indices = self._checked(batch)
             if not self.group.agrees(indices):
                 raise RemovalError(
                     "the processes were given different points: each must see the same removal "
@@ -84,9 +89,10 @@ class Server:
                 self.memory,
                 self.view,
                 indices,
-                x.to(parameter.device, parameter.dtype, copy=True),
+                x.to(parameter.device, self.view.dtype, copy=True),
                 targets.to(parameter.device, copy=True),
                 group=self.group,
+                beside=beside.to(parameter.device, self.view.dtype).copied(),
             )
         self.memory = outcome.memory
         self.outcomes.append(outcome)
@@ -112,17 +118,19 @@ class Server:
             self.memory = outcome.memory
             self.outcomes.append(outcome)
 
-    def _checked(self, batch: Any) -> tuple[Tensor, Tensor, list[int]]:
-        x, targets, named_by = _parts(batch, self.memory.settings.batch)
+    def _checked(self, batch: Any) -> tuple[Tensor, Tensor, Beside, list[int]]:
+        x, targets, beside, named_by = _parts(batch, self.memory.settings.batch)
         positions = None if named_by is None else training_indices(named_by)
         check_batch(x, targets, positions)
         if positions is not None:
             check_named(positions)
-        named = self.memory.find(x, targets, positions or ())
+        named = self.memory.find(x, targets, positions or (), beside)
         rows = self._left(named)
         indices = [named[k] for k in rows]
         check_free(indices, self.memory.removed, self.memory.weights)
-        return (x, targets, indices) if len(rows) == len(x) else (x[rows], targets[rows], indices)
+        if len(rows) == len(x):
+            return x, targets, beside, indices
+        return x[rows], targets[rows], beside.part(rows), indices
 
     def _left(self, named: list[int]) -> list[int]:
         """The rows of a batch that are not passed over."""
@@ -133,20 +141,20 @@ class Server:
         return [k for k, out in enumerate(over) if not out]
 
 
-def _parts(batch: Any, form: BatchForm) -> tuple[Tensor, Tensor, Any]:
-    """Inputs, targets, and what names the points; plain triples name them in the third place."""
+def _parts(batch: Any, form: BatchForm) -> tuple[Tensor, Tensor, Beside, Any]:
+    """Inputs, targets, what is beside them, and what names the points: a plain triple's third."""
     if isinstance(batch, RemovalBatch):
-        x, targets = BatchForm((0, 1)).read(batch)
-        return *_points(x, targets), batch.index
+        x, targets, _ = BatchForm((0, 1)).read(batch)
+        return *_points(x, targets), Beside.of(batch.beside, len(x)), batch.index
     try:
-        x, targets = form.read(batch)
+        x, targets, beside = form.read(batch)
     except ConfigurationError as error:
         raise RemovalError(
             f"a removal batch cannot be read: {error}; give a RemovalDataModule(data, "
             "indices=[...]), or a loader of the points themselves, as training received them"
         ) from error
     has_names = form.is_pair(batch) and len(batch) > 2 and not _is_text(batch[2])
-    return *_points(x, targets), batch[2] if has_names else None
+    return *_points(x, targets), beside, batch[2] if has_names else None
 
 
 def _is_text(value: Any) -> bool:

@@ -460,6 +460,28 @@ class Masked(Plain):
         return self.loss(self(batch["x"], batch["mask"]), batch["y"])
 
 
+class Padded(Plain):
+    """An encoder over sequences of two lengths, their ends masked; token types of its own."""
+
+    def __init__(self) -> None:
+        layer = nn.TransformerEncoderLayer(4, 2, 8, batch_first=True, activation="gelu")
+        super().__init__(nn.TransformerEncoder(layer, 1))
+        self.head = nn.Linear(4, CLASSES)
+        self.types = nn.Embedding(2, 4)
+
+    def forward(self, x: Tensor, padding: Tensor, types: Tensor | None = None) -> Any:
+        tokens = x.reshape(len(x), 4, 4)
+        if types is not None:
+            tokens = tokens + self.types(types)
+        seen = self.backbone(tokens, src_key_padding_mask=padding)
+        kept = (~padding).to(seen).unsqueeze(2)
+        return self.head((seen * kept).sum(dim=1) / kept.sum(dim=1))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        x, y, *beside = batch if isinstance(batch, (list, tuple)) else vars(batch).values()
+        return self.loss(self(x, *beside), y)
+
+
 class Dense(Plain):
     """One output a pixel."""
 

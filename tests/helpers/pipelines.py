@@ -50,6 +50,28 @@ def as_examples(points: list[Any]) -> Example:
     return Example(torch.stack([p[0] for p in points]), torch.stack([p[1] for p in points]))
 
 
+@dataclass
+class Sequences:
+    """A batch of padded sequences."""
+
+    x: Tensor
+    y: Tensor
+    padding: Tensor
+    types: Tensor
+
+
+def padding(index: int) -> Tensor:
+    """Every other sequence is one token shorter."""
+    return torch.arange(4) >= 4 - index % 2
+
+
+def as_sequences(points: list[Any]) -> Sequences:
+    """The first image of a point says which types its tokens have."""
+    x, y = (torch.stack([p[k] for p in points]) for k in range(2))
+    types = (x.reshape(len(x), 4, 4).sum(dim=2) > 2).long()
+    return Sequences(x, y, types.bool() & (torch.arange(4) > 1), types)
+
+
 def as_namespace(points: list[Any]) -> Any:
     example = as_examples(points)
     return people.namespace(example.x, example.y)
@@ -262,7 +284,35 @@ PIPELINES = [
         {},
         make=lambda x, y, i: {"x": x, "mask": x > 0.1, "y": y},
         data="dict x, mask, y",
-        outcome="forward(x) must make logits (n, C) of a batch of inputs alone",
+    ),
+    Pipeline(
+        "the same, by names of parameters",
+        people.Masked,
+        {"head": None, "parameters": ["head.weight", "head.bias"]},
+        make=lambda x, y, i: {"x": x, "mask": x > 0.1, "y": y},
+        data="dict x, mask, y",
+    ),
+    Pipeline(
+        "the same, under another name",
+        people.Masked,
+        {},
+        make=lambda x, y, i: {"x": x, "region": x > 0.1, "y": y},
+        data="dict x, region, y",
+        outcome="forward(x) must make logits (n, C) of a batch's input",
+    ),
+    Pipeline(
+        "padded sequences, the mask in third place",
+        people.Padded,
+        {"batch": (0, 1, 2)},
+        make=lambda x, y, i: (x, y, padding(i)),
+        data="(x, y, padding)",
+    ),
+    Pipeline(
+        "padded sequences with token types",
+        people.Padded,
+        {"head": None, "parameters": ["head.weight"]},
+        collate=as_sequences,
+        data="dataclass x, y, padding, types",
     ),
     Pipeline(
         "index first",
@@ -411,6 +461,16 @@ PIPELINES = [
     Pipeline("a compiled module", _compiled, {}, note="torch.compile"),
     Pipeline("single precision", Plain, {}, precision="32-true", tolerance=0.2),
     Pipeline("bf16 autocast", Plain, {}, precision="bf16-mixed", tolerance=0.3),
+    Pipeline("weights of half precision", Plain, {}, precision="bf16-true", tolerance=0.3),
+    Pipeline(
+        "weights of half precision, several processes' strategy",
+        Plain,
+        {},
+        precision="bf16-true",
+        trainer={"strategy": "ddp", "devices": 1},
+        note="ddp",
+        outcome="with a distributed strategy",
+    ),
     Pipeline(
         "accumulated gradients",
         Plain,

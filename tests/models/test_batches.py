@@ -69,7 +69,8 @@ def test_input_and_target_are_read_and_the_input_is_replaced(name: str) -> None:
     batch, where = shapes()[name]
     form = BatchForm.of(where)
     kept = {k: v for k, v in batch.items() if k != "image"} if name == "twice" else {}
-    x, y = form.read(batch)
+    x, y, beside = form.read(batch)
+    assert not beside
     assert torch.equal(x, X) and torch.equal(y.long(), Y)
     own, kind = x, type(batch)
     back = form.put(batch, x, NEW)
@@ -98,7 +99,8 @@ def test_input_and_target_are_read_and_the_input_is_replaced(name: str) -> None:
         ("text", None, "a str"),
         (None, None, "NoneType"),
         ([X, Y], lambda batch: batch["x"], "batch= failed with TypeError.*must return"),
-        ([X, Y], lambda batch: batch[0], "returned a Tensor.*pair"),
+        ([X, Y], lambda batch: batch[0], r"returned a Tensor.*\(x, target\)"),
+        ({"x": X, "y": Y}, ("x", "y", "mask"), "no entry 'mask'"),
     ],
 )
 def test_a_batch_that_cannot_be_read(batch: Any, where: Any, match: str) -> None:
@@ -109,13 +111,13 @@ def test_a_batch_that_cannot_be_read(batch: Any, where: Any, match: str) -> None
 def test_an_input_that_is_made_by_the_function_cannot_be_put_back() -> None:
     form = BatchForm.of(lambda batch: (batch["image"] / 255, batch["label"]))
     batch = {"image": X.clone(), "label": Y}
-    x, _ = form.read(batch)
+    x = form.read(batch)[0]
     with pytest.raises(ConfigurationError, match="no tensor of the batch itself"):
         form.put(batch, x, NEW)
     assert torch.equal(batch["image"], X)
 
 
-@pytest.mark.parametrize("where", ["image", ("image",), (1.0, 2.0), ("a", "b", "c")])
+@pytest.mark.parametrize("where", ["image", ("image",), (1.0, 2.0), ("a", "b", 1.0)])
 def test_what_is_no_pair_and_no_function(where: Any) -> None:
-    with pytest.raises(ConfigurationError, match="batch=.*pair of names"):
+    with pytest.raises(ConfigurationError, match="batch=.*names or positions of input and target"):
         BatchForm.of(where)

@@ -27,6 +27,7 @@ REFUSED = [one for one in PIPELINES if one.outcome != "right"]
 NOISE = (
     "ignore:.*log_every_n_steps.*|.*is no L2 term.*|.*ReduceLROnPlateau.*|.*lr_scheduler.step.*",
     "ignore:.*Precision .* is not supported.*|.*Swapping scheduler.*|.*fewer.*",
+    "ignore:.*nested tensors is in prototype.*",
     "ignore:.*find_unused_parameters.*|.*batch_size.*ambiguous.*|.*NoneType.*batch size.*",
 )
 pytestmark = [pytest.mark.filterwarnings(one) for one in NOISE]

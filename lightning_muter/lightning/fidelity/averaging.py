@@ -194,7 +194,7 @@ def check_unmoved(omega: Tensor, view: ModelView) -> None:
         ConfigurationError: with how far they moved.
     """
     now = view.get()
-    kept = omega.to(now.device).to(view.dtype).double()
+    kept = omega.to(now.device).to(view.kept_as).double()
     if not torch.allclose(now, kept, rtol=1e-6, atol=1e-8):
         raise ConfigurationError(
             "a callback listed after MUterCallback changed the trained parameters by "

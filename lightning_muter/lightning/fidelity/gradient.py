@@ -13,7 +13,7 @@ from lightning_muter.lightning.fidelity.backward import BackwardSum
 from lightning_muter.lightning.fidelity.difference import Comparison
 from lightning_muter.lightning.fidelity.outputs import head_outputs
 from lightning_muter.lightning.kept_state import untouched
-from lightning_muter.models import measuring
+from lightning_muter.models import NOTHING, Beside, Logits, evaluating
 from lightning_muter.models.base import Seen
 from lightning_muter.objectives.base import Objective
 
@@ -26,6 +26,7 @@ class _Batch:
 
     seen: Seen
     targets: Tensor
+    beside: Beside
     states: tuple[Tensor, ...]
 
 
@@ -36,7 +37,7 @@ class GradientWatch:
     the module's outputs, in eval mode. Training's is `BackwardSum`'s, of this process alone.
 
     Args:
-        module: the module.
+        logits: what makes logits of the module.
         parameters: the trained ones.
         objective: the objective a point.
         head: the linear layer that is trained, or None where parameters are named.
@@ -48,7 +49,7 @@ class GradientWatch:
 
     def __init__(
         self,
-        module: nn.Module,
+        logits: Logits,
         parameters: list[nn.Parameter],
         objective: Objective,
         head: nn.Module | None,
@@ -56,7 +57,7 @@ class GradientWatch:
         slack: float,
         vanished: float,
     ) -> None:
-        self._module, self._parameters, self._head = module, parameters, head
+        self._logits, self._parameters, self._head = logits, parameters, head
         self._objective = objective
         self._context, self._slack, self._vanished = context, slack, vanished
         self._batch: _Batch | None = None
@@ -68,13 +69,13 @@ class GradientWatch:
         """Whether a batch waits for its gradient."""
         return self._batch is not None
 
-    def arm(self, seen: Seen, targets: Tensor) -> None:
+    def arm(self, seen: Seen, targets: Tensor, beside: Beside = NOTHING) -> None:
         """Compare the gradient of the step that follows, on these points as they are now."""
         states, device = [torch.get_rng_state()], seen[-1].device
         if device.type == "cuda":
             states.append(torch.cuda.get_rng_state(device))
         kept = tuple(x.detach().clone() for x in seen)
-        self._batch = _Batch(kept, targets.detach().clone(), tuple(states))
+        self._batch = _Batch(kept, targets.detach().clone(), beside.copied(), tuple(states))
 
     def drop(self) -> None:
         """Compare nothing until the next batch that is chosen."""
@@ -95,8 +96,8 @@ class GradientWatch:
         found = scale * self.sum.batch
         if not bool(torch.isfinite(found).all()):
             return None
-        module = self._module
-        with self.sum.paused(), untouched(module), measuring(module), self._context():
+        module = self._logits
+        with self.sum.paused(), untouched(module), evaluating(module), self._context():
             own = self._own(batch)
         self._longest = max(
             self._longest,
@@ -117,7 +118,8 @@ class GradientWatch:
         return self._beside_train_mode(comparison, batch)
 
     def _own(self, batch: _Batch) -> Tensor:
-        outputs = [head_outputs(self._module, self._head, x, self._slack) for x in batch.seen]
+        logits = self._logits.form.of(self._logits.module, batch.beside)
+        outputs = [head_outputs(logits, self._head, x, self._slack) for x in batch.seen]
         total = self._objective.outer(outputs, batch.targets).mean()
         found = torch.autograd.grad(total, self._parameters, allow_unused=True)
         parts = [
@@ -129,7 +131,7 @@ class GradientWatch:
     def _beside_train_mode(self, comparison: Comparison, batch: _Batch) -> Comparison:
         """Whether dropout or batch statistics explain what differs."""
         devices = [batch.seen[-1].device] if len(batch.states) > 1 else []
-        buffers = [(b, b.clone()) for b in self._module.buffers()]
+        buffers = [(b, b.clone()) for b in self._logits.buffers()]
         with self.sum.paused(), torch.random.fork_rng(devices), self._context():
             torch.set_rng_state(batch.states[0])
             if devices:

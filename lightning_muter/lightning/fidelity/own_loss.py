@@ -14,7 +14,7 @@ from torch import Tensor
 from lightning_muter.errors import ConfigurationError
 from lightning_muter.lightning.fidelity.difference import Comparison
 from lightning_muter.lightning.flavour import pl
-from lightning_muter.models import measuring
+from lightning_muter.models import evaluating
 from lightning_muter.spec import Settings
 
 __all__ = ["check_own_loss"]
@@ -48,13 +48,14 @@ def check_own_loss(
     view = settings.view(own)
     for parameter in view.parameters:
         parameter.requires_grad_(True)
-    with measuring(own), context(), warnings.catch_warnings():
+    with evaluating(own), context(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of a log without a trainer
         found = _gradient(_step(own, batch), view.parameters)
         if found is None:
             return False
-        x, targets = settings.batch.read(batch)
-        mine = _gradient(view.loss(view.logits(x), targets).mean(), view.parameters)
+        x, targets, beside = settings.batch.read(batch)
+        logits = view.beside(beside).logits
+        mine = _gradient(view.loss(logits(x), targets).mean(), view.parameters)
     if mine is None:
         return False
     found = found / len(x) if view.loss.summed else found

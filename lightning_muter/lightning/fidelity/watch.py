@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ from lightning_muter.lightning.progress import bar_of, blocks
 from lightning_muter.linalg.lanczos import TimeAverage
 from lightning_muter.memory.points import digests_of
 from lightning_muter.memory.start import TrainingFlow
-from lightning_muter.models import ModelView, measuring
+from lightning_muter.models import Beside, ModelView, evaluating
 from lightning_muter.models.base import Seen
 from lightning_muter.objectives.targets import check_targets
 
@@ -122,29 +123,35 @@ class TrainingWatch:
         width = None
         for block in bar_of(trainer)(blocks(mine, _CHUNK), "reading the points", len(mine), len):
             indices = list(block)
-            x, targets = self._points.batch(indices)
-            as_given = trainer.precision_plugin.convert_input([x, targets])
-            width = width or self._width(as_given[0][:2])
+            x, targets, beside = self._points.batch(indices)
+            x_given, y_given, rows = trainer.precision_plugin.convert_input(
+                [x, targets, beside.rows]
+            )
+            as_given = replace(beside, rows=rows)
+            width = width or self._width(x_given[:2], as_given.part(slice(2)))
             with self._topic("targets"):
                 check_targets(self._loss, targets, width)
-            held[indices] = _rows(digests_of(self.key, x, targets))
+            held[indices] = _rows(digests_of(self.key, x, targets, beside))
             received[indices] = held[indices]
-            if any(_narrower(b, a) for a, b in zip((x, targets), as_given, strict=True)):
-                received[indices] = _rows(digests_of(self.key, *as_given))
+            before = (x, targets, *beside.tensors().values())
+            after = (x_given, y_given, *as_given.tensors().values())
+            if any(_narrower(b, a) for a, b in zip(before, after, strict=True)):
+                received[indices] = _rows(digests_of(self.key, x_given, y_given, as_given))
         device = trainer.strategy.root_device
         held, received = (
             self._reduce(t.to(device)).cpu().to(torch.uint8) for t in (held, received)
         )
         return held, [bytes(row) for row in received.tolist()]
 
-    def _width(self, x: Tensor) -> int:
+    def _width(self, x: Tensor, beside: Beside) -> int:
         """Outputs a point, which are the head's own."""
-        module = self._module
-        with untouched(module), measuring(module), torch.no_grad(), self._context():
-            x = x.to(self._parameters[0].device)
+        module, device = self._module, self._parameters[0].device
+        logits = self._logits.form.of(module, beside.to(device))
+        with untouched(module), evaluating(module), torch.no_grad(), self._context():
+            x = x.to(device)
             with self._topic("outputs"):
-                return head_outputs(self._logits, self._head, x, self._slack).numel() // len(x)
-            return int(self._logits(x).numel()) // len(x)
+                return head_outputs(logits, self._head, x, self._slack).numel() // len(x)
+            return int(logits(x).numel()) // len(x)
 
     # --- a batch ------------------------------------------------------------------------------
 
@@ -156,20 +163,20 @@ class TrainingWatch:
             self._frozen.check_flags()
         position = batch_idx + 1
         self._due |= position & (position - 1) == 0 or self._trainer.is_last_batch
-        x, targets = self._points.form.read(batch)
+        points = self._points.form.read(batch)
         self._window += 1
-        self._points_of_batch = len(x)
-        self._points_in_window += len(x)
+        self._points_of_batch = len(points[0])
+        self._points_in_window += len(points[0])
         self._open = True
         with self._topic("content"):
-            self._count.see(digests_of(self.key, x, targets))
+            self._count.see(digests_of(self.key, *points))
 
-    def perturbed(self, seen: Seen, targets: Tensor) -> None:
+    def perturbed(self, seen: Seen, targets: Tensor, beside: Beside) -> None:
         """The batch as the attack left it: what training_step is about to see of its inputs."""
         self._gradient.drop()
         self._gradient.sum.begin_batch()
         if self._due:
-            self._gradient.arm(seen, targets)
+            self._gradient.arm(seen, targets, beside)
             self._pushed.begin()
 
     def before_backward(self) -> None:
