@@ -137,7 +137,7 @@ def _read(keeper: MemoryKeeper, view: ModelView, points: TrainingPoints, key: by
     module, head, rows = view.module, keeper.settings.head, bytearray()
     layer = None if head is None else module.get_submodule(head)
     for start in range(0, len(points), _BLOCK):
-        x, targets = points.batch(range(start, min(start + _BLOCK, len(points))))
+        x, targets = points.finite(range(start, min(start + _BLOCK, len(points))))
         keeper.settings.threat.check_inputs(x)
         with untouched(module), measuring(module), torch.no_grad():
             few = x[:2].to(view.device, view.dtype)

@@ -114,7 +114,7 @@ class TrainingWatch:
         width = None
         for block in bar_of(trainer)(blocks(mine, _CHUNK), "reading the points", len(mine), len):
             indices = list(block)
-            x, targets = self._points.batch(indices)
+            x, targets = self._points.finite(indices)
             as_given = trainer.precision_plugin.convert_input([x, targets])
             width = width or self._width(as_given[0][:2])
             with self._topic("targets"):
