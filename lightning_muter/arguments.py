@@ -65,11 +65,15 @@ def number(name: str, value: Any, positive: bool = False) -> float:
         0.0
     """
     real = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    if not real or not 0 <= value < math.inf or (positive and not value > 0):
+    try:
+        found = float(value) if real else math.nan
+    except OverflowError:  # an integer beyond every float
+        found = math.inf
+    if not 0 <= found < math.inf or (positive and not found > 0):
         raise ConfigurationError(
             f"{name}={value!r} must be a finite number {'> 0' if positive else '>= 0'}"
         )
-    return float(value)
+    return found
 
 
 def optional(name: str, value: Any, positive: bool = False) -> float | None:

@@ -240,7 +240,7 @@ class Settings:
                 raise ValueError(f"{dict(data)} reads back as {found.to_dict()}")
         except _ByPath:
             raise
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+        except (AttributeError, ConfigurationError, KeyError, TypeError, ValueError) as error:
             raise MemoryFormatError(
                 f"the memory's settings cannot be read ({type(error).__name__}: {error}): restore "
                 "a backup, or rebuild the memory"
@@ -318,7 +318,7 @@ def agreed(saved: dict[str, Any], given: Settings | None) -> Settings:
     horizon = saved.get("horizon") if given.horizon is None else given.horizon
     try:
         trained = given.trained(decay, horizon)
-    except (TypeError, ValueError) as error:
+    except ConfigurationError as error:
         raise MemoryFormatError(
             f"the memory says weight_decay={decay!r} and horizon={horizon!r} ({error}): restore a "
             "backup"
