@@ -130,6 +130,7 @@ def rehearse(
         x, targets = batch.x, batch.targets
         view = settings[-1].view(module)
         outputs = check_forward(view.logits, x)
+        view.check(x)
         check_targets(view.loss, targets, outputs)
         if known_targets is not None:
             check_targets(view.loss, known_targets.to(targets), outputs)

@@ -88,6 +88,7 @@ def total_hessian(
     points = unweighted(batch[0], batch[1])
     total = DenseCurvature.zeros(view.p, points.x.device)
     with measuring(module):
+        view.check(batch[0][:2])
         inner = None if delta is None else problem.given(view, points, delta)
         problem.accumulate(view, points, total, inner)
     total.add_identity(weight_decay * len(points))
