@@ -29,7 +29,7 @@ from lightning_muter.lightning.fidelity.frozen import check_finetuning
 from lightning_muter.lightning.fidelity.watch import TrainingWatch
 from lightning_muter.lightning.flavour import pl, refuse_other
 from lightning_muter.lightning.folder import check_free, create, folder_name, model_path, rewritten
-from lightning_muter.lightning.keeper import MemoryKeeper
+from lightning_muter.lightning.keeper import MemoryKeeper, forgotten, refuse_relearning
 from lightning_muter.lightning.kept_state import KeptState
 from lightning_muter.lightning.point_ids import Ids, ids_of
 from lightning_muter.lightning.process_group import process_group
@@ -239,7 +239,7 @@ class MUterCallback(MemoryKeeper, AdversarialTraining):
         self.initial = view.get()
         self.folder = None if getattr(trainer, "fast_dev_run", False) else self.memory_dir
         check_free(self.folder, self.overwrite)
-        self._refuse_relearning()
+        refuse_relearning(forgotten(self.memory), self.overwrite)
         self._restore()
         self._kept = KeptState(pl_module)
         self._kept.train_only(pl_module, set(view.names))
@@ -250,15 +250,16 @@ class MUterCallback(MemoryKeeper, AdversarialTraining):
         except ConfigurationError as error:
             self._refuse(error)
 
-    def _refuse_relearning(self) -> None:
-        gone = 0 if self.memory is None else int(self.memory.removed.sum())
-        if gone and not self.overwrite:
-            raise ConfigurationError(
-                f"this callback's memory has forgotten {gone} points, which another fit would "
-                "learn again where the data holds them, and it would drop the ledger: fit the "
-                "remaining points (RemovalDataModule(data, indices=[...]).remaining()) with a new "
-                "MUterCallback, or give overwrite=True"
-            )
+    def _check_resumed(self, trainer: pl.Trainer) -> None:
+        """Refuse a checkpoint that was unlearned, or says nothing of when training started."""
+        refuse_relearning(self._resumed.get("forgotten", 0), self.overwrite)
+        if self.horizon is None or trainer.ckpt_path is None or "flow_time" in self._resumed:
+            return
+        raise ConfigurationError(
+            f"horizon={self.horizon!r} with a fit that is resumed from a checkpoint without this "
+            "callback's state: neither where training started nor how long it took is known; give "
+            "newton_steps=..., or train with the callback from the start"
+        )
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         points, view = points_of(trainer, self.settings.batch), self.settings.view(pl_module)
@@ -268,6 +269,7 @@ class MUterCallback(MemoryKeeper, AdversarialTraining):
         self._lambda = decay_of(
             trainer.optimizers, view.parameters, self.weight_decay, self.newton_steps
         )
+        self._check_resumed(trainer)
         if self.horizon == "training":
             check_rates(trainer.optimizers, view.parameters)
         self._after = AfterTraining(
@@ -306,11 +308,12 @@ class MUterCallback(MemoryKeeper, AdversarialTraining):
 
     def state_dict(self) -> dict[str, Any]:
         """Where training started and what was seen of it so far, for a run that is resumed."""
+        known = {"initial": self.initial, "forgotten": forgotten(self.memory)}
         if self._watch is None:
-            return {**self._resumed, "initial": self.initial}
+            return {**self._resumed, **known}
         return {
+            **known,
             "flow_time": self._watch.flow_time,
-            "initial": self.initial,
             "points": self._watch.state_dict(),
             "findings": list(self.findings),
         }

@@ -37,13 +37,17 @@ Collate = Callable[[list[Any]], Any]
 
 
 class TrainingPoints:
-    """A map-style data set read by index in batches, untouched by shuffling or samplers."""
+    """A map-style data set read by index in batches, untouched by shuffling or samplers.
+
+    ``loader`` is the one that it came with, where there was one.
+    """
 
     def __init__(
         self,
         dataset: Dataset[Any],
         collate: Collate | None = None,
         form: BatchForm = FOUND,
+        loader: DataLoader[Any] | None = None,
     ) -> None:
         named = getattr(type(dataset), "__getitem__", None) not in (None, Dataset.__getitem__)
         if not named or not hasattr(dataset, "__len__"):
@@ -54,6 +58,7 @@ class TrainingPoints:
         self.dataset = dataset
         self.collate = collate or default_collate
         self.form = form
+        self.loader = loader
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -185,7 +190,7 @@ def training_points(
         raise ConfigurationError(
             f"train_dataloader gave a {type(loader).__name__}; one DataLoader is needed"
         )
-    return TrainingPoints(loader.dataset, loader.collate_fn, form)
+    return TrainingPoints(loader.dataset, loader.collate_fn, form, loader)
 
 
 class _Indexed(Dataset[RemovalBatch]):

@@ -216,3 +216,31 @@ def test_a_callback_after_fit_is_a_value_without_trainer_and_data() -> None:
     result = trainer.unlearn(RemovalDataModule(data, indices=[3]))
     assert torch.equal(memory_of(copied).omega, memory_of(callback).omega)
     assert result.indices == (3,)
+
+
+def test_a_checkpoint_of_an_unlearned_model_is_not_trained_on_unasked(tmp_path: Any) -> None:
+    trainer, callback, model, data = fit(newton_steps=0, attack_steps=2)
+    trainer.unlearn(RemovalDataModule(data, indices=[3, 17]))
+    trainer.save_checkpoint(tmp_path / "unlearned.ckpt")
+    options = {"threat": L2Ball(0.5), "head": "classifier", "attack_steps": 2}
+    other = Trainer(max_epochs=2, callbacks=[MUterCallback(**options)], **QUIET)
+    with pytest.raises(ConfigurationError, match="has forgotten 2 points"):
+        other.fit(Net(), data, ckpt_path=tmp_path / "unlearned.ckpt", weights_only=False)
+    built = Trainer(callbacks=[MUterCallback(**options)], **QUIET)
+    with pytest.raises(ConfigurationError, match="has forgotten 2 points"):
+        built.build_memory(Net(), data, ckpt_path=tmp_path / "unlearned.ckpt")
+    again = MUterCallback(**options, overwrite=True)
+    trainer = Trainer(max_epochs=2, callbacks=[again], **QUIET)
+    trainer.fit(Net(), data, ckpt_path=tmp_path / "unlearned.ckpt", weights_only=False)
+    assert again.state_dict()["forgotten"] == 0
+
+
+@pytest.mark.parametrize("horizon", ["training", 0.5])
+def test_a_horizon_needs_the_start_of_a_resumed_training(tmp_path: Any, horizon: Any) -> None:
+    plain = Trainer(max_epochs=1, **QUIET)
+    plain.fit(Net(), Data())
+    plain.save_checkpoint(tmp_path / "half.ckpt")
+    callback = MUterCallback(L2Ball(0.5), head="classifier", horizon=horizon, attack_steps=2)
+    trainer = Trainer(max_epochs=2, callbacks=[callback], **QUIET)
+    with pytest.raises(ConfigurationError, match="resumed from a checkpoint without"):
+        trainer.fit(Net(), Data(), ckpt_path=tmp_path / "half.ckpt")
