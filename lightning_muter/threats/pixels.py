@@ -43,7 +43,8 @@ def as_values(name: str, given: Any) -> Values:
         raise ConfigurationError(f"{name}={given!r} must be a number, or one a channel") from error
     if not values or any(math.isnan(v) for v in values):
         raise ConfigurationError(f"{name}={given!r} must be a number, or one a channel, and no NaN")
-    return values[0] if single else tuple(values)
+    plain = given if type(given) in (int, float) else values[0]  # none of numpy's
+    return plain if single else tuple(values)
 
 
 def largest(values: Values) -> float:
