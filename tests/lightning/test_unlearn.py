@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_muter import (
     ConfigurationError,
+    L2Ball,
     MUterCallback,
     RemovalDataModule,
     RemovalError,
@@ -444,3 +445,31 @@ def test_a_memory_that_is_none_is_refused(wrong: Any) -> None:
 def test_indices_of_any_kind_name_rows_without_data(removals: Any) -> None:
     trainer, callback, _, _ = fit(representation="rows", sketch=1, attack_steps=2)
     assert sorted(trainer.unlearn(removals).indices) == [3, 17]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"accumulate_grad_batches": 2},
+        {"gradient_clip_val": 0.05},
+        {"max_steps": 3},
+    ],
+)
+def test_retrain_trains_as_training_did(options: dict[str, Any]) -> None:
+    class Whole(Data):
+        def train_dataloader(self) -> DataLoader[Any]:
+            return DataLoader(self.dataset, batch_size=64)  # one batch: no order matters
+
+    def trained(data: Data, method: str) -> tuple[Any, MUterCallback]:
+        pl.seed_everything(0, verbose=False)
+        callback = MUterCallback(
+            L2Ball(0.5), head="classifier", method=method, random_start=False, attack_steps=2
+        )
+        trainer = Trainer(**{"max_epochs": 5, **options, "callbacks": [callback], **QUIET})
+        trainer.fit(Net(), data)
+        return trainer, callback
+
+    trainer, callback = trained(Whole(), "retrain")
+    trainer.unlearn(RemovalDataModule(Whole(), indices=[3, 17]))
+    _, expected = trained(Whole(keep=[i for i in range(41) if i not in (3, 17)]), "none")
+    torch.testing.assert_close(memory_of(callback).omega, memory_of(expected).omega)
