@@ -32,6 +32,8 @@ _IGNORED = frozenset(
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, type(Ellipsis))
 _BY_NAME = (types.BuiltinFunctionType, torch.dtype, torch.device)
 _CODE = (types.FunctionType, types.MethodType, types.ModuleType, functools.partial, type)
+#: what is described whole where a function reads it from its module
+_DATA = (*_PLAIN, *_BY_NAME, *_CODE, Tensor, tuple, list, set, frozenset, Mapping, enum.Enum)
 #: whose insides are theirs, even where a memory's loss is one of them
 _NEVER = frozenset({"builtins", "torch", "lightning_muter"})
 
@@ -51,10 +53,11 @@ def fingerprint_of(value: Any) -> str:
     """A digest of what a function, class or object does.
 
     Of a function: its code, defaults, closure, and the globals that it reads, with the functions
-    and classes of the user's own among them; of a class: its methods, attributes and bases; of an
-    object: its class and its state. Line numbers, file names and docstrings are no part of it, and
-    what an installed library brings is named by its path alone. Byte code differs between Python
-    versions, so that a fingerprint is of one of them.
+    and classes of the user's own among them, and of other objects the attributes that it names;
+    of a class: its methods, attributes and bases; of an object: its class and its state. Line
+    numbers, file names and docstrings are no part of it, and what an installed library brings is
+    named by its path alone. Byte code differs between Python versions, so that a fingerprint is of
+    one of them.
     """
     description = _Description(_package(value)).of(value)
     return hashlib.blake2b(json.dumps(description).encode(), digest_size=16).hexdigest()
@@ -154,14 +157,14 @@ class _Description:
         if not self._is_near(function):
             return ["function", import_path(function)]
         cells = [_content(cell) for cell in function.__closure__ or ()]
-        names = sorted(_names(function.__code__) & function.__globals__.keys())
+        read = _names(function.__code__)
         return [
             "function",
             self._code(function.__code__, function.__doc__),
             self.of(function.__defaults__),
             self.of(function.__kwdefaults__),
             [self.of(cell) for cell in cells],
-            [[name, self._global(function.__globals__[name])] for name in names],
+            self._read(function.__globals__, read),
         ]
 
     def _code(self, code: types.CodeType, doc: str | None) -> Any:
@@ -187,11 +190,19 @@ class _Description:
             [[name, self.of(members[name])] for name in sorted(members)],
         ]
 
-    def _global(self, value: Any) -> Any:
-        """What a function reads from its module: data and code, but no other object's state."""
-        if isinstance(value, (*_PLAIN, *_BY_NAME, *_CODE, Tensor, tuple, list, set, frozenset)):
+    def _read(self, names: Mapping[str, Any], read: set[str], within: tuple[int, ...] = ()) -> Any:
+        """What a function reads of these names: data, code, and of objects what it names."""
+        return [
+            [name, self._global(names[name], read, within)] for name in sorted(read & names.keys())
+        ]
+
+    def _global(self, value: Any, read: set[str], within: tuple[int, ...]) -> Any:
+        if isinstance(value, _DATA) or _is_array(value):
             return self.of(value)
-        return ["global", import_path(type(value))]
+        if id(value) in within:
+            return ["again", within.index(id(value))]
+        inner = self._read(_attributes(value), read, (*within, id(value)))
+        return ["global", import_path(type(value)), inner]
 
     def _owner(self, value: Any) -> Any:
         """What a bound method is bound to; of a network, whose weights move, its plain settings."""
@@ -205,13 +216,10 @@ class _Description:
         return ["network", self.of(type(module)), *(self.of(part) for part in parts)]
 
     def _object(self, value: Any) -> Any:
-        if hasattr(value, "dtype") and hasattr(value, "tobytes"):  # NumPy's arrays and numbers
+        if _is_array(value):
             data = hashlib.blake2b(value.tobytes(), digest_size=16).hexdigest()
             return ["array", str(value.dtype), str(getattr(value, "shape", ())), data]
-        slots = [name for kind in type(value).__mro__ for name in _slots(kind)]
-        state = {k: getattr(value, k) for k in slots if hasattr(value, k)}
-        if _package(value) != "torch":
-            state.update(getattr(value, "__dict__", {}))
+        state = _attributes(value)
         return ["object", self.of(type(value)), self.of(dict(sorted(state.items())))]
 
 
@@ -219,6 +227,20 @@ def _settings(state: Mapping[str, Any]) -> dict[str, Any]:
     """An nn.Module's attributes of its own, without PyTorch's and without the mode."""
     usual = vars(nn.Module()).keys()
     return {k: v for k, v in sorted(state.items()) if k not in usual}
+
+
+def _is_array(value: Any) -> bool:
+    """Whether it is one of NumPy's arrays and numbers."""
+    return hasattr(value, "dtype") and hasattr(value, "tobytes")
+
+
+def _attributes(value: Any) -> dict[str, Any]:
+    """An object's own attributes, those of its slots among them; torch keeps its to itself."""
+    slots = [name for kind in type(value).__mro__ for name in _slots(kind)]
+    state = {k: getattr(value, k) for k in slots if hasattr(value, k)}
+    if _package(value) != "torch":
+        state.update(getattr(value, "__dict__", {}))
+    return state
 
 
 def _slots(kind: type) -> list[str]:

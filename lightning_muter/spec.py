@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lightning_muter.arguments import number, optional, whole
 from lightning_muter.curvature.base import CurvatureSum
 from lightning_muter.curvature.dense import DenseCurvature
 from lightning_muter.curvature.rows import RowsOptions, RowsSum
@@ -82,6 +83,7 @@ class Settings:
         if not isinstance(self.loss, ModuleLoss):  # which is looked up when there is a module
             object.__setattr__(self, "loss", as_value(self.loss))
             resolve_objective(self.objective, self.loss)
+        self._as_numbers()
         resolve_response(self.response, self.inverse, self.neumann_order, self.sketch)
         if not isinstance(self.threat, Threat):
             raise ConfigurationError(f"threat={self.threat!r} must be a Threat: L2Ball(eps=0.5)")
@@ -90,6 +92,11 @@ class Settings:
                 f"head={self.head!r} and parameters={self.parameters!r}: give exactly one, the "
                 "name of the linear layer that is trained (head='classifier'; beside a preset "
                 "--trainer.callbacks.head=classifier) or names of parameters"
+            )
+        if not isinstance(self.head, (str, type(None))):
+            raise ConfigurationError(
+                f"head={self.head!r} must be the name under which the module holds its linear "
+                "layer, as head='classifier'"
             )
         if self.sketch and self.head is None:
             raise ConfigurationError(
@@ -100,27 +107,29 @@ class Settings:
                 f"solver='schur' with horizon={self.horizon}: a horizon's step is no linear "
                 "system; use solver='direct', or no horizon"
             )
-        if self.horizon is not None and not self.horizon > 0:
-            raise ConfigurationError(
-                f"horizon={self.horizon} must be positive, or None for training that converged"
-            )
         if self.representation not in _REPRESENTATIONS or self.row_dtype not in _ROW_DTYPES:
             raise ConfigurationError(
                 f"representation={self.representation!r} must be one of {_REPRESENTATIONS} and "
                 f"row_dtype={self.row_dtype!r} one of {list(_ROW_DTYPES)}"
             )
-        if self.solver_tol is not None and not 0 < self.solver_tol < 1:
+        if self.solver_tol is not None and not self.solver_tol < 1:
             raise ConfigurationError(
                 f"solver_tol={self.solver_tol} must be between 0 and 1, or None: it is the "
                 "relative residual at which a solve with rows stops"
             )
         if self.solver not in _SOLVERS:
             raise ConfigurationError(f"solver={self.solver!r} is unknown; expected {_SOLVERS}")
-        if not (0 <= self.damping < math.inf and 0 <= self.weight_decay < math.inf):
-            raise ConfigurationError(
-                f"damping={self.damping} and weight_decay={self.weight_decay} must be finite and "
-                ">= 0"
-            )
+
+    def _as_numbers(self) -> None:
+        """Numbers of Python's own in the place of numpy's and torch's."""
+        found: dict[str, Any] = {
+            name: whole(name, getattr(self, name)) for name in ("neumann_order", "sketch")
+        }
+        found |= {name: number(name, getattr(self, name)) for name in ("damping", "weight_decay")}
+        for name in ("horizon", "solver_tol"):
+            found[name] = optional(name, getattr(self, name), positive=True)
+        for name, value in found.items():
+            object.__setattr__(self, name, value)
 
     def trained(self, weight_decay: float, horizon: float | None) -> Settings:
         """The same settings with the λ and the horizon of the training behind the memory."""
@@ -235,7 +244,7 @@ class Settings:
                 raise ValueError(f"{dict(data)} reads back as {found.to_dict()}")
         except _ByPath:
             raise
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+        except (AttributeError, ConfigurationError, KeyError, TypeError, ValueError) as error:
             raise MemoryFormatError(
                 f"the memory's settings cannot be read ({type(error).__name__}: {error}): restore "
                 "a backup, or rebuild the memory"
@@ -313,7 +322,7 @@ def agreed(saved: dict[str, Any], given: Settings | None) -> Settings:
     horizon = saved.get("horizon") if given.horizon is None else given.horizon
     try:
         trained = given.trained(decay, horizon)
-    except (TypeError, ValueError) as error:
+    except ConfigurationError as error:
         raise MemoryFormatError(
             f"the memory says weight_decay={decay!r} and horizon={horizon!r} ({error}): restore a "
             "backup"

@@ -15,7 +15,7 @@ ROOT = Path(lightning_muter.__file__).parent
 #: from the ground up; a folder or module imports from its own floor and those before it
 FLOORS = [
     ["errors"],
-    ["options"],
+    ["arguments", "options"],
     ["linalg", "parallel", "identity", "display"],
     ["threats", "objectives"],
     ["responses", "adversary"],

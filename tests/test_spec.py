@@ -204,3 +204,34 @@ def test_damping_and_decay_are_finite(value: float) -> None:
     for name in ("damping", "weight_decay"):
         with pytest.raises(ConfigurationError, match=name):
             settings(**{name: value})
+
+
+@pytest.mark.parametrize(
+    ("setting", "reads", "other"),
+    [
+        ("{'w': 2.0}", "G['w']", "{'w': 3.0}"),
+        ("types.SimpleNamespace(w=2.0, log=[])", "G.w", "types.SimpleNamespace(w=3.0, log=[])"),
+        ("Config(Config(2.0))", "G.w.w", "Config(Config(3.0))"),
+        ("Slotted(2.0)", "G.w", "Slotted(3.0)"),
+        ("np.array([2.0])", "float(G[0])", "np.array([3.0])"),
+        ("Kind.A", "float(G.value)", "Kind.B"),
+    ],
+)
+def test_what_a_function_reads_of_a_global_object_is_part_of_it(
+    setting: str, reads: str, other: str
+) -> None:
+    text = (
+        "import enum, types\nimport numpy as np\nimport torch.nn.functional as F\n"
+        "class Config:\n    def __init__(self, w):\n        self.w, self.me = w, self\n"
+        "class Slotted:\n    __slots__ = ('w',)\n    def __init__(self, w):\n        self.w = w\n"
+        "class Kind(enum.Enum):\n    A = 2\n    B = 3\n"
+        f"G = {setting}\n"
+        f"def loss(z, y):\n    return {reads} * F.cross_entropy(z, y, reduction='none')\n"
+    )
+    old, same = defined(text), defined(text)
+    new = defined(text.replace(f"G = {setting}", f"G = {other}"))
+    assert fingerprint_of(old.loss) == fingerprint_of(same.loss)
+    assert fingerprint_of(old.loss) != fingerprint_of(new.loss)
+    if hasattr(old.G, "log"):  # which the function does not read
+        old.G.log.append("a line")
+        assert fingerprint_of(old.loss) == fingerprint_of(same.loss)

@@ -17,6 +17,7 @@ from lightning_muter.adversary.ascent import (
 )
 from lightning_muter.adversary.attack_library import Attack
 from lightning_muter.adversary.two_sided import seeded_start
+from lightning_muter.arguments import optional, whole
 from lightning_muter.errors import ConfigurationError, MuterError
 from lightning_muter.lightning.flavour import pl
 from lightning_muter.lightning.kept_state import untouched
@@ -76,11 +77,14 @@ class AdversarialTraining(pl.Callback):
         output: Output | None = None,
         forward: Forward | None = None,
     ) -> None:
+        if not isinstance(threat, Threat):
+            raise ConfigurationError(f"threat={threat!r} must be a Threat: L2Ball(eps=0.5)")
         self.threat = threat
         self.attack = None if attack is None else attack.scaled(threat.scaling)
         self.loss = loss
-        self.attack_steps = attack_steps
-        self.attack_step_size = attack_step_size or threat.step_size(attack_steps)
+        self.attack_steps = whole("attack_steps", attack_steps, 1)
+        step = optional("attack_step_size", attack_step_size, positive=True)
+        self.attack_step_size = threat.step_size(self.attack_steps) if step is None else step
         self.random_start = random_start
         self._batch, self._logits = BatchForm.of(batch), LogitsForm(forward, output)
         if not isinstance(asked_loss(loss), ModuleLoss):  # which is looked up in the module

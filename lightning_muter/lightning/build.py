@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, SubsetRandomSampler
 
 from lightning_muter.errors import ConfigurationError
 from lightning_muter.lightning.after_training import AfterTraining, refuse_spawned, report
@@ -23,9 +23,10 @@ from lightning_muter.lightning.fidelity.difference import tolerances
 from lightning_muter.lightning.fidelity.flow import holds, horizon_of
 from lightning_muter.lightning.fidelity.outputs import head_outputs
 from lightning_muter.lightning.fidelity.own_loss import check_own_loss
+from lightning_muter.lightning.fidelity.points import sampling_of
 from lightning_muter.lightning.flavour import pl, refuse_other
 from lightning_muter.lightning.folder import check_free, create, model_path
-from lightning_muter.lightning.keeper import MemoryKeeper, keeper_of
+from lightning_muter.lightning.keeper import MemoryKeeper, forgotten, keeper_of, refuse_relearning
 from lightning_muter.lightning.kept_state import KeptState, untouched
 from lightning_muter.lightning.point_ids import ids_of
 from lightning_muter.lightning.process_group import process_group
@@ -45,7 +46,7 @@ _BLOCK = 512
 _SLACK = 1e-2  # outputs that are the head's own differ by rounding alone, in any precision
 _UNSEEN = (
     "the memory is of a model that was trained already: that its training used these points, each "
-    "as often as the others,{} perturbations of this threat, and nothing but the trained "
+    "as often as its loader draws it,{} perturbations of this threat, and nothing but the trained "
     "parameters, could not be compared"
 )
 _COMPARED = 16  # points whose loss is the module's own
@@ -66,6 +67,7 @@ def build_memory(
             "trained with: Trainer(callbacks=[MUterCallback(threat, head=...)])"
         )
     refuse_spawned(trainer)
+    refuse_relearning(forgotten(keeper.memory), keeper.overwrite)
     check_free(keeper.memory_dir, keeper.overwrite)
     group, checkpoint = process_group(trainer), _checkpoint(trainer, ckpt_path)
     with _weights_of(model, checkpoint), kept_random_state(group.device):
@@ -111,7 +113,7 @@ def _built(
     )
     after.rehearse()
     digests = _read(keeper, keeper.settings.view(model), points, key)
-    weights = torch.ones(len(points), dtype=torch.float64)
+    weights = _drawn(points)
     horizon, flow = horizon_of(keeper.horizon, past.flow, weights)
     settings = keeper.settings.trained(past.weight_decay, horizon)
     compared = check_own_loss(
@@ -123,6 +125,19 @@ def _built(
     unseen = _UNSEEN.format("" if compared else " this loss,")
     finished = after.finished(memory, texts, (*past.findings, unseen), keeper.rebase_policy)
     return finished, after.cost
+
+
+def _drawn(points: TrainingPoints) -> Tensor:
+    """How much each point (n,) counted, as far as the sampler of their loader says it."""
+    even = torch.ones(len(points), dtype=torch.float64)
+    if points.loader is None:
+        return even
+    sampler: Any = points.loader.sampler
+    if type(sampler) is not SubsetRandomSampler:
+        return sampling_of(points.loader, len(points)).weights
+    left_out = set(range(len(points))) - {int(i) for i in sampler.indices}
+    even[sorted(left_out)] = 0.0
+    return even
 
 
 def _batch(trainer: pl.Trainer, model: pl.LightningModule, points: TrainingPoints) -> Any:
@@ -140,7 +155,7 @@ def _read(keeper: MemoryKeeper, view: ModelView, points: TrainingPoints, key: by
     module, head, rows = view.module, keeper.settings.head, bytearray()
     layer = None if head is None else module.get_submodule(head)
     for start in range(0, len(points), _BLOCK):
-        x, targets, beside = points.batch(range(start, min(start + _BLOCK, len(points))))
+        x, targets, beside = points.finite(range(start, min(start + _BLOCK, len(points))))
         keeper.settings.threat.check_inputs(x)
         with untouched(module), measuring(module), torch.no_grad():
             few = x[:2].to(view.device, view.dtype)
@@ -177,6 +192,7 @@ class _Past:
             ConfigurationError: something is needed that none of them says.
         """
         state = checkpoint.get("callbacks", {}).get(keeper.state_key, {})
+        refuse_relearning(state.get("forgotten", 0), keeper.overwrite)
         initial = state.get("initial", keeper.initial)
         if keeper.horizon is not None and initial is None:
             raise ConfigurationError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import types
 import warnings
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lightning_muter.adversary.attack_library import Attack
+from lightning_muter.arguments import optional, whole
 from lightning_muter.errors import ConfigurationError, MuterError, StateError
 from lightning_muter.lightning.adversarial_training import AdversarialTraining
 from lightning_muter.lightning.after_training import (
@@ -26,8 +28,8 @@ from lightning_muter.lightning.fidelity.flow import horizon_of
 from lightning_muter.lightning.fidelity.frozen import check_finetuning
 from lightning_muter.lightning.fidelity.watch import TrainingWatch
 from lightning_muter.lightning.flavour import pl, refuse_other
-from lightning_muter.lightning.folder import check_free, create, model_path, rewritten
-from lightning_muter.lightning.keeper import MemoryKeeper
+from lightning_muter.lightning.folder import check_free, create, folder_name, model_path, rewritten
+from lightning_muter.lightning.keeper import MemoryKeeper, forgotten, refuse_relearning
 from lightning_muter.lightning.kept_state import KeptState
 from lightning_muter.lightning.point_ids import Ids, ids_of
 from lightning_muter.lightning.process_group import process_group
@@ -142,7 +144,7 @@ class MUterCallback(MemoryKeeper, AdversarialTraining):
         row_dtype: str = "float64",
         solver_tol: float | None = None,
         weight_decay: float | None = None,
-        memory_dir: str | None = None,
+        memory_dir: str | os.PathLike[str] | None = None,
         horizon: float | Literal["training"] | None = None,
         batch_size: int = 512,
         attack_steps: int = 10,
@@ -167,6 +169,11 @@ class MUterCallback(MemoryKeeper, AdversarialTraining):
         }
         keywords = flat(given, FLAT_DEFAULTS, options)
         ascent = {k: keywords.pop(k) for k in ("attack_steps", "attack_step_size", "random_start")}
+        self.weight_decay = optional("weight_decay", weight_decay)
+        fixed = None if horizon == "training" else optional("horizon", horizon, positive=True)
+        self.horizon: float | Literal["training"] | None = (
+            horizon if horizon == "training" else fixed
+        )
         self.settings = Settings(
             method=method,
             threat=threat,
@@ -176,8 +183,8 @@ class MUterCallback(MemoryKeeper, AdversarialTraining):
             objective=objective,
             batch=BatchForm.of(batch),
             logits=LogitsForm(forward, output),
-            weight_decay=weight_decay or 0.0,
-            horizon=None if horizon == "training" else horizon,
+            weight_decay=self.weight_decay or 0.0,
+            horizon=fixed,
             **keywords,
         )
         library = None if isinstance(attack, Ascent) else attack
@@ -191,25 +198,19 @@ class MUterCallback(MemoryKeeper, AdversarialTraining):
             forward=forward,
             **ascent,
         )
-        if newton_steps < 0 or batch_size < 1:
-            raise ConfigurationError(
-                f"newton_steps={newton_steps} must be >= 0 and batch_size={batch_size} >= 1"
-            )
         if horizon is not None and newton_steps:
             raise ConfigurationError(
                 f"horizon={horizon!r} with newton_steps={newton_steps}: a model at its optimum has "
                 "none; give one of the two"
             )
-        self.newton_steps = newton_steps
+        self.newton_steps = whole("newton_steps", newton_steps)
         self.strict = strict
         self.overwrite = overwrite
         self.ids = ids
         self.rebase_policy = RebasePolicy(rebase_every, rebase_after)
         self._id_texts: list[str] | None = None
-        self.horizon = horizon
-        self.weight_decay = weight_decay
-        self.memory_dir = self.folder = memory_dir
-        self.batch_size = batch_size
+        self.memory_dir = self.folder = folder_name(memory_dir)
+        self.batch_size = whole("batch_size", batch_size, 1)
         self.memory: UnlearningMemory | None = None
         self.newton_history: list[float] = []
         self.initial: Tensor | None = None
@@ -240,6 +241,7 @@ class MUterCallback(MemoryKeeper, AdversarialTraining):
         self.initial = view.get()
         self.folder = None if getattr(trainer, "fast_dev_run", False) else self.memory_dir
         check_free(self.folder, self.overwrite)
+        refuse_relearning(forgotten(self.memory), self.overwrite)
         self._restore()
         self._kept = KeptState(pl_module)
         self._kept.train_only(pl_module, set(view.names))
@@ -249,6 +251,17 @@ class MUterCallback(MemoryKeeper, AdversarialTraining):
             check_finetuning(trainer.callbacks)  # type: ignore[attr-defined]
         except ConfigurationError as error:
             self._refuse(error)
+
+    def _check_resumed(self, trainer: pl.Trainer) -> None:
+        """Refuse a checkpoint that was unlearned, or says nothing of when training started."""
+        refuse_relearning(self._resumed.get("forgotten", 0), self.overwrite)
+        if self.horizon is None or trainer.ckpt_path is None or "flow_time" in self._resumed:
+            return
+        raise ConfigurationError(
+            f"horizon={self.horizon!r} with a fit that is resumed from a checkpoint without this "
+            "callback's state: neither where training started nor how long it took is known; give "
+            "newton_steps=..., or train with the callback from the start"
+        )
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         points = points_of(trainer, self.settings.batch).settled()
@@ -264,6 +277,7 @@ class MUterCallback(MemoryKeeper, AdversarialTraining):
             self.weight_decay,
             self.newton_steps,
         )
+        self._check_resumed(trainer)
         self._after = AfterTraining(
             trainer, pl_module, points, self.settings, self.newton_steps, self.batch_size
         )
@@ -299,11 +313,12 @@ class MUterCallback(MemoryKeeper, AdversarialTraining):
 
     def state_dict(self) -> dict[str, Any]:
         """Where training started and what was seen of it so far, for a run that is resumed."""
+        known = {"initial": self.initial, "forgotten": forgotten(self.memory)}
         if self._watch is None:
-            return {**self._resumed, "initial": self.initial}
+            return {**self._resumed, **known}
         return {
+            **known,
             **self._watch.flow_state(),
-            "initial": self.initial,
             "points": self._watch.state_dict(),
             "findings": list(self.findings),
         }
@@ -372,6 +387,8 @@ class MUterCallback(MemoryKeeper, AdversarialTraining):
         self._kept = None
         if self._watch is not None:
             self._watch.close()
+            self._resumed = self.state_dict()
+        self._watch = self._after = None  # with them the trainer and its data
 
     # --- after training -------------------------------------------------------------------------
 

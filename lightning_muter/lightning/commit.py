@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from typing import NamedTuple
 
-from lightning_muter.errors import MuterError, StateError
+from lightning_muter.errors import ConfigurationError, MuterError, StateError
 from lightning_muter.lightning.keeper import MemoryKeeper
 from lightning_muter.memory.folder import MemoryStore
 from lightning_muter.memory.kept_model import bring_model_up_to_date
@@ -56,10 +56,15 @@ class Destination:
 
         Raises:
             StateError: there is no memory.
+            ConfigurationError: ``memory`` is neither a memory nor a path.
         """
         if isinstance(memory, UnlearningMemory):
             return cls(None, None, group, memory)
         if memory is not None:
+            if not isinstance(memory, (str, os.PathLike)):
+                raise ConfigurationError(
+                    f"memory={memory!r} must be an UnlearningMemory or the path of its folder"
+                )
             return cls(MemoryStore(memory), None, group, None)
         if keeper is None or keeper.memory is None:
             raise StateError(

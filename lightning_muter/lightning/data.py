@@ -19,10 +19,11 @@ from torch.utils.data import (
     default_collate,
 )
 
+from lightning_muter.arguments import integer
 from lightning_muter.errors import ConfigurationError, RemovalError
 from lightning_muter.lightning.flavour import pl, refuse_other
 from lightning_muter.memory.ids import id_texts
-from lightning_muter.memory.points import digests_of, integer, listing, training_indices
+from lightning_muter.memory.points import digests_of, listing, training_indices
 from lightning_muter.models import BatchForm, Beside
 from lightning_muter.models.batches import FOUND, Where
 from lightning_muter.unlearning.points import Batch, unweighted
@@ -36,15 +37,20 @@ Collate = Callable[[list[Any]], Any]
 
 
 class TrainingPoints:
-    """A map-style data set read by index in batches, untouched by shuffling or samplers."""
+    """A map-style data set read by index in batches, untouched by shuffling or samplers.
+
+    ``loader`` is the one that it came with, where there was one.
+    """
 
     def __init__(
         self,
         dataset: Dataset[Any],
         collate: Collate | None = None,
         form: BatchForm = FOUND,
+        loader: DataLoader[Any] | None = None,
     ) -> None:
-        if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__"):
+        named = getattr(type(dataset), "__getitem__", None) not in (None, Dataset.__getitem__)
+        if not named or not hasattr(dataset, "__len__"):
             raise ConfigurationError(
                 f"{type(dataset).__name__} has no length or no index: a point to forget is named "
                 "by its index, so the training data must be a map-style Dataset"
@@ -52,6 +58,7 @@ class TrainingPoints:
         self.dataset = dataset
         self.collate = collate or default_collate
         self.form = form
+        self.loader = loader
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -65,6 +72,22 @@ class TrainingPoints:
     def batch(self, indices: Sequence[int]) -> tuple[Tensor, Tensor, Beside]:
         """Inputs and targets of some points, and what else forward takes of them."""
         return self.form.read(self.collated(indices))
+
+    def finite(self, indices: Sequence[int]) -> tuple[Tensor, Tensor, Beside]:
+        """As `batch`, of points whose inputs are numbers.
+
+        Raises:
+            ConfigurationError: with the points whose inputs are NaN or infinite.
+        """
+        x, targets, beside = self.batch(indices)
+        if x.is_floating_point() and not bool(torch.isfinite(x).all()):
+            whole = torch.isfinite(x).reshape(len(x), -1).all(dim=1).tolist()
+            bad = [i for i, good in zip(indices, whole, strict=True) if not good]
+            raise ConfigurationError(
+                f"training points {listing(bad)} have NaN or infinite inputs: mend them, or take "
+                "them out of the data set (a sampler that leaves them out is not enough)"
+            )
+        return x, targets, beside
 
     def collated(self, indices: Sequence[int]) -> Any:
         """Some points as a batch in the loader's own shape."""
@@ -112,7 +135,7 @@ class TrainingPoints:
         """
         for start in range(0, len(indices), batch_size):
             some = list(indices[start : start + batch_size])
-            x, targets, beside = self.batch(some)
+            x, targets, beside = self.finite(some)
             named = torch.tensor(some, device=device)
             batch = unweighted(x.to(device), targets.to(device), beside.to(device))
             batch = replace(batch, indices=named)
@@ -153,9 +176,7 @@ class TrainingPoints:
         if len(self) == 0:
             raise ConfigurationError("the training data set is empty")
         for i in sorted({0, len(self) // 2, len(self) - 1}):
-            first, second = self.batch([i])[0], self.batch([i])[0]
-            if not torch.isfinite(first).all():
-                raise ConfigurationError(f"training point {i} has NaN or infinite inputs")
+            first, second = self.finite([i])[0], self.finite([i])[0]
             if not torch.equal(first, second):
                 raise ConfigurationError(
                     f"training point {i} gives different tensors when read twice: random "
@@ -176,7 +197,7 @@ def training_points(
         raise ConfigurationError(
             f"train_dataloader gave a {type(loader).__name__}; one DataLoader is needed"
         )
-    return TrainingPoints(loader.dataset, loader.collate_fn, form)
+    return TrainingPoints(loader.dataset, loader.collate_fn, form, loader)
 
 
 class _Indexed(Dataset[int]):

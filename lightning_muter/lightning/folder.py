@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,16 +14,37 @@ from lightning_muter.memory.folder import MemoryStore
 from lightning_muter.memory.kept_model import bring_model_up_to_date
 from lightning_muter.memory.memory import UnlearningMemory
 
-__all__ = ["check_free", "create", "model_path", "rewritten"]
+__all__ = ["check_free", "create", "folder_name", "model_path", "rewritten"]
+
+
+def folder_name(given: str | os.PathLike[str] | None) -> str | None:
+    """A folder as a text; None where there is none.
+
+    Raises:
+        ConfigurationError: no path was given.
+    """
+    if given is None:
+        return None
+    if not isinstance(given, (str, os.PathLike)):
+        raise ConfigurationError(f"memory_dir={given!r} must be the path of a folder, or None")
+    return os.fspath(given)
 
 
 def check_free(folder: str | None, overwrite: bool) -> None:
-    """Refuse a folder that holds a memory, before its training is paid for.
+    """Refuse a folder that cannot be written or holds a memory, before training is paid for.
 
     Raises:
         ConfigurationError: with the folder.
     """
-    if folder is not None and MemoryStore(folder).exists() and not overwrite:
+    if folder is None:
+        return
+    there = next(one for one in (Path(folder), *Path(folder).resolve().parents) if one.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise ConfigurationError(
+            f"memory_dir={folder!r} cannot be written: {there} is "
+            f"{'no folder' if not there.is_dir() else 'not writable'}; give another one"
+        )
+    if MemoryStore(folder).exists() and not overwrite:
         raise ConfigurationError(
             f"memory_dir={folder!r} holds a memory already, with its ledger of what was "
             "forgotten: give another folder, or overwrite=True to lose that memory when the "

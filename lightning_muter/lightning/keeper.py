@@ -6,13 +6,14 @@ from typing import Literal
 
 from torch import Tensor
 
+from lightning_muter.errors import ConfigurationError
 from lightning_muter.lightning.flavour import pl
 from lightning_muter.lightning.point_ids import Ids
 from lightning_muter.memory.memory import UnlearningMemory
 from lightning_muter.memory.rebase_policy import RebasePolicy
 from lightning_muter.spec import Settings
 
-__all__ = ["MemoryKeeper", "keeper_of"]
+__all__ = ["MemoryKeeper", "forgotten", "keeper_of", "refuse_relearning"]
 
 
 class MemoryKeeper(pl.Callback):
@@ -45,6 +46,26 @@ class MemoryKeeper(pl.Callback):
     newton_steps: int
     overwrite: bool
     rebase_policy: RebasePolicy
+
+
+def forgotten(memory: UnlearningMemory | None) -> int:
+    """How many points a memory has forgotten; none where there is no memory."""
+    return 0 if memory is None else int(memory.removed.sum())
+
+
+def refuse_relearning(gone: int, overwrite: bool) -> None:
+    """Refuse a new memory in the place of one that has forgotten points.
+
+    Raises:
+        ConfigurationError: with their number.
+    """
+    if gone and not overwrite:
+        raise ConfigurationError(
+            f"the memory of this model has forgotten {gone} points, which a new one would hold "
+            "again where the data does, and its ledger would be lost: go on with the remaining "
+            "points (RemovalDataModule(data, indices=[...]).remaining()) and a new MUterCallback, "
+            "or give overwrite=True"
+        )
 
 
 def keeper_of(trainer: pl.Trainer) -> MemoryKeeper | None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from lightning_muter.arguments import number
 from lightning_muter.errors import StateError
 from lightning_muter.lightning.commit import Destination
 from lightning_muter.lightning.flavour import pl
@@ -15,7 +16,7 @@ from lightning_muter.memory.folder import MemoryStore
 from lightning_muter.memory.memory import UnlearningMemory
 from lightning_muter.unlearning.methods import METHODS
 from lightning_muter.unlearning.request import Outcome
-from lightning_muter.unlearning.serving import Server, check_number
+from lightning_muter.unlearning.serving import Server
 
 __all__ = ["UnlearningModule"]
 
@@ -52,7 +53,7 @@ class UnlearningModule(pl.LightningModule):
         self.memory = memory
         self.outcomes: list[Outcome] = []
         self._callback, self._memory_dir = callback, memory_dir
-        self._noise_std = check_number("noise_std", noise_std)
+        self._noise_std = number("noise_std", noise_std)
 
     def predict_step(self, batch: Any, batch_idx: int) -> dict[str, float]:
         """One request; returns its residual and update norm."""

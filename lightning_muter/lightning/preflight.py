@@ -138,6 +138,7 @@ def rehearse(
         x, targets = batch.x, batch.targets
         view = settings[-1].view(module).beside(batch.beside)
         outputs = check_forward(view.logits, x)
+        view.check(x)
         check_targets(view.loss, targets, outputs)
         if known_targets is not None:
             check_targets(view.loss, known_targets.to(targets), outputs)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset
 
+from lightning_muter.arguments import whole
 from lightning_muter.errors import ConfigurationError
 from lightning_muter.lightning.borrowed import borrowed, kept_random_state
 from lightning_muter.lightning.commit import Destination
@@ -42,6 +43,7 @@ def rebase(
             "memory=UnlearningMemory(...) has no place where the rebased one could go: give its "
             "folder, or none for the memory of the trainer's own callback"
         )
+    newton_steps = whole("newton_steps", newton_steps)
     start, keeper = time.perf_counter(), keeper_of(trainer)
     module = module_of(trainer, model)
     destination = Destination.of(memory, keeper, process_group(trainer))

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset, default_collate
 
+from lightning_muter.arguments import integer
 from lightning_muter.curvature.rows import RowsCurvature
 from lightning_muter.errors import RemovalError
 from lightning_muter.lightning.data import RemovalDataModule, TrainingPoints
@@ -24,7 +25,6 @@ from lightning_muter.memory.points import (
     check_free,
     check_named,
     digests_of,
-    integer,
     listing,
     training_indices,
 )
@@ -40,6 +40,7 @@ __all__ = [
 ]
 
 _BLOCK = 512
+_NO_LOADER = pl.LightningDataModule.predict_dataloader  # where a datamodule defines none
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class Asked:
     """What a call asks to forget, as far as it is known before its batches are read.
 
     Attributes:
-        removals: what is read.
+        removals: what is read; None where training indices alone are named.
         points: today's data set, where there is one.
         indices: the training indices that are asked for, those passed over left out.
         already: those that are passed over.
@@ -63,14 +64,14 @@ class Asked:
     @property
     def by_index(self) -> bool:
         """Whether ``removals`` are training indices alone, which rows need no data for."""
-        return isinstance(self.removals, tuple)
+        return self.removals is None
 
 
 def listed_indices(removals: Any) -> list[int]:
     """The training indices that a plain list of integers names; [] where it is none."""
-    if not isinstance(removals, (list, tuple, range, Tensor)):
+    flat = removals.tolist() if hasattr(removals, "tolist") else removals
+    if not isinstance(flat, (list, tuple, range, set, frozenset)):
         return []
-    flat = removals.tolist() if isinstance(removals, Tensor) else removals
     named = isinstance(flat, Iterable) and all(integer(one) is not None for one in flat)
     return training_indices(flat) if named else []
 
@@ -103,7 +104,7 @@ def check_listed(memory: UnlearningMemory, indices: list[int], passed_over: Tens
     asked = tuple(i for i, out in zip(indices, over, strict=True) if not out)
     check_free(list(asked), memory.removed, memory.weights)
     already = tuple(i for i, out in zip(indices, over, strict=True) if out)
-    return Asked(asked, indices=asked, already=already)
+    return Asked(None, indices=asked, already=already)
 
 
 def check_removals(
@@ -222,11 +223,17 @@ def removal_batches(removals: Any, trainer: pl.Trainer) -> Iterator[Iterator[Any
     are about its loops and have no part in this; a datamodule can look at the trainer as usual.
 
     Raises:
-        RemovalError: no loader was given.
+        RemovalError: no loader was given, or the datamodule has none of points to forget.
     """
     if not callable(getattr(removals, "predict_dataloader", None)):
         yield _batches(removals)
         return
+    if getattr(removals.predict_dataloader, "__func__", None) is _NO_LOADER:
+        raise RemovalError(
+            f"{type(removals).__name__} has no predict_dataloader, which would give the points to "
+            f"forget: give RemovalDataModule({type(removals).__name__}(...), indices=[...]), or a "
+            "loader of the points"
+        )
     attached = removals.trainer
     removals.trainer = attached if attached is not None else trainer
     try:
@@ -246,7 +253,8 @@ def _batches(loaders: Any) -> Iterator[Any]:
     if isinstance(loaders, (str, bytes, dict)) or not isinstance(loaders, Iterable):
         raise RemovalError(
             f"the points to forget are a {type(loaders).__name__}; expected is a "
-            "RemovalDataModule(data, indices=[...]), or a DataLoader of the points themselves"
+            "RemovalDataModule(data, indices=[...]), a DataLoader of the points themselves, or, "
+            "where the memory keeps rows, a list of training indices"
         )
     return iter(loaders)
 

@@ -7,7 +7,8 @@ import time
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Subset
+from torch import Tensor
+from torch.utils.data import DataLoader, Subset, WeightedRandomSampler
 
 from lightning_muter.curvature.removed import RemovedPoints
 from lightning_muter.errors import ConfigurationError, StateError
@@ -53,7 +54,9 @@ def serve_without_memory(
     try:
         if method == "retrain" and asked.places is not None:
             rows = asked.places[memory.without(indices).remaining].tolist()
-            _retrain(trainer, keeper, Subset(asked.points.dataset, rows), asked.points, view)
+            rest = Subset(asked.points.dataset, rows)
+            weights = memory.weights[memory.without(indices).remaining]
+            _retrain(trainer, keeper, _loader(trainer, keeper, rest, weights, asked.points), view)
         omega = view.get()
         entry = {"m": len(indices), "status": method}
         nothing = torch.zeros_like(memory.omega)
@@ -78,14 +81,38 @@ def serve_without_memory(
     )
 
 
-def _retrain(
+def _loader(
     trainer: pl.Trainer,
     keeper: MemoryKeeper,
     rest: Subset[Any],
+    weights: Tensor,
     points: TrainingPoints,
+) -> DataLoader[Any]:
+    """The remaining points, in batches as large and drawn by the same weights as training's."""
+    of_training = trainer.train_dataloader
+    batch_size = getattr(of_training, "batch_size", None) or keeper.batch_size
+    even = bool((weights == weights[0]).all())
+    sampler = None if even else WeightedRandomSampler(weights.tolist(), len(rest))
+    return DataLoader(
+        rest,
+        batch_size=batch_size,
+        shuffle=even,
+        sampler=sampler,
+        drop_last=bool(getattr(of_training, "drop_last", False)),
+        collate_fn=points.collate,
+    )
+
+
+def _retrain(
+    trainer: pl.Trainer,
+    keeper: MemoryKeeper,
+    loader: DataLoader[Any],
     view: ModelView,
 ) -> None:
-    """Train again from the same initial ω on the remaining points, with the same callback."""
+    """Train again from the same initial ω on the remaining points, with the same callback.
+
+    Length, accumulation and clipping are the trainer's; its other callbacks have no part in it.
+    """
     module = view.module
     if not isinstance(module, pl.LightningModule):
         raise ConfigurationError(f"a {type(module).__name__} cannot be trained again")
@@ -96,6 +123,11 @@ def _retrain(
     view.set(keeper.initial)
     fresh = pl.Trainer(
         max_epochs=trainer.max_epochs,
+        max_steps=trainer.max_steps,
+        limit_train_batches=trainer.limit_train_batches,
+        accumulate_grad_batches=trainer.accumulate_grad_batches,
+        gradient_clip_val=trainer.gradient_clip_val,
+        gradient_clip_algorithm=trainer.gradient_clip_algorithm,
         accelerator="cpu",
         precision=trainer.precision,
         logger=False,
@@ -104,8 +136,6 @@ def _retrain(
         enable_model_summary=False,
         callbacks=[again],
     )
-    batch_size = getattr(trainer.train_dataloader, "batch_size", None) or keeper.batch_size
-    loader = DataLoader(rest, batch_size=batch_size, shuffle=True, collate_fn=points.collate)
     attached = module._trainer  # the public property raises where there is none
     modes = [(one, one.training) for one in module.modules()]
     try:

@@ -48,7 +48,7 @@ class Trainer(pl.Trainer):
 
     def unlearn(
         self,
-        datamodule: pl.LightningDataModule | DataLoader[Any] | Sequence[int],
+        removals: pl.LightningDataModule | DataLoader[Any] | Sequence[int],
         model: pl.LightningModule | None = None,
         memory: UnlearningMemory | str | os.PathLike[str] | None = None,
         noise_std: float = 0.0,
@@ -59,7 +59,7 @@ class Trainer(pl.Trainer):
         certificate: Certificate | None = None,
         inner_gap: float | None = None,
     ) -> UnlearningResult:
-        """Forget the points of ``datamodule``; the model carries ω^u afterwards.
+        """Forget the points of ``removals``; the model carries ω^u afterwards.
 
         The request runs on this trainer's device and processes, but not through its loops: its
         limits, callbacks, precision and state have no part in it and stay as they are. The call is
@@ -67,7 +67,7 @@ class Trainer(pl.Trainer):
         and a call that fails leaves model, memory, files and random state as they were.
 
         Args:
-            datamodule: a `RemovalDataModule`, or any datamodule or loader whose batches are
+            removals: a `RemovalDataModule`, or any datamodule or loader whose batches are
                 (input, target[, index]); without an index points are found by their content. Where
                 the memory keeps rows, a plain list of training indices: no data is needed.
             model: the trained module; the one of the last fit by default.
@@ -99,7 +99,7 @@ class Trainer(pl.Trainer):
         """
         return unlearn(
             self,
-            datamodule,
+            removals,
             model,
             memory,
             noise_std,

@@ -40,6 +40,10 @@ _FORWARD = (
     'itself; batch=("x", "y", "mask") hands a further entry on, and output= says where in the '
     "result the logits are"
 )
+_ALONE = (
+    "a point alone, in eval mode, where two together gave outputs: take out what mixes the points "
+    "(batch statistics, a normalisation over the batch), or what drops a dimension of one"
+)
 _OUT_OF_MEMORY = (
     "take a smaller head, sketch=1 for a wide network's head, a smaller batch_size, or a machine "
     "with more memory"
@@ -73,7 +77,7 @@ def check_forward(logits: Logits, x: Tensor) -> Tensor:
     """
     alone = logits.form.of(logits.module, logits.beside.part(slice(1)))
     outputs, again = (check_outputs(logits, x) for _ in range(2))
-    single = check_outputs(alone, x[:1])
+    single = check_outputs(alone, x[:1], _ALONE)
     if single.shape[1:] != outputs.shape[1:]:
         raise ConfigurationError(
             f"forward returns shape {tuple(single.shape)} for one point and {tuple(outputs.shape)} "
@@ -95,13 +99,13 @@ def check_forward(logits: Logits, x: Tensor) -> Tensor:
     return outputs
 
 
-def check_outputs(logits: Logits, x: Tensor) -> Tensor:
+def check_outputs(logits: Logits, x: Tensor, way_out: str = "") -> Tensor:
     """The outputs (n, C), one row of a tensor for each of the points x (n, ...).
 
     Raises:
         ConfigurationError: another type or shape, or outputs that are not finite.
     """
-    with torch.no_grad(), step(f"{logits.form.name}(x)", _FORWARD):
+    with torch.no_grad(), step(f"{logits.form.name}(x)", way_out or _FORWARD):
         outputs, n = logits(x.clone()), len(x)
     if not isinstance(outputs, Tensor):
         raise ConfigurationError(

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from lightning_muter.arguments import number, whole
 from lightning_muter.errors import ConfigurationError, StateError
 from lightning_muter.lightning.borrowed import (
     borrowed,
@@ -40,7 +41,6 @@ from lightning_muter.lightning.removals import (
 )
 from lightning_muter.lightning.retrain import serve_without_memory
 from lightning_muter.memory.memory import UnlearningMemory
-from lightning_muter.memory.points import integer
 from lightning_muter.models import measuring
 from lightning_muter.unlearning.bound import Bound, strong_convexity_bound
 from lightning_muter.unlearning.certificate import Certificate, Publication
@@ -48,14 +48,14 @@ from lightning_muter.unlearning.corrector import correct
 from lightning_muter.unlearning.methods import METHODS
 from lightning_muter.unlearning.objective import Evaluation
 from lightning_muter.unlearning.result import UnlearningResult
-from lightning_muter.unlearning.serving import Server, check_number, request_warnings, worst_status
+from lightning_muter.unlearning.serving import Server, request_warnings, worst_status
 
 __all__ = ["current_memory", "module_of", "unlearn"]
 
 
 def unlearn(
     trainer: pl.Trainer,
-    datamodule: pl.LightningDataModule | DataLoader[Any] | Sequence[int],
+    removals: pl.LightningDataModule | DataLoader[Any] | Sequence[int],
     model: pl.LightningModule | None = None,
     memory: UnlearningMemory | str | os.PathLike[str] | None = None,
     noise_std: float = 0.0,
@@ -77,7 +77,7 @@ def unlearn(
     module = module_of(trainer, model)
     destination = Destination.of(memory, keeper, process_group(trainer))
     with destination.writing():
-        result = _serve(trainer, module, keeper, destination, datamodule, extras)
+        result = _serve(trainer, module, keeper, destination, removals, extras)
     rank_zero_info(str(result))
     return result
 
@@ -87,7 +87,7 @@ def _serve(
     module: pl.LightningModule,
     keeper: MemoryKeeper | None,
     destination: Destination,
-    datamodule: Any,
+    removals: Any,
     extras: _Extras,
 ) -> UnlearningResult:
     start, group, bar = time.perf_counter(), destination.group, bar_of(trainer)
@@ -95,7 +95,7 @@ def _serve(
         state = current_memory(destination, keeper, module)
         view = state.settings.view(module)
         destination.check_model(state, view)
-        asked = _check(state, datamodule, extras, bar)
+        asked = _check(state, removals, extras, bar)
         check_provable(view, extras.bound or extras.certificate is not None)
     if not METHODS[state.settings.method].has_memory:
         return serve_without_memory(trainer, keeper, asked, view, state, destination)
@@ -175,18 +175,14 @@ class _Extras:
     def of(
         cls, noise_std: Any, corrector_steps: Any, bound: Any, already: Any, note: Any
     ) -> _Extras:
-        steps = integer(corrector_steps)
-        if steps is None or steps < 0:
-            raise ConfigurationError(
-                f"corrector_steps={corrector_steps!r} must be a whole number >= 0"
-            )
+        steps = whole("corrector_steps", corrector_steps)
         if not isinstance(bound, bool):
             raise ConfigurationError(f"bound={bound!r} must be True or False")
         if already not in ("error", "skip"):
             raise ConfigurationError(f"already={already!r} must be 'error' or 'skip'")
         if not isinstance(note, str):
             raise ConfigurationError(f"note={note!r} must be a text for the ledger")
-        return cls(check_number("noise_std", noise_std), steps, bound, already == "skip", note)
+        return cls(number("noise_std", noise_std), steps, bound, already == "skip", note)
 
     def proving(self, certificate: Any, inner_gap: Any) -> _Extras:
         """The same with what is to be proved of the model."""
@@ -202,7 +198,7 @@ class _Extras:
                     "noise; leave them out"
                 )
         if inner_gap is not None:
-            gap = check_number("inner_gap", inner_gap)
+            gap = number("inner_gap", inner_gap)
             if not self.bound:
                 raise ConfigurationError(f"inner_gap={gap} is of the bound: give bound=True")
             return replace(self, certificate=certificate, inner_gap=gap)

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_muter.arguments import integer
 from lightning_muter.errors import RemovalError
-from lightning_muter.memory.points import DIGEST_BYTES, integer, listing
+from lightning_muter.memory.points import DIGEST_BYTES, listing
 
 __all__ = ["id_digests", "ids_key", "id_texts", "owned"]
 

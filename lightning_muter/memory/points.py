@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import operator
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_muter.arguments import integer
 from lightning_muter.errors import RemovalError
 from lightning_muter.models.beside import NOTHING, Beside
 
@@ -22,7 +22,6 @@ __all__ = [
     "check_named",
     "digest",
     "digests_of",
-    "integer",
     "listing",
     "refuse_changed",
     "training_indices",
@@ -81,21 +80,6 @@ def listing(values: Sequence[Any]) -> str:
         return str(list(values))
     shown = ", ".join(str(value) for value in values[:_SHOWN])
     return f"[{shown}, ...] ({len(values)} in all)"
-
-
-def integer(value: Any) -> int | None:
-    """The value as an int where it is a whole number by type, else None; True is no number.
-
-    Example:
-        >>> integer(torch.tensor(3)), integer(3.0), integer(True)
-        (3, None, None)
-    """
-    if isinstance(value, bool) or str(getattr(value, "dtype", "")).endswith("bool"):
-        return None
-    try:
-        return operator.index(value)
-    except TypeError:
-        return None
 
 
 def training_indices(values: Iterable[Any]) -> list[int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
@@ -12,6 +12,8 @@ from itertools import chain
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.parameter import UninitializedParameter
+from torch.utils.hooks import RemovableHandle
 
 from lightning_muter.curvature.kept import OuterProducts
 from lightning_muter.curvature.point import PointCurvature
@@ -24,7 +26,16 @@ from lightning_muter.responses import Response
 from lightning_muter.threats import Geometry
 from lightning_muter.threats.pixels import Scaling
 
-__all__ = ["Linearisation", "ModelView", "Products", "Seen", "computing", "evaluating", "measuring"]
+__all__ = [
+    "Linearisation",
+    "ModelView",
+    "Products",
+    "Seen",
+    "computing",
+    "evaluating",
+    "heard",
+    "measuring",
+]
 
 #: the inputs of n points that an objective looks at, the perturbed ones last
 Seen = tuple[Tensor, ...]
@@ -152,6 +163,42 @@ class Linearisation(ABC):
         """Σ weights_i (∂ωω l + ∂ωδ l · R · ∂δω l)."""
 
 
+def heard(layer: nn.Module, inputs: list[Tensor]) -> RemovableHandle:
+    """Append what a layer of one input is given, by position or by name; until removed."""
+
+    def listen(_: nn.Module, args: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
+        inputs.extend([*args, *named.values()][:1])
+
+    return layer.register_forward_pre_hook(listen, with_kwargs=True)
+
+
+def _check_made(parameters: Mapping[str, nn.Parameter]) -> None:
+    lazy = [name for name, one in parameters.items() if isinstance(one, UninitializedParameter)]
+    if lazy:
+        raise ConfigurationError(
+            f"the parameters {lazy} have no size yet: run a batch through the module before fit, "
+            "or give its lazy layers their sizes"
+        )
+
+
+def _parametrised(module: nn.Module, missing: Sequence[str]) -> str:
+    """Why a weight is no parameter where something makes it of others."""
+    for name in missing:
+        path, _, last = name.rpartition(".")
+        try:
+            layer = module.get_submodule(path)
+        except AttributeError:
+            continue
+        if isinstance(getattr(layer, last, None), Tensor):
+            own = [f"{path}.{one}" if path else one for one, _ in layer.named_parameters()]
+            return (
+                f": {name!r} is made of other parameters (weight or spectral normalisation), so "
+                "that outputs are not linear in what is trained: take it off, or name what is "
+                f"trained by parameters={own}"
+            )
+    return ""
+
+
 class ModelView(ABC):
     """The named parameters ω (p, in order) of a module, and derivatives of a point's objective.
 
@@ -169,10 +216,12 @@ class ModelView(ABC):
         form: LogitsForm = CALLED,
     ) -> None:
         parameters = dict(module.named_parameters())
+        _check_made(parameters)
         missing = [name for name in names if name not in parameters]
         if missing or not names:
             raise ConfigurationError(
                 f"parameters {missing or names} are not in the module"
+                f"{_parametrised(module, missing)}"
                 f"{suggest((missing or ['']), parameters)}"
             )
         self.module = module
@@ -290,6 +339,13 @@ class ModelView(ABC):
             return found.reshape(len(x), -1).double()
 
         return Products(along_parameters, along_inputs)
+
+    def check(self, received: Tensor) -> None:  # noqa: B027 - most views assume nothing
+        """Refuse a module that is not what the view takes it for, at some points (n, ...).
+
+        Raises:
+            ConfigurationError: with what it is instead.
+        """
 
     @abstractmethod
     def linearise(self, seen: Seen, targets: Tensor, weights: Tensor) -> Linearisation:

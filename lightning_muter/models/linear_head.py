@@ -11,7 +11,7 @@ from lightning_muter.curvature.head import HeadHessian, HeadPoints, HeadTotal
 from lightning_muter.curvature.paired import PairedHessian, PairedPoints, PairedTotal
 from lightning_muter.curvature.point import PointCurvature
 from lightning_muter.errors import ConfigurationError
-from lightning_muter.models.base import Linearisation, ModelView, Seen
+from lightning_muter.models.base import Linearisation, ModelView, Seen, heard
 from lightning_muter.models.logits import CALLED, LogitsForm
 from lightning_muter.models.names import linear_layers, suggest
 from lightning_muter.objectives.base import Objective
@@ -23,6 +23,7 @@ from lightning_muter.threats.pixels import Scaling
 
 __all__ = ["FeatureHead", "HeadLinearisation", "LinearHead"]
 
+_SAME = 1e-3  # features of one point differ by rounding alone
 _SOLVE = 10  # products with ∂δδ l that a conjugate gradient solve takes, about
 _PASSES = 40  # through the network that an iteration for a point's sketch takes, about
 _PROBED = 64  # points that are sketched together at the least: smaller batches waste the network
@@ -68,7 +69,7 @@ class LinearHead(ModelView):
     def run(self, received: Tensor) -> tuple[Tensor, Tensor]:
         """The same at inputs (n, ...) as the module receives them."""
         seen: list[Tensor] = []
-        handle = self.layer.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+        handle = heard(self.layer, seen)
         try:
             outputs = self.logits(received)
         finally:
@@ -89,6 +90,21 @@ class LinearHead(ModelView):
                 f"{tuple(outputs.shape)}: forward must return the head's own outputs"
             )
         return h, outputs
+
+    def check(self, received: Tensor) -> None:
+        own = self.get()
+        elsewhere = own + torch.linspace(1.0, 2.0, self.p).to(own)
+        with torch.no_grad():
+            before, _ = self.run(received)
+            with self.at(elsewhere):
+                after, _ = self.run(received)
+        if float((after - before).abs().max()) > _SAME * float(before.abs().max()):
+            raise ConfigurationError(
+                f"the head's input moves with the head's own parameters {self.names}, while its "
+                "closed forms take that input as fixed: a layer below shares or reads them (tied "
+                "weights, attention over the head's rows); name them by parameters=[...] instead "
+                "of head="
+            )
 
     def linearise(self, seen: Seen, targets: Tensor, weights: Tensor) -> RowLinearisation:
         if isinstance(self.objective, BoundTRADES):

@@ -18,7 +18,7 @@ def listed(parameters: Sequence[str] | None) -> tuple[str, ...] | None:
     """The names as a tuple.
 
     Raises:
-        ConfigurationError: one name was given where a list of names is expected.
+        ConfigurationError: one name was given where a list of names is expected, or no names.
 
     Example:
         >>> listed(["fc.weight", "fc.bias"])
@@ -29,7 +29,13 @@ def listed(parameters: Sequence[str] | None) -> tuple[str, ...] | None:
             f"parameters={parameters!r} is one string, a list of names is expected: give "
             f"parameters=[{parameters!r}], or head={parameters!r} if it is a linear layer"
         )
-    return None if parameters is None else tuple(parameters)
+    names = None if parameters is None else tuple(parameters)
+    if any(not isinstance(name, str) for name in names or ()):
+        raise ConfigurationError(
+            "parameters= holds others than names: give the names that named_parameters() has, as "
+            "parameters=['head.weight', 'head.bias']"
+        )
+    return names
 
 
 def linear_layers(module: nn.Module) -> list[str]:

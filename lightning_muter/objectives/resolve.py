@@ -54,6 +54,10 @@ def resolve_loss(loss: AnyLoss | PointLoss) -> PointLoss:
                 "per-point losses"
             )
         return LOSSES[value]
+    if isinstance(value, type):
+        raise ConfigurationError(
+            f"loss={value.__name__} is a class: give one of its objects, loss={value.__name__}()"
+        )
     if not callable(value):
         raise ConfigurationError(f"loss={value!r} is neither a name nor a callable")
     return PointLoss(getattr(value, "__name__", type(value).__name__), value)

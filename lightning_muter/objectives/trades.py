@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightning_muter.arguments import number
 from lightning_muter.errors import ConfigurationError
 from lightning_muter.objectives.base import Objective
 from lightning_muter.objectives.losses import LOSSES, PointLoss
@@ -50,11 +50,7 @@ class TRADES:
     beta: float = 6.0
 
     def __post_init__(self) -> None:
-        if not 0 < self.beta < math.inf:
-            raise ConfigurationError(
-                f"beta={self.beta!r} must be positive and finite: without the divergence there is "
-                "no adversary"
-            )
+        object.__setattr__(self, "beta", number("beta", self.beta, positive=True))
 
     def loss(
         self, module: nn.Module, batch: Sequence[Any], loss: PointLoss | None = None

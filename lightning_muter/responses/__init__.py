@@ -1,5 +1,6 @@
 """Inner responses: how a maximiser moves with the parameters."""
 
+from lightning_muter.arguments import whole
 from lightning_muter.errors import ConfigurationError
 from lightning_muter.responses.base import InputCurvature, Response
 from lightning_muter.responses.constrained import Constrained
@@ -25,8 +26,8 @@ def resolve_response(
     response: str | Response, inverse: str = "neumann", order: int = 3, sketch: int = 0
 ) -> Response:
     """The `Response` for "constrained" or "unconstrained", or the object itself."""
-    if sketch < 0:
-        raise ConfigurationError(f"sketch={sketch} must be 0 (exact) or a number of probes")
+    whole("neumann_order", order)
+    whole("sketch", sketch)
     if response == "constrained":
         return Constrained(tol=_PROBE_TOL, rank=sketch) if sketch else Constrained()
     if response == "unconstrained":

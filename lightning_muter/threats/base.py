@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from lightning_muter.arguments import optional
 from lightning_muter.errors import ConfigurationError
 from lightning_muter.linalg.rows import row_norm
 from lightning_muter.threats.data_range import describe_outside, outside
@@ -96,8 +97,8 @@ class Threat(ABC):
 
     def __post_init__(self) -> None:
         self._check_scaling()
-        if self.temperature is not None and not self.temperature > 0:
-            raise ConfigurationError(f"temperature={self.temperature!r} must be positive or None")
+        warmth = optional("temperature", self.temperature, positive=True)
+        object.__setattr__(self, "temperature", warmth)
         object.__setattr__(self, "eps", as_values("eps", self.eps))
         if not _positive(self.eps):
             raise ConfigurationError(f"eps={self.eps!r} must be positive: use no threat at all")
@@ -235,7 +236,8 @@ def _positive(values: Values) -> bool:
 
 def _ordered(given: Any) -> tuple[Values, Values]:
     """(low, high) of a data range, each a number or one a channel, low below high."""
-    ends = tuple(as_values("data_range", end) for end in given)
+    pair = given if isinstance(given, (tuple, list)) else ()
+    ends = tuple(as_values("data_range", end) for end in pair)
     if len(ends) == 2:
         low, high = (end if isinstance(end, tuple) else (end,) for end in ends)
         channels = max(len(low), len(high))

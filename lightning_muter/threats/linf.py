@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from lightning_muter.errors import ConfigurationError
+from lightning_muter.arguments import number, optional
 from lightning_muter.linalg.rows import row_norm
 from lightning_muter.threats.base import LEAST_MULTIPLIER, Geometry, Threat
 from lightning_muter.threats.pixels import Values, per_feature
@@ -41,10 +41,9 @@ class LinfBall(Threat):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.smoothing > 0:
-            raise ConfigurationError(f"smoothing={self.smoothing!r} must be positive")
-        if self.bandwidth is not None and not self.bandwidth > 0:
-            raise ConfigurationError(f"bandwidth={self.bandwidth!r} must be positive or None")
+        width = optional("bandwidth", self.bandwidth, positive=True)
+        object.__setattr__(self, "smoothing", number("smoothing", self.smoothing, positive=True))
+        object.__setattr__(self, "bandwidth", width)
 
     def relaxed(self, factor: float) -> Threat:
         bandwidth = None if self.bandwidth is None else self.bandwidth * factor

@@ -34,7 +34,7 @@ def as_values(name: str, given: Any) -> Values:
     Raises:
         ConfigurationError: anything else, or NaN.
     """
-    single = isinstance(given, numbers.Real)
+    single = isinstance(given, numbers.Real) and not isinstance(given, bool)
     if not single and not isinstance(given, (Sequence, Tensor)) and not hasattr(given, "tolist"):
         raise ConfigurationError(f"{name}={given!r} must be a number, or one a channel")
     try:
@@ -43,7 +43,8 @@ def as_values(name: str, given: Any) -> Values:
         raise ConfigurationError(f"{name}={given!r} must be a number, or one a channel") from error
     if not values or any(math.isnan(v) for v in values):
         raise ConfigurationError(f"{name}={given!r} must be a number, or one a channel, and no NaN")
-    return given if single else tuple(values)
+    plain = given if type(given) in (int, float) else values[0]  # none of numpy's
+    return plain if single else tuple(values)
 
 
 def largest(values: Values) -> float:

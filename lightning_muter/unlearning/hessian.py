@@ -91,6 +91,7 @@ def total_hessian(
     points = unweighted(x.to(computing(x.dtype)), targets, beside)
     total = DenseCurvature.zeros(view.p, points.x.device)
     with measuring(module):
+        view.check(batch[0][:2])
         inner = None if delta is None else problem.given(view, points, delta)
         problem.accumulate(view, points, total, inner)
     total.add_identity(weight_decay * len(points))

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from lightning_muter.arguments import integer
 from lightning_muter.errors import ConfigurationError, SolverError, StateError
 from lightning_muter.linalg.cholesky import DenseSolver
 from lightning_muter.linalg.solution import Status
 from lightning_muter.memory.memory import UnlearningMemory
-from lightning_muter.memory.points import integer
 from lightning_muter.models import computing, measuring
 from lightning_muter.unlearning.points import unweighted
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import numbers
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -19,7 +17,7 @@ from lightning_muter.models.beside import Name
 from lightning_muter.parallel import Group
 from lightning_muter.unlearning.request import Outcome, forget, forget_rows
 
-__all__ = ["RemovalBatch", "Server", "check_number", "request_warnings", "worst_status"]
+__all__ = ["RemovalBatch", "Server", "request_warnings", "worst_status"]
 
 
 class RemovalBatch(NamedTuple):
@@ -169,18 +167,6 @@ def _points(x: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
             f"{tuple(targets.shape)}; expected are one or more points, (m, ...) and (m, ...)"
         )
     return x, targets
-
-
-def check_number(name: str, value: Any) -> float:
-    """An argument that counts from zero as a float.
-
-    Raises:
-        ConfigurationError: it is no finite number >= 0.
-    """
-    real = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    if not real or not 0 <= value < math.inf:
-        raise ConfigurationError(f"{name}={value!r} must be a finite number >= 0")
-    return float(value)
 
 
 def request_warnings(outcomes: Sequence[Outcome]) -> tuple[str, ...]:

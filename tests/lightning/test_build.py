@@ -12,13 +12,19 @@ import torch.nn.functional as F
 from cases import QUIET, Data, Net, fit, memory_of
 from pytorch_lightning.callbacks import ModelCheckpoint
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import (
+    DataLoader,
+    SubsetRandomSampler,
+    TensorDataset,
+    WeightedRandomSampler,
+)
 
 from lightning_muter import (
     ConfigurationError,
     L2Ball,
     MUterCallback,
     RemovalDataModule,
+    RemovalError,
     Trainer,
     UnlearningMemory,
 )
@@ -232,3 +238,26 @@ def test_a_step_that_needs_a_trainer_is_named_as_not_compared() -> None:
     trainer, _ = builder(newton_steps=12)
     memory = trainer.build_memory(Stepping().double(), Data())
     assert "this loss, perturbations of this threat" in memory.warnings[-1]
+
+
+@pytest.mark.parametrize(
+    ("sampler", "expected"),
+    [
+        (WeightedRandomSampler([1.0] * 21 + [3.0] * 20, 41), [41 / 81] * 21 + [3 * 41 / 81] * 20),
+        (SubsetRandomSampler(range(21)), [1.0] * 21 + [0.0] * 20),
+        (None, [1.0] * 41),
+    ],
+)
+def test_points_weigh_what_the_loader_draws(sampler: Any, expected: list[float]) -> None:
+    class Sampled(Data):
+        def train_dataloader(self) -> DataLoader[Any]:
+            return DataLoader(self.dataset, batch_size=16, sampler=sampler)
+
+    callback = MUterCallback(L2Ball(0.5), head="classifier", weight_decay=0.01, attack_steps=2)
+    trainer, model = Trainer(callbacks=[callback], **QUIET), Net().double()
+    with pytest.warns(UserWarning, match="as often as its loader draws it"):
+        memory = trainer.build_memory(model, Sampled())
+    torch.testing.assert_close(memory.weights, torch.tensor(expected, dtype=torch.float64))
+    if isinstance(sampler, SubsetRandomSampler):
+        with pytest.raises(RemovalError, match="were never trained on"):
+            trainer.unlearn(RemovalDataModule(Data(), indices=[30]))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from typing import Any
 
 import pytest
@@ -185,3 +187,60 @@ def test_empty_requests_and_a_whole_class() -> None:
     whole = torch.nonzero(data.dataset.tensors[1] == 0).flatten().tolist()
     assert trainer.unlearn(RemovalDataModule(data, whole)).status == "converged"
     assert set(memory_of(callback).remaining).isdisjoint(whole)
+
+
+def test_another_fit_does_not_learn_forgotten_points_again_unasked() -> None:
+    trainer, callback, model, data = fit(newton_steps=0, attack_steps=2)
+    trainer.unlearn(RemovalDataModule(data, indices=[3, 17]))
+    again = Trainer(max_epochs=1, callbacks=[callback], **QUIET)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ConfigurationError, match=r"has forgotten 2 points.*overwrite=True"):
+        again.fit(model, data)
+    assert [entry["indices"] for entry in memory_of(callback).ledger] == [[3, 17]]
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name])
+    callback.overwrite = True
+    again.fit(model, data)
+    assert not memory_of(callback).removed.any()
+
+
+def test_a_callback_after_fit_is_a_value_without_trainer_and_data() -> None:
+    trainer, callback, model, data = fit(newton_steps=0, attack_steps=2)
+    size = len(pickle.dumps(memory_of(callback)))
+    copied = pickle.loads(pickle.dumps(callback))
+    assert len(pickle.dumps(callback)) < 2 * size + 10_000
+    assert copied.state_dict().keys() == callback.state_dict().keys()
+    Trainer(callbacks=[copied], **QUIET).unlearn(
+        RemovalDataModule(data, indices=[3]), model=copy.deepcopy(model)
+    )
+    result = trainer.unlearn(RemovalDataModule(data, indices=[3]))
+    assert torch.equal(memory_of(copied).omega, memory_of(callback).omega)
+    assert result.indices == (3,)
+
+
+def test_a_checkpoint_of_an_unlearned_model_is_not_trained_on_unasked(tmp_path: Any) -> None:
+    trainer, callback, model, data = fit(newton_steps=0, attack_steps=2)
+    trainer.unlearn(RemovalDataModule(data, indices=[3, 17]))
+    trainer.save_checkpoint(tmp_path / "unlearned.ckpt")
+    options = {"threat": L2Ball(0.5), "head": "classifier", "attack_steps": 2}
+    other = Trainer(max_epochs=2, callbacks=[MUterCallback(**options)], **QUIET)
+    with pytest.raises(ConfigurationError, match="has forgotten 2 points"):
+        other.fit(Net(), data, ckpt_path=tmp_path / "unlearned.ckpt", weights_only=False)
+    built = Trainer(callbacks=[MUterCallback(**options)], **QUIET)
+    with pytest.raises(ConfigurationError, match="has forgotten 2 points"):
+        built.build_memory(Net(), data, ckpt_path=tmp_path / "unlearned.ckpt")
+    again = MUterCallback(**options, overwrite=True)
+    trainer = Trainer(max_epochs=2, callbacks=[again], **QUIET)
+    trainer.fit(Net(), data, ckpt_path=tmp_path / "unlearned.ckpt", weights_only=False)
+    assert again.state_dict()["forgotten"] == 0
+
+
+@pytest.mark.parametrize("horizon", ["training", 0.5])
+def test_a_horizon_needs_the_start_of_a_resumed_training(tmp_path: Any, horizon: Any) -> None:
+    plain = Trainer(max_epochs=1, **QUIET)
+    plain.fit(Net(), Data())
+    plain.save_checkpoint(tmp_path / "half.ckpt")
+    callback = MUterCallback(L2Ball(0.5), head="classifier", horizon=horizon, attack_steps=2)
+    trainer = Trainer(max_epochs=2, callbacks=[callback], **QUIET)
+    with pytest.raises(ConfigurationError, match="resumed from a checkpoint without"):
+        trainer.fit(Net(), Data(), ckpt_path=tmp_path / "half.ckpt")

@@ -355,3 +355,65 @@ def test_attention_has_its_total_hessian() -> None:
         unit[k] = 1e-5
         column = (gradient(omega + unit) - gradient(omega - unit)) / 2e-5
         torch.testing.assert_close(hessian[:, k], column, rtol=1e-5, atol=1e-6)
+
+
+def _tied(self: Any, x: Tensor) -> Tensor:
+    h = self.backbone(x)
+    return self.classifier(h + torch.softmax(self.classifier(h), 1) @ self.classifier.weight)
+
+
+def _attended(self: Any, x: Tensor) -> Tensor:
+    h, w = self.backbone(x), self.classifier.weight
+    return self.classifier(h + torch.softmax(h @ w.T, 1) @ w)
+
+
+def _scaled(self: Any, x: Tensor) -> Tensor:
+    return self.classifier(self.backbone(x) * self.classifier.bias.detach().cos().sum())
+
+
+@pytest.mark.parametrize(
+    ("forward", "match"),
+    [
+        (_tied, "the head ran 2 times"),
+        (_attended, "the head's input moves with the head's own parameters.*parameters="),
+        (_scaled, "the head's input moves with the head's own parameters.*parameters="),
+    ],
+)
+def test_a_head_whose_input_moves_with_it(
+    forward: Callable[[Any, Tensor], Any], match: str
+) -> None:
+    refused(match, with_forward(forward))
+    model = with_forward(forward).double().eval()
+    x, y = Data().dataset[:4]
+    with pytest.raises(ConfigurationError, match=match):
+        total_hessian(model, (x, y), L2Ball(0.5), head="classifier")
+
+
+def test_a_head_that_is_called_by_its_arguments_name() -> None:
+    named = with_forward(lambda self, x: self.classifier(input=self.backbone(x)))
+    callback = MUterCallback(L2Ball(0.5), head="classifier")
+    pl.seed_everything(0, verbose=False)
+    Trainer(max_epochs=1, callbacks=[callback], **QUIET).fit(named, Data())
+    x, y = Data().dataset[:4]
+    found = total_hessian(named.eval(), (x, y), L2Ball(0.5), head="classifier")
+    plain = Watched().double().eval()
+    plain.load_state_dict(named.state_dict())
+    plain.forward = plain.logits  # type: ignore[method-assign]
+    expected = total_hessian(plain, (x, y), L2Ball(0.5), head="classifier")
+    torch.testing.assert_close(found, expected)
+
+
+def test_a_weight_that_is_made_of_others_and_one_without_a_size() -> None:
+    model = Watched()
+    torch.nn.utils.parametrizations.weight_norm(model.classifier)
+    refused(r"'classifier.weight' is made of other parameters.*original0", model, head="classifier")
+    lazy = Watched()
+    lazy.classifier = nn.LazyLinear(3)
+    refused("classifier.weight.*have no size yet", lazy)
+
+
+def test_batch_statistics_alone_are_named() -> None:
+    model = Watched()
+    model.norm = nn.BatchNorm1d(6, affine=False, track_running_stats=False)
+    model.forward = lambda x: model.classifier(model.norm(model.backbone(x)))
+    refused("a point alone, in eval mode.*batch statistics", model)

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_muter import (
     ConfigurationError,
+    L2Ball,
     MUterCallback,
     RemovalDataModule,
     RemovalError,
@@ -412,3 +413,63 @@ def test_a_retrain_that_fails_changes_nothing(monkeypatch: pytest.MonkeyPatch) -
         trainer.unlearn(RemovalDataModule(data, [3]))
     assert memory_of(callback) is before and same(dict(model.state_dict()), dict(weights))
     assert model.trainer is trainer
+
+
+def test_a_datamodule_without_points_to_forget_is_refused_by_name() -> None:
+    trainer, _, _, data = fit(newton_steps=0, attack_steps=2, method="newton")
+    with pytest.raises(RemovalError, match=r"Data has no predict_dataloader.*RemovalDataModule"):
+        trainer.unlearn(data)
+
+
+def test_a_tuple_of_loaders_is_read_as_a_list_of_them_is() -> None:
+    x, y = Data().dataset.tensors
+    found = []
+    for kind in (list, tuple):
+        trainer, callback, _, _ = fit(newton_steps=0, attack_steps=2, method="newton")
+        loaders = [DataLoader(TensorDataset(x[i : i + 2], y[i : i + 2])) for i in (3, 17)]
+        assert trainer.unlearn(kind(loaders)).indices == (3, 4, 17, 18)
+        found.append(memory_of(callback).omega)
+    assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("wrong", [3, 0.5, {"folder": "x"}])
+def test_a_memory_that_is_none_is_refused(wrong: Any) -> None:
+    trainer, _, _, data = fit(newton_steps=0, attack_steps=2, method="newton")
+    with pytest.raises(ConfigurationError, match="must be an UnlearningMemory or the path"):
+        trainer.unlearn(RemovalDataModule(data, indices=[3]), memory=wrong)
+
+
+@pytest.mark.parametrize(
+    "removals", [np.array([3, 17]), {3, 17}, (3, 17), torch.tensor([3, 17]), range(3, 18, 14)]
+)
+def test_indices_of_any_kind_name_rows_without_data(removals: Any) -> None:
+    trainer, callback, _, _ = fit(representation="rows", sketch=1, attack_steps=2)
+    assert sorted(trainer.unlearn(removals).indices) == [3, 17]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"accumulate_grad_batches": 2},
+        {"gradient_clip_val": 0.05},
+        {"max_steps": 3},
+    ],
+)
+def test_retrain_trains_as_training_did(options: dict[str, Any]) -> None:
+    class Whole(Data):
+        def train_dataloader(self) -> DataLoader[Any]:
+            return DataLoader(self.dataset, batch_size=64)  # one batch: no order matters
+
+    def trained(data: Data, method: str) -> tuple[Any, MUterCallback]:
+        pl.seed_everything(0, verbose=False)
+        callback = MUterCallback(
+            L2Ball(0.5), head="classifier", method=method, random_start=False, attack_steps=2
+        )
+        trainer = Trainer(**{"max_epochs": 5, **options, "callbacks": [callback], **QUIET})
+        trainer.fit(Net(), data)
+        return trainer, callback
+
+    trainer, callback = trained(Whole(), "retrain")
+    trainer.unlearn(RemovalDataModule(Whole(), indices=[3, 17]))
+    _, expected = trained(Whole(keep=[i for i in range(41) if i not in (3, 17)]), "none")
+    torch.testing.assert_close(memory_of(callback).omega, memory_of(expected).omega)

@@ -261,7 +261,7 @@ def test_requests_of_any_split_end_at_the_same_model() -> None:
 def test_what_has_no_horizon_is_refused() -> None:
     with pytest.raises(ConfigurationError, match="newton_steps"):
         MUterCallback(L2Ball(0.1), head="head", horizon="training", newton_steps=3)
-    with pytest.raises(ConfigurationError, match="positive"):
+    with pytest.raises(ConfigurationError, match="finite number > 0"):
         MUterCallback(L2Ball(0.1), head="head", horizon=-1.0)
     with pytest.raises(ConfigurationError, match="schur"):
         MUterCallback(L2Ball(0.1), head="head", horizon=1.0, solver="schur")

@@ -72,6 +72,17 @@ def _points_of_a_sum(
     return size
 
 
+def _decouples(optimizers: Iterable[Optimizer], parameters: list[nn.Parameter]) -> bool:
+    """Whether a step takes λω off beside its rule for the gradient, as AdamW does."""
+    wanted = {id(p) for p in parameters}
+    return any(
+        isinstance(one, torch.optim.AdamW) or bool(group.get("decoupled_weight_decay"))
+        for one in optimizers
+        for group in one.param_groups
+        if group.get("weight_decay") and any(id(p) in wanted for p in group["params"])
+    )
+
+
 def check_held(optimizers: list[Optimizer], view: ModelView, newton_steps: int) -> None:
     """Refuse trained parameters that no optimizer holds, unless Newton's steps move them.
 
@@ -111,11 +122,10 @@ def decay_of(
             "memory has one λ; give them one weight decay, or say by weight_decay= which λ the "
             "objective has"
         )
-    decoupled = any(isinstance(o, torch.optim.AdamW) for o in optimizers)
-    if decoupled and decays != {0.0} and not newton_steps:
+    if _decouples(optimizers, parameters) and not newton_steps:
         warnings.warn(
-            "AdamW's decoupled weight decay is no L2 term of the objective: ω* is not the optimum "
-            "the memory assumes; use newton_steps, or SGD or Adam",
+            "decoupled weight decay, as AdamW's, is no L2 term of the objective: ω* is not the "
+            "optimum the memory assumes; use newton_steps, or SGD or Adam without it",
             stacklevel=2,
         )
     return decays.pop() / summed if decays else 0.0
@@ -131,7 +141,7 @@ def _declared_penalty(
     decays = _decays(optimizers, parameters)
     if declared is None or len(decays) != 1:
         return 0.0
-    if any(isinstance(o, torch.optim.AdamW) for o in optimizers):
+    if _decouples(optimizers, parameters):
         return 0.0  # its decay is none of the objective's
     rest = declared - decays.pop() / summed
     return rest if abs(rest) > 1e-9 * max(declared, 1e-9) else 0.0

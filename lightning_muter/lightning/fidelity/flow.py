@@ -197,6 +197,12 @@ def check_rates(optimizers: list[Optimizer], parameters: list[nn.Parameter]) -> 
         ConfigurationError: naming the optimizers.
     """
     holders = [o for o in optimizers if holds(o, parameters)]
+    if len(holders) > 1:
+        raise ConfigurationError(
+            f"horizon='training' with {len(holders)} optimizers of the trained parameters: steps "
+            "that move a part of them each follow no gradient flow; give all of them to one, or "
+            "give newton_steps=..., or a number for horizon="
+        )
     if any(flow_rate(optimizer, parameters) is None for optimizer in holders):
         names = [type(optimizer).__name__ for optimizer in holders]
         raise ConfigurationError(

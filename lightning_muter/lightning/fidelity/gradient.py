@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -140,16 +140,8 @@ class GradientWatch:
         with torch.no_grad():
             for buffer, value in buffers:
                 buffer.copy_(value)
-        train = Comparison(
-            comparison.found,
-            own,
-            comparison.omega,
-            comparison.points,
-            comparison.slack,
-            comparison.floor,
-            random=True,
-        )
-        return train if train.agrees() else comparison
+        random = replace(comparison, own=own).agrees()
+        return replace(comparison, random=random)
 
 
 def _flat(parts: list[Tensor]) -> Tensor:

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_muter.errors import ConfigurationError
+from lightning_muter.models.base import heard
 
 __all__ = ["head_outputs"]
 
@@ -26,7 +27,7 @@ def head_outputs(module: nn.Module, head: nn.Module | None, x: Tensor, slack: fl
     seen: list[Tensor] = []
     handle = None
     if head is not None:
-        handle = head.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+        handle = heard(head, seen)
     try:
         outputs = module(x)
     finally:

@@ -123,7 +123,7 @@ class TrainingWatch:
         width = None
         for block in bar_of(trainer)(blocks(mine, _CHUNK), "reading the points", len(mine), len):
             indices = list(block)
-            x, targets, beside = self._points.batch(indices)
+            x, targets, beside = self._points.finite(indices)
             x_given, y_given, rows = trainer.precision_plugin.convert_input(
                 [x, targets, beside.rows]
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
+    IterableDataset,
     RandomSampler,
     Sampler,
     SubsetRandomSampler,
@@ -236,3 +238,25 @@ def test_random_shares_of_each_epoch_are_even() -> None:
     options = {"max_epochs": 25, "limit_train_batches": 2, "precision": "64-true"}
     callback = train(loader=points, trainer=options)
     assert bool((callback.point_weights == 1).all())
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("where", [0, 5, 23, 38])
+def test_a_point_that_is_no_number_is_named_wherever_it_lies(where: int, value: float) -> None:
+    data = Data()
+    data.dataset.tensors[0][where, 2] = value
+    with pytest.raises(ConfigurationError, match=rf"points \[{where}\] have NaN or infinite"):
+        train(loader=data)
+
+
+@pytest.mark.filterwarnings("ignore:.*IterableDataset.*")
+def test_a_data_set_that_only_iterates_is_refused_though_it_has_a_length() -> None:
+    class Stream(IterableDataset[Any]):
+        def __len__(self) -> int:
+            return 8
+
+        def __iter__(self) -> Iterator[Any]:
+            return iter([(torch.ones(8).double(), torch.tensor(1))] * 8)
+
+    with pytest.raises(ConfigurationError, match="Stream has no length or no index"):
+        train(loader=DataLoader(Stream(), batch_size=4))

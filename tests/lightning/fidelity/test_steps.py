@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import pytorch_lightning as pl
 import torch
+import torch.nn.functional as F
 from cases import Data, Net
 from pytorch_lightning.callbacks import (
     BaseFinetuning,
@@ -302,3 +303,26 @@ def test_a_batch_that_is_skipped_is_not_trained_on() -> None:
     assert callback.point_weights is not None and callback.memory is not None
     assert torch.nonzero(callback.point_weights == 0).flatten().tolist() == list(range(16, 32))
     assert callback.memory.settings.horizon == pytest.approx(4 * 0.1 / 25)
+
+
+def test_two_optimizers_of_the_trained_parameters_have_no_horizon() -> None:
+    class Two(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.automatic_optimization = False
+
+        def configure_optimizers(self) -> Any:
+            head = self.classifier
+            return [torch.optim.SGD([one], lr=0.1) for one in (head.weight, head.bias)]
+
+        def training_step(self, batch: list[Tensor], batch_idx: int) -> None:
+            optimizers: Any = self.optimizers()
+            loss = F.cross_entropy(self(batch[0]), batch[1])
+            self.manual_backward(loss)
+            for one in optimizers:
+                one.step()
+                one.zero_grad()
+
+    with pytest.raises(ConfigurationError, match="2 optimizers of the trained parameters"):
+        train(Two(), horizon="training")
+    train(Two(), newton_steps=1)
