@@ -7,6 +7,7 @@ labels are 0 and 1 for the logistic loss, any numbers for the squared one.
 from __future__ import annotations
 
 import numpy as np
+from scipy import linalg
 
 LAMBDA = 1e-3
 
@@ -39,13 +40,15 @@ def newton_optimum(w: np.ndarray, x: np.ndarray, y: np.ndarray, eps: float) -> n
         norm = np.linalg.norm(w)
         unit = w / norm
         rho = 1 / (1 + np.exp(-(side * (x @ w) + eps * norm)))
-        rows = side[:, None] * x + eps * unit
-        curve = rows.T @ (rows * (rho * (1 - rho))[:, None])
+        rows = side[:, None] * x
+        rows += eps * unit
+        rows *= np.sqrt(rho * (1 - rho))[:, None]
+        curve = linalg.blas.dsyrk(1.0, rows.T)  # its upper half
         curve += rho.sum() * eps / norm * (eye - np.outer(unit, unit)) + LAMBDA * len(x) * eye
         slope = value_and_slope(w, x, y, eps, "logistic")[1]
-        step = np.linalg.solve(curve, slope)
+        step = linalg.cho_solve(linalg.cho_factor(curve), slope)
         w = w - step
-        if np.linalg.norm(step) < 1e-13 * np.linalg.norm(w):
+        if np.linalg.norm(step) < 1e-8 * np.linalg.norm(w):  # its square is left
             break
     return w
 

@@ -41,25 +41,27 @@ def digest(key: bytes, x: Tensor, target: Tensor) -> bytes:
 
 def digests_of(key: bytes, x: Tensor, targets: Tensor) -> list[bytes]:
     """The digest of each point of a batch x (m, ...) with its targets (m, ...)."""
-    columns = [_serialised(tensor) for tensor in (x, targets)]
     fresh = hashlib.blake2b(key=key, digest_size=DIGEST_BYTES)
+    head, points = _serialised(x)
+    fresh.update(head)  # of all points alike
+    tail, labels = _serialised(targets)
     found = []
-    for parts in zip(*columns, strict=True):
+    for point, label in zip(points, labels, strict=True):
         state = fresh.copy()
-        for part in parts:
-            state.update(part)
+        state.update(point)
+        state.update(tail + label)
         found.append(state.digest())
     return found
 
 
-def _serialised(tensor: Tensor) -> list[bytes]:
-    """Each row's dtype, shape and values as bytes."""
+def _serialised(tensor: Tensor) -> tuple[bytes, list[memoryview]]:
+    """The rows' dtype and shape as bytes, and each row's values, not copied."""
     value = tensor.detach().cpu()
     value = value.double() if value.is_floating_point() else value
     head = f"{value.dtype}{tuple(value.shape[1:])}".encode()
-    whole = value.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    whole = value.contiguous().reshape(-1).view(torch.uint8).numpy().data
     width = len(whole) // max(len(value), 1)
-    return [head + whole[k * width : (k + 1) * width] for k in range(len(value))]
+    return head, [whole[k * width : (k + 1) * width] for k in range(len(value))]
 
 
 def listing(values: Sequence[Any]) -> str:
