@@ -140,7 +140,8 @@ def main() -> None:
     folder = given.folder / f"{given.points}-{m}"
     folder.mkdir(parents=True, exist_ok=True)
     np.save(folder / "forgotten.npy", order[:m].numpy())
-    for seed in range(2 * given.models):
+    pairs = ((k, k + given.models) for k in range(given.models))  # a part is whole as it is
+    for seed in (one for pair in pairs for one in pair):
         path = folder / f"{seed:04d}.npz"
         if path.exists():
             continue

@@ -48,9 +48,12 @@ def memories(bench: Bench, x: Tensor, y: Tensor) -> dict[str, UnlearningMemory]:
 
 
 def correlations(predicted: np.ndarray, true: np.ndarray, ranks: bool) -> np.ndarray:
-    """A correlation a test point (t,) over rows (k, t)."""
-    kind = stats.spearmanr if ranks else stats.pearsonr
-    return np.array([kind(p, q)[0] for p, q in zip(predicted.T, true.T, strict=True)])
+    """A correlation a test point (t,) over rows (k, t), Spearman's or Pearson's."""
+    both = [stats.rankdata(a, axis=0) if ranks else a for a in (predicted, true)]
+    a, b = (one - one.mean(axis=0) for one in both)
+    length = np.sqrt((a**2).sum(axis=0) * (b**2).sum(axis=0))
+    found: np.ndarray = (a * b).sum(axis=0) / np.where(length > 0, length, np.nan)
+    return found
 
 
 def interval(predicted: np.ndarray, true: np.ndarray, times: int = 200) -> tuple[float, float]:

@@ -93,7 +93,8 @@ class KnownPoints:
         self, rows: Sequence[bytes], positions: Sequence[int], fixed: Tensor | None
     ) -> list[int | None]:
         found: list[int | None] = [None] * len(rows)
-        inside = [(k, i) for k, i in enumerate(positions) if 0 <= i < len(self.digests)]
+        n = len(self.digests)
+        inside = [(k, i) for k, i in enumerate(positions) if 0 <= i < n]
         if not inside:
             return found
         at, named = torch.tensor([k for k, _ in inside]), torch.tensor([i for _, i in inside])
