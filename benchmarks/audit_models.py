@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from closed_form import newton_optimum
-from common import arguments, mnist
+from common import arguments, one_or_seven_28
 from torch import Tensor, nn
 
 from lightning_muter import L2Ball, UnlearningMemory
@@ -82,18 +82,6 @@ class Bench:
         """The memory without its first m points."""
         with self.view.at(memory.omega_star):
             return forget(memory, self.view, list(range(m)), x[:m], y[:m]).memory
-
-
-def one_or_seven_28(folder: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Digits 1 (0) and 7 (1), flattened: train and test."""
-    x, y, tx, ty = mnist(folder)
-    keep, test = (y == 1) | (y == 7), (ty == 1) | (ty == 7)
-    return (
-        x[keep].reshape(-1, 784),
-        (y[keep] == 7).long(),
-        tx[test].reshape(-1, 784),
-        (ty[test] == 7).long(),
-    )
 
 
 def chosen(kind: str, x: Tensor, y: Tensor, everyone: Tensor) -> Tensor:

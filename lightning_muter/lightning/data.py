@@ -188,8 +188,13 @@ class _Indexed(Dataset[RemovalBatch]):
         return len(self.indices)
 
     def __getitem__(self, position: int) -> RemovalBatch:
-        x, target = self.points.batch([self.indices[position]])
-        return RemovalBatch(x[0], target[0], self.names[position])
+        return self.__getitems__([position])[0]
+
+    def __getitems__(self, positions: list[int]) -> list[RemovalBatch]:
+        """A loader's whole batch in one reading."""
+        x, targets = self.points.batch([self.indices[k] for k in positions])
+        names = [self.names[k] for k in positions]
+        return [RemovalBatch(*one) for one in zip(x, targets, names, strict=True)]
 
 
 def _keys(ids: Sequence[str | int]) -> list[str]:

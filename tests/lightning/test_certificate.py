@@ -358,9 +358,14 @@ def test_the_command_line_takes_the_three_numbers(
     assert UnlearningMemory.load("memory").private is not None
     preset = tmp_path / "certificate.yaml"
     preset.write_text("certificate: {epsilon: 2.0, delta: 1.0e-5, radius: 1.0e-5}")
-    again = ["--memory", "memory", "--indices", "[4]", "--trainer.logger", "false"]
-    main(["unlearn", *classes, "-c", str(preset), *again])
-    assert "2 publications so far" in caplog.text
+    for publication, config in ((2, str(preset)), (3, "certificate")):
+        index = f"[{publication + 2}]"
+        again = ["--memory", "memory", "--indices", index, "--trainer.logger", "false"]
+        main(["unlearn", *classes, "-c", config, *again])
+        assert f"{publication} publications so far" in caplog.text
+    assert "(2, 1e-05)-indistinguishable" in caplog.text
+    radii = [entry["publication"]["radius"] for entry in UnlearningMemory.load("memory").ledger]
+    assert radii == [1e-5, 1e-5, 1e-5]
 
 
 def test_a_memory_of_rows_is_certified_as_a_dense_one() -> None:
