@@ -141,12 +141,13 @@ def setting(
                 "m": len(gone),
                 "bound": publication.bound,
                 "distance": distance,
+                "distance_over_radius": distance / RADIUS[loss],
                 "seconds": seconds,
-                "processor": processor,
-                "times faster than training": fit_seconds / seconds,
-                "the same, of the processor": fit_processor / processor,
-                "clean accuracy, change": clean,
-                "robust accuracy, change": robust,
+                "processor_seconds": processor,
+                "times_faster": fit_seconds / seconds,
+                "times_faster_processor": fit_processor / processor,
+                "change_clean": clean,
+                "change_robust": robust,
                 "corrections": publication.corrections,
                 "rebuilds": publication.rebuilds,
                 "noise": float((muter.memory.omega - muter.memory.private).norm()),
@@ -174,10 +175,10 @@ def setting(
         "seconds of training with the package": fit_seconds,
         "the same, of the processor": fit_processor,
         "times faster, of the processor, median": statistics.median(
-            row["the same, of the processor"] for row in rows
+            row["times_faster_processor"] for row in rows
         ),
         "largest change of accuracy, clean and robust": [
-            max(row[f"{kind} accuracy, change"] for row in rows) for kind in ("clean", "robust")
+            max(row[f"change_{kind}"] for row in rows) for kind in ("clean", "robust")
         ],
         "seconds of L-BFGS on the closed form": retrain,
         "by points": {
@@ -187,8 +188,8 @@ def setting(
                     "distance",
                     "bound",
                     "seconds",
-                    "processor",
-                    "the same, of the processor",
+                    "processor_seconds",
+                    "times_faster_processor",
                     "corrections",
                     "rebuilds",
                     "noise",

@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import time
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -22,6 +23,7 @@ from tanh_network import Network, proximal_bregman, trained
 from torch import Tensor, nn
 
 from lightning_muter import L2Ball, SolverError, influence_on_losses
+from lightning_muter.evaluation.results_table import Cell, Table
 from lightning_muter.spec import Settings
 from lightning_muter.unlearning.points import unweighted
 from lightning_muter.unlearning.stage_one import build_memories
@@ -33,6 +35,16 @@ DEPTHS = {
     "head of 2 layers": ((16, 8), 1),
     "head of 3 layers": ((16, 8, 8), 1),
     "network, whole": ((8,), 0),
+}
+#: what a table calls depths and yardsticks
+SHORT = {
+    "head of 1 layer": "head1",
+    "head of 2 layers": "head2",
+    "head of 3 layers": "head3",
+    "network, whole": "network",
+    "Retrain from ω*": "retrain_near",
+    "Retrain from the start": "retrain_start",
+    "PBRF": "pbrf",
 }
 FUNCTIONS = {
     "ours (constrained response)": ("muter", "constrained", "neumann"),
@@ -178,6 +190,24 @@ def rows(name: str, seed: int, one: Study, singles: int, subsets: int) -> None:
             print(json.dumps(line, ensure_ascii=False), flush=True)
 
 
+def collect(files: list[Path], output: Path) -> None:
+    """The JSON lines of runs as a table: leave one out at 1 point, LDS at a tenth of them."""
+    lines = [json.loads(line) for path in files for line in path.read_text().splitlines()]
+    table = Table(output / "influence_depth.csv")
+    table.cells = []
+    cells = []
+    for line in lines:
+        metric = f"{SHORT[line['depth']]}_{SHORT[line['yardstick']]}"
+        n = line["n"]
+        for removed, name in ((1, "leave one out, Pearson"), (n // 10, "LDS")):
+            if name in line:
+                method, value = line["function"], float(line[name])
+                cells.append(Cell(line["seed"], removed, removed / n, method, metric, value))
+    table.add(cells)
+    text = "\n".join(json.dumps(line, ensure_ascii=False) for line in lines)
+    (output / "influence_depth.jsonl").write_text(text + "\n")
+
+
 def main() -> None:
     """Print one JSON line a depth, seed, function and yardstick."""
     parser = arguments(__doc__ or "")
@@ -186,7 +216,12 @@ def main() -> None:
     parser.add_argument("--subsets", type=int, default=40)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--depths", nargs="+", default=list(DEPTHS))
+    parser.add_argument("--collect", type=Path, nargs="+", help="runs' output; nothing is run")
+    parser.add_argument("--output", type=Path, default=Path("docs/results/audits"))
     given = parser.parse_args()
+    if given.collect:
+        collect(given.collect, given.output)
+        return
     arrays = data(given.data)
     for seed in given.seeds:
         for name in given.depths:
