@@ -1,105 +1,50 @@
-"""Audits on MNIST 1 vs 7 (14 × 14 pixels): every number beside Retrain's own and *none*'s.
+"""Audits on MNIST 1 vs 7: every number beside Retrain's own and *none*'s.
 
-A model's data are the points to forget and a random half of the others, so that models of
-different seeds differ and an audit has a distribution to look at. All models are at the optimum of
-their data (L2 ball, logistic), found in closed form.
+``distributions`` looks at the models that `audit_models.py` made (28 × 28 pixels, all points);
+reconstruction and hard requests at one model of ``--points`` points of 14 × 14 pixels. All models
+are at the optimum of their data (L2 ball, logistic). What differs between the splits of
+``distributions`` is which half of the models is compared with which half of the Retrains.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from pathlib import Path
 
+import numpy as np
 import torch
-from common import arguments, mnist
-from torch import Tensor, nn
+import torch.nn.functional as F
+from audit_models import EPS, Bench
+from common import arguments, mnist, one_or_seven_28
+from torch import Tensor
 
 from lightning_muter import Certificate, L2Ball, UnlearningMemory
 from lightning_muter.evaluation.klom import klom
-from lightning_muter.evaluation.margins import margins, robust_margins
+from lightning_muter.evaluation.margins import robust_margins
 from lightning_muter.evaluation.reconstruction import (
     from_folder,
     from_heads,
     identified,
     similarity,
 )
-from lightning_muter.evaluation.residual_knowledge import recognition
+from lightning_muter.evaluation.residual_knowledge import Recognition, recognition
+from lightning_muter.evaluation.results_table import Cell, Table
 from lightning_muter.evaluation.stress import hardest
 from lightning_muter.evaluation.unlearning_lira import UnlearningLiRA
-from lightning_muter.models import ModelView
-from lightning_muter.spec import Settings
-from lightning_muter.unlearning.certifiable import linear_objective
 from lightning_muter.unlearning.corrector import correct
-from lightning_muter.unlearning.descent import descend
 from lightning_muter.unlearning.gaussian_mechanism import fresh_noise
 from lightning_muter.unlearning.objective import RobustObjective
 from lightning_muter.unlearning.points import Batch, unweighted
-from lightning_muter.unlearning.request import forget
-from lightning_muter.unlearning.stage_one import build_memories
 
 THREAT = L2Ball(0.5)
-METHODS = ("muter", "newton", "newton_delta", "fisher", "fisher_delta", "influence_delta")
-
-
-def settings(method: str) -> Settings:
-    return Settings(
-        method=method,
-        threat=THREAT,
-        head="0",
-        parameters=None,
-        loss="logistic",
-        response="constrained",
-        inverse="neumann",
-        neumann_order=3,
-        space="input",
-        damping=0.0,
-        solver="auto",
-        weight_decay=1e-3,
-    )
-
-
-class Bench:
-    """A linear model and what is done to it."""
-
-    def __init__(self, features: int) -> None:
-        self.module = nn.Sequential(nn.Linear(features, 1, bias=False)).double()
-        nn.init.constant_(self.module[0].weight, 1e-2)
-        self.view: ModelView = settings("muter").view(self.module)
-        self.start = self.view.get()
-        self.problem = settings("muter").problem()
-
-    def optimum(self, x: Tensor, y: Tensor, start: Tensor | None = None) -> Tensor:
-        objective = linear_objective(settings("muter"), self.view, [unweighted(x, y)])
-        found = descend(
-            objective, [self.start if start is None else start], lambda g: 0 * g, 1e-8, 0
-        )
-        return found.state.omega
-
-    def memories(self, omega: Tensor, x: Tensor, y: Tensor) -> dict[str, UnlearningMemory]:
-        digests = torch.zeros(len(x), 16, dtype=torch.uint8)
-        with self.view.at(omega):
-            built = build_memories(
-                self.module, [settings(m) for m in METHODS], [unweighted(x, y)], digests, b"k" * 16
-            )
-        return dict(zip(METHODS, built, strict=True))
-
-    def forgotten(self, memory: UnlearningMemory, x: Tensor, y: Tensor, m: int) -> UnlearningMemory:
-        """The memory without its first m points."""
-        with self.view.at(memory.omega_star):
-            return forget(memory, self.view, list(range(m)), x[:m], y[:m]).memory
-
-    def seen(self, omega: Tensor, sets: dict[str, tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
-        """Clean and robust margins of every set."""
-        found = {}
-        with self.view.at(omega):
-            for name, (x, y) in sets.items():
-                found[f"clean {name}"] = margins(self.view, x, y)
-                found[f"robust {name}"] = robust_margins(self.view, self.problem, x, y)
-        return found
+SPLITS = 20
+#: random perturbations in which forgotten points are looked for
+NEAR = L2Ball(2.0)
 
 
 def pooled(images: Tensor) -> Tensor:
-    return nn.functional.avg_pool2d(images.unsqueeze(1), 2).reshape(len(images), -1)
+    return F.avg_pool2d(images.unsqueeze(1), 2).reshape(len(images), -1)
 
 
 def data(folder: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -108,68 +53,125 @@ def data(folder: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return pooled(x[keep]), (y[keep] == 7).long(), pooled(tx[test]), (ty[test] == 7).long()
 
 
-def distributions(x: Tensor, y: Tensor, test: tuple[Tensor, Tensor], m: int, models: int) -> None:
-    """KLoM, U-LiRA and residual knowledge of ``models`` models each."""
-    bench, generator = Bench(x.shape[1]), torch.Generator().manual_seed(0)
-    order = torch.randperm(len(x), generator=generator)
-    gone, others = order[:m], order[m:]
+# --- distributions ------------------------------------------------------------------------------
+
+
+class Models:
+    """What `audit_models.py` wrote into a folder: ω (k, p) of every method, by seeds.
+
+    Attributes:
+        forgotten: positions of the points that the methods forgot.
+        omegas: ω (k, p) of each method, and of *retrain* by the same seeds.
+        reference: ω (j, p) of Retrains of other seeds.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.forgotten = torch.tensor(np.load(folder / "forgotten.npy"))
+        files = [dict(np.load(path)) for path in sorted(folder.glob("*.npz"))]
+        own, alone = [f for f in files if "none" in f], [f for f in files if "none" not in f]
+        self.omegas = {name: torch.tensor(np.stack([f[name] for f in own])) for name in own[0]}
+        self.reference = torch.tensor(np.stack([f["retrain"] for f in alone]))
+
+
+def seen(omegas: Tensor, sets: dict[str, tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+    """Clean and robust margins (k, n) of linear models (k, p): the worst δ is ε w / ‖w‖ away."""
+    found = {}
+    for name, (x, y) in sets.items():
+        clean = (omegas @ x.T) * (2.0 * y - 1)
+        found[f"clean_{name}"] = clean
+        found[f"robust_{name}"] = clean - EPS * omegas.norm(dim=1, keepdim=True)
+    return found
+
+
+def check_margins(bench: Bench, omega: Tensor, x: Tensor, y: Tensor) -> None:
+    """Refuse to go on where the package's maximiser finds other robust margins."""
+    with bench.view.at(omega):
+        own = robust_margins(bench.view, bench.problem, x, y)
+    torch.testing.assert_close(own, seen(omega[None], {"": (x, y)})["robust_"][0])
+
+
+def distributions(folder: Path, source: str, output: Path) -> None:
+    """KLoM, U-LiRA and residual knowledge of the models in a folder; a table and JSON lines."""
+    x, y, tx, ty = one_or_seven_28(source)
+    models, bench = Models(folder), Bench(x.shape[1])
+    gone = models.forgotten
     fx, fy = x[gone], y[gone]
-    shown = others[:200]
-    sets = {
-        "forgotten": (fx, fy),
-        "retained": (x[shown], y[shown]),
-        "test": (test[0][:200], test[1][:200]),
+    others = torch.ones(len(x), dtype=torch.bool)
+    others[gone] = False
+    sets = {"forgotten": (fx, fy), "retained": (x[others][:2000], y[others][:2000])}
+    sets["test"] = (tx, ty)
+    check_margins(bench, models.omegas["none"][0], fx, fy)
+    reference = seen(models.reference, sets)
+    rates = {
+        name: [recognised(bench, omega, fx, fy) for omega in rows]
+        for name, rows in models.omegas.items()
     }
-    found: dict[str, list[dict[str, Tensor]]] = {}
-    knowledge: dict[str, list[tuple[float, float]]] = {}
-    for _ in range(models):
-        some = others[torch.randperm(len(others), generator=generator)[: len(others) // 2]]
-        rest = (x[some], y[some])
-        all_x, all_y = torch.cat([fx, rest[0]]), torch.cat([fy, rest[1]])
-        trained = bench.optimum(all_x, all_y)
-        candidates = {"retrain": bench.optimum(*rest, start=trained), "none": trained}
-        for name, memory in bench.memories(trained, all_x, all_y).items():
-            candidates[name] = bench.forgotten(memory, all_x, all_y, m).omega
-        rates = {}
-        for name, omega in candidates.items():
-            found.setdefault(name, []).append(bench.seen(omega, sets))
-            with bench.view.at(omega):
-                rates[name] = recognition(bench.view, L2Ball(1.0), fx, fy, draws=10)
-        for name, rate in rates.items():
-            knowledge.setdefault(name, []).append((rate.residual(rates["retrain"]), rate.again))
-    half = models // 2
-    reference = found["retrain"][half:]
-    for name, rows in found.items():
-        row: dict[str, object] = {"m": m, "models": models, "method": name}
-        mine = rows[:half]
-        for key in reference[0]:
-            value = klom(stacked(mine, key), stacked(reference, key))
-            row[f"klom {key}"] = round(float(value.mean()), 4)
-        row["u-lira robust"] = round(lira(rows, found["retrain"], "robust forgotten"), 4)
-        ratio, again = torch.tensor(knowledge[name]).mean(dim=0).tolist()
-        row |= {"residual knowledge": round(ratio, 4), "recognised again": round(again, 4)}
-        print(json.dumps(row), flush=True)
+    table = Table(output / f"{folder.name.split('-')[0]}.csv")
+    table.cells = [cell for cell in table.cells if cell.removed != len(gone)]  # run again
+    share = len(gone) / (len(x) // 2)
+    lines = []
+    for name, rows in models.omegas.items():
+        found = seen(rows, sets)
+        count = min(len(rows), len(models.reference))
+        row: dict[str, object] = {"points": folder.name, "m": len(gone), "models": count}
+        row["method"] = name
+        for key in reference:
+            value = klom(found[key][:count], reference[key][:count])
+            row[f"klom {key}"] = float(f"{float(value.mean()):.4g}")
+        pairs = zip(rates[name], rates["retrain"], strict=True)
+        ratios = [one.residual(other) for one, other in pairs]
+        row["residual knowledge"] = round(sum(ratios) / len(ratios), 4)
+        row["recognised again"] = round(sum(r.again for r in rates[name]) / len(rates[name]), 4)
+        cells = []
+        for split in range(SPLITS):
+            values = halves(found, reference, split) if count > 3 else {}
+            again = {"residual_knowledge": ratios[split % len(ratios)]}
+            cells += [
+                Cell(split, len(gone), share, name, metric, value)
+                for metric, value in {**values, **again}.items()
+            ]
+        table.add(cells)
+        aucs = [cell.value for cell in cells if cell.metric == "u_lira"]
+        row["u-lira"] = round(sum(aucs) / len(aucs), 4)
+        row["u-lira, 2.5% to 97.5%"] = [
+            round(float(q), 3) for q in np.percentile(aucs, [2.5, 97.5])
+        ]
+        lines.append(json.dumps(row))
+        print(lines[-1], flush=True)
+    (output / f"{folder.name}.jsonl").write_text("\n".join(lines) + "\n")
 
 
-def stacked(rows: list[dict[str, Tensor]], key: str) -> Tensor:
-    return torch.stack([row[key] for row in rows])
+def recognised(bench: Bench, omega: Tensor, x: Tensor, y: Tensor) -> Recognition:
+    with bench.view.at(omega):
+        return recognition(bench.view, NEAR, x, y, draws=10)
 
 
-def lira(rows: list[dict[str, Tensor]], retrains: list[dict[str, Tensor]], key: str) -> float:
-    """Shadows are thirds of the models, so that Retrain against Retrain shares none of them."""
-    third, metric = len(rows) // 3, UnlearningLiRA()
-    unlearned, retrained = stacked(rows, key), stacked(retrains, key)
-    shadows = (unlearned[:third], retrained[third : 2 * third])
-    targets = len(rows) - 2 * third
-    for k in range(2 * third, 2 * third + targets // 2):
-        metric.update(unlearned[k], *shadows, was_unlearned=True)
-        metric.update(retrained[k + targets // 2], *shadows, was_unlearned=False)
-    return float(metric.compute())
+def halves(found: dict[str, Tensor], reference: dict[str, Tensor], split: int) -> dict[str, float]:
+    """KLoM of a random half of the models and of the Retrains; U-LiRA with the halves as shadows.
+
+    The models that are attacked are the other halves.
+    """
+    generator = torch.Generator().manual_seed(split)
+    count = min(len(found["clean_test"]), len(reference["clean_test"]))
+    a, b = (torch.randperm(count, generator=generator).chunk(2) for _ in range(2))
+    values = {
+        f"klom_{key}": float(klom(found[key][a[0]], reference[key][b[0]]).mean())
+        for key in reference
+    }
+    metric, key = UnlearningLiRA(), "robust_forgotten"
+    shadows = (found[key][a[0]], reference[key][b[0]])
+    for k, j in zip(a[1].tolist(), b[1].tolist(), strict=True):
+        metric.update(found[key][k], *shadows, was_unlearned=True)
+        metric.update(reference[key][j], *shadows, was_unlearned=False)
+    return {**values, "u_lira": float(metric.compute())}
+
+
+# --- reconstruction -----------------------------------------------------------------------------
 
 
 def reconstruction(x: Tensor, y: Tensor, points: int) -> None:
     """One point at a time: from two heads, with noise, from the folder, after a rebase."""
-    bench = Bench(x.shape[1])
+    bench = Bench(x.shape[1], THREAT.eps)
     trained = bench.optimum(x, y)
     half = torch.arange(len(x)) % 2 == 0
     with bench.view.at(trained):
@@ -194,8 +196,7 @@ def reconstruction(x: Tensor, y: Tensor, points: int) -> None:
             look(
                 f"two heads, a certificate of radius {radius:g}", from_heads(trained, noisy, own, 1)
             )
-        look("the folder", from_folder(memory, 1, False))
-        look("the folder, after a rebase", after)  # nothing but the new expansion point is there
+        look("the memory's gradient", from_folder(memory, 1, False))
     for name, values in rows.items():
         cosine = sum(v[0] for v in values) / len(values)
         share = sum(v[1] for v in values) / len(values)
@@ -204,11 +205,8 @@ def reconstruction(x: Tensor, y: Tensor, points: int) -> None:
 
 
 def bench_memory(bench: Bench, x: Tensor, y: Tensor) -> UnlearningMemory:
-    digests = torch.zeros(len(x), 16, dtype=torch.uint8)
-    (built,) = build_memories(
-        bench.module, [settings("muter")], [unweighted(x, y)], digests, b"k" * 16
-    )
-    return built
+    with_muter = ("muter",)
+    return bench.memories(bench.view.get(), x, y, with_muter)["muter"]
 
 
 def _curvature(bench: Bench, x: Tensor, y: Tensor) -> Callable[[Tensor], Tensor]:
@@ -219,7 +217,7 @@ def _curvature(bench: Bench, x: Tensor, y: Tensor) -> Callable[[Tensor], Tensor]
 
 def stress(x: Tensor, y: Tensor) -> None:
     """Distances to Retrain relative to *none*, of random points and of hard ones."""
-    bench = Bench(x.shape[1])
+    bench = Bench(x.shape[1], THREAT.eps)
     trained = bench.optimum(x, y)
     with bench.view.at(trained):
         memory = bench_memory(bench, x, y)
@@ -253,15 +251,17 @@ def stress(x: Tensor, y: Tensor) -> None:
 def main() -> None:
     """Print one JSON line a row."""
     parser = arguments(__doc__ or "")
-    parser.add_argument("--points", type=int, default=3000)
-    parser.add_argument("--models", type=int, default=30)
+    parser.add_argument("--points", type=int, default=2000)
+    parser.add_argument("--models", type=Path, nargs="*", help="folders of audit_models.py")
+    parser.add_argument("--output", type=Path, default=Path("docs/results/audits"))
     given = parser.parse_args()
-    x, y, tx, ty = data(given.data)
-    x, y = x[: given.points], y[: given.points]
-    stress(x, y)
-    reconstruction(x, y, 30)
-    for share in (0.01, 0.05):
-        distributions(x, y, (tx, ty), int(share * len(x)), given.models)
+    for folder in given.models or []:
+        distributions(folder, given.data, given.output)
+    if given.models is None:
+        x, y, _, _ = data(given.data)
+        x, y = x[: given.points], y[: given.points]
+        stress(x, y)
+        reconstruction(x, y, 30)
 
 
 if __name__ == "__main__":

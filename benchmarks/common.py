@@ -48,6 +48,18 @@ def one_or_seven(data: str) -> tuple[Tensor, Tensor]:
     return x[keep].reshape(-1, 784), (y[keep] == 7).long()
 
 
+def one_or_seven_28(folder: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Digits 1 (0) and 7 (1), flattened: train and test."""
+    x, y, tx, ty = mnist(folder)
+    keep, test = (y == 1) | (y == 7), (ty == 1) | (ty == 7)
+    return (
+        x[keep].reshape(-1, 784),
+        (y[keep] == 7).long(),
+        tx[test].reshape(-1, 784),
+        (ty[test] == 7).long(),
+    )
+
+
 class Points(pl.LightningDataModule):
     """A TensorDataset's train loader."""
 

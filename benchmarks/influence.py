@@ -14,7 +14,8 @@ from dataclasses import replace
 
 import numpy as np
 import torch
-from audits import THREAT, Bench, data, settings
+from audit_models import Bench, settings
+from audits import THREAT, data
 from common import arguments
 from scipy import stats
 from torch import Tensor
@@ -25,12 +26,12 @@ from lightning_muter.unlearning.points import unweighted
 from lightning_muter.unlearning.stage_one import build_memories
 
 FUNCTIONS: dict[str, Settings] = {
-    "ours (constrained response)": settings("muter"),
+    "ours (constrained response)": settings("muter", THREAT.eps),
     "the paper's (unconstrained)": replace(
-        settings("muter"), response="unconstrained", inverse="exact"
+        settings("muter", THREAT.eps), response="unconstrained", inverse="exact"
     ),
-    "clean (Koh and Liang)": settings("newton"),
-    "adversarial points, no response": settings("newton_delta"),
+    "clean (Koh and Liang)": settings("newton", THREAT.eps),
+    "adversarial points, no response": settings("newton_delta", THREAT.eps),
 }
 
 
@@ -48,9 +49,12 @@ def memories(bench: Bench, x: Tensor, y: Tensor) -> dict[str, UnlearningMemory]:
 
 
 def correlations(predicted: np.ndarray, true: np.ndarray, ranks: bool) -> np.ndarray:
-    """A correlation a test point (t,) over rows (k, t)."""
-    kind = stats.spearmanr if ranks else stats.pearsonr
-    return np.array([kind(p, q)[0] for p, q in zip(predicted.T, true.T, strict=True)])
+    """A correlation a test point (t,) over rows (k, t), Spearman's or Pearson's."""
+    both = [stats.rankdata(a, axis=0) if ranks else a for a in (predicted, true)]
+    a, b = (one - one.mean(axis=0) for one in both)
+    length = np.sqrt((a**2).sum(axis=0) * (b**2).sum(axis=0))
+    found: np.ndarray = (a * b).sum(axis=0) / np.where(length > 0, length, np.nan)
+    return found
 
 
 def interval(predicted: np.ndarray, true: np.ndarray, times: int = 200) -> tuple[float, float]:
@@ -74,7 +78,7 @@ def main() -> None:
     given = parser.parse_args()
     x, y, tx, ty = data(given.data)
     x, y, test = x[: given.points], y[: given.points], (tx[:60], ty[:60])
-    bench = Bench(x.shape[1])
+    bench = Bench(x.shape[1], THREAT.eps)
     trained = bench.optimum(x, y)
     before = robust_losses(trained, *test)
     n, everyone = len(x), torch.arange(len(x))

@@ -92,7 +92,7 @@ class TrainingPoints:
     def collated(self, indices: Sequence[int]) -> Any:
         """Some points as a batch in the loader's own shape."""
         if type(self.dataset) is TensorDataset and self.collate is default_collate:
-            return [tensor[list(indices)] for tensor in self.dataset.tensors]  # no Python loop
+            return [_taken(tensor, indices) for tensor in self.dataset.tensors]  # no Python loop
         points = [self.dataset[i] for i in indices]
         if self.collate is not default_collate:
             return self.collate(points)
@@ -182,6 +182,13 @@ class TrainingPoints:
                     f"training point {i} gives different tensors when read twice: random "
                     "augmentation has no fixed points to forget; remove the random transforms"
                 )
+
+
+def _taken(tensor: Tensor, indices: Sequence[int]) -> Tensor:
+    """Rows of a tensor in memory of their own; those next to each other without a look-up."""
+    if isinstance(indices, range) and indices.step == 1:
+        return tensor[indices.start : indices.stop].clone()
+    return tensor[list(indices)]
 
 
 def training_points(

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from lightning_muter.errors import ConfigurationError, SolverError
-from lightning_muter.lightning.progress import no_bar
-from lightning_muter.lightning.remaining import RemainingPoints
+from lightning_muter.lightning.progress import Bar
+from lightning_muter.lightning.remaining import read_once
 from lightning_muter.lightning.removals import Asked
 from lightning_muter.memory.memory import UnlearningMemory
 from lightning_muter.models import ModelView
@@ -50,6 +50,7 @@ class Publisher:
         view: ModelView,
         asked: Asked,
         group: Group,
+        bar: Bar,
     ) -> Publisher:
         """Everything that can be refused, before anything is computed.
 
@@ -59,15 +60,15 @@ class Publisher:
         """
         with group.together():
             check_certifiable(memory.settings, view)
-            if asked.points is None or asked.places is None:
+            if asked.points is None:
                 raise ConfigurationError(
                     "certificate needs a RemovalDataModule: the remaining points are read"
                 )
             objective = None
             if group.first:
                 left = memory.without(list(asked.indices))
-                rest = RemainingPoints(left, asked.points, asked.places, Group(), no_bar)
-                objective = linear_objective(memory.settings, view, rest.batches(view))
+                rest = read_once(left, asked.points, view, bar)
+                objective = linear_objective(memory.settings, view, rest)
         return cls(certificate, objective, memory, group)
 
     def publish(self, memory: UnlearningMemory) -> tuple[UnlearningMemory, Publication]:

@@ -20,7 +20,7 @@ from lightning_muter.unlearning.objective import RobustObjective
 from lightning_muter.unlearning.points import Batch
 from lightning_muter.unlearning.rebase import Remaining
 
-__all__ = ["RemainingPoints", "places_of"]
+__all__ = ["RemainingPoints", "places_of", "read_once"]
 
 _BATCH = 512
 
@@ -32,16 +32,50 @@ def places_of(memory: UnlearningMemory, points: TrainingPoints, bar: Bar) -> Ten
         RemovalError: a point that is left has no row; all of them are named.
     """
     found = bar(blocks(range(len(points)), _BATCH), "finding the points", len(points), len)
-    places = memory.known.places(
-        [one for some in found for one in points.digests(memory.key, some)]
-    )
+    return _rows(memory, [one for some in found for one in points.digests(memory.key, some)])
+
+
+def read_once(
+    memory: UnlearningMemory, points: TrainingPoints, view: ModelView, bar: Bar
+) -> list[Batch]:
+    """The remaining points in the order of today's data set, in one reading of it.
+
+    What is digested is what is kept, so that no row can change between the two.
+
+    Raises:
+        RemovalError: a point that is left has no row; all of them are named.
+    """
+    parameter, digests, kept = view.parameters[0], [], []
+    for block in bar(blocks(range(len(points)), _BATCH), "the points", len(points), len):
+        with torch.inference_mode(False):
+            x, targets = points.batch(block)
+        digests += digests_of(memory.key, x, targets)
+        kept.append((x.to(parameter.device, parameter.dtype), targets.to(parameter.device)))
+    owners = torch.full((len(points),), -1, dtype=torch.long)
+    rows, left = _rows(memory, digests), torch.tensor(memory.remaining)
+    owners[rows[left]] = left
+    batches = []
+    for (x, targets), named in zip(kept, torch.split(owners, _BATCH), strict=True):
+        own = named >= 0
+        if not bool(own.all()):
+            where = own.to(x.device)
+            x, targets, named = x[where], targets[where], named[own]
+        weights = memory.weights[named.to(memory.weights.device)].to(x.device)
+        batches.append(Batch(x, targets, weights, named.to(x.device)))
+    return batches
+
+
+def _rows(memory: UnlearningMemory, digests: list[bytes]) -> Tensor:
+    """The row (n,) of each training point in a data set of these digests."""
+    places = memory.known.places(digests)
     left = memory.remaining
-    refuse_missing([i for i in left if places.rows[i] < 0], len(left), "left")
+    found = places.rows.tolist()
+    refuse_missing([i for i in left if found[i] < 0], len(left), "left")
     if places.new:
         warnings.warn(
             f"{places.new} rows of the data set are new since training: the memory does not know "
             "them, and they have no part in corrector, bound or Retrain",
-            stacklevel=4,
+            stacklevel=5,
         )
     return places.rows
 

@@ -102,7 +102,7 @@ def _serve(
     with random_state_unless_done(), borrowed(view, group.device):
         here, publisher = state.to(group.device).shared(group), None
         if extras.certificate is not None:
-            publisher = Publisher.prepare(extras.certificate, here, view, asked, group)
+            publisher = Publisher.prepare(extras.certificate, here, view, asked, group, bar)
         server = Server(here, view, group, extras.passed_over(state))
         with kept_random_state(group.device):
             if asked.by_index:
@@ -150,8 +150,9 @@ def _check(memory: UnlearningMemory, removals: Any, extras: _Extras, bar: Bar) -
     if not isinstance(removals, RemovalDataModule):
         return Asked(removals)
     asked = check_removals(memory, removals, extras.passed_over(memory))
-    if asked.points is None or not (extras.reads_the_rest or memory.settings.method == "retrain"):
-        return asked
+    looked_for = extras.corrector_steps > 0 or extras.bound or memory.settings.method == "retrain"
+    if asked.points is None or extras.certificate is not None or not looked_for:
+        return asked  # a certificate finds the rows as it reads them
     places = places_of(memory.without(list(asked.indices)), asked.points, bar)
     return replace(asked, places=places)
 

@@ -95,11 +95,14 @@ class KnownPoints:
         found: list[int | None] = [None] * len(rows)
         n = len(self.digests)
         inside = [(k, i) for k, i in enumerate(positions) if 0 <= i < n]
-        held = self.digests[[i for _, i in inside]].cpu().numpy()
-        can = [True] * n if fixed is None else fixed.tolist()
-        for (k, i), digest in zip(inside, held, strict=True):
-            if can[i] and digest.tobytes() == rows[k]:
-                found[k] = i
+        if not inside:
+            return found
+        at, named = torch.tensor([k for k, _ in inside]), torch.tensor([i for _, i in inside])
+        given = torch.frombuffer(bytearray(b"".join(rows)), dtype=torch.uint8)
+        own = given.reshape(len(rows), DIGEST_BYTES)[at] == self.digests.cpu()[named]
+        same = own.all(dim=1) if fixed is None else own.all(dim=1) & fixed[named]
+        for k, i in zip(at[same].tolist(), named[same].tolist(), strict=True):
+            found[k] = i
         return found
 
     def _free(self, wanted: set[bytes], taken: set[int]) -> dict[bytes, list[int] | None]:
@@ -158,8 +161,6 @@ class KnownPoints:
         """Where the points lie in a data set of these rows, those that are left first of all."""
         found = self.match(rows, range(len(rows)), fixed=self.living)
         where = torch.full((len(self.digests),), -1, dtype=torch.long)
-        held = [(i, row) for row, i in enumerate(found.indices) if i is not None]
-        if held:
-            pairs = torch.tensor(held)
-            where[pairs[:, 0]] = pairs[:, 1]
+        held = [row for row, i in enumerate(found.indices) if i is not None]
+        where[[i for i in found.indices if i is not None]] = torch.tensor(held, dtype=torch.long)
         return Places(where, len(found.unknown) + len(found.surplus))

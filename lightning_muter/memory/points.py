@@ -44,27 +44,34 @@ def digests_of(key: bytes, x: Tensor, targets: Tensor, beside: Beside = NOTHING)
 
     What forward takes beside x is a part of the point: with another mask it is another one.
     """
-    columns = [_serialised(column) for column in (x, targets, *beside.rows.values())]
     fresh = hashlib.blake2b(key=key, digest_size=DIGEST_BYTES)
+    head, points = _serialised(x)
+    fresh.update(head)  # of all points alike
+    columns = [_serialised(column) for column in (targets, *beside.rows.values())]
+    rest = [[tail + value for value in values] for tail, values in columns]
     found = []
-    for parts in zip(*columns, strict=True):
+    for point, *others in zip(points, *rest, strict=True):
         state = fresh.copy()
-        for part in parts:
-            state.update(part)
+        state.update(point)
+        for other in others:
+            state.update(other)
         found.append(state.digest())
     return found
 
 
-def _serialised(tensor: Tensor | Sequence[Any]) -> list[bytes]:
-    """Each row's dtype, shape and values as bytes; of what is no tensor, how it shows itself."""
+def _serialised(tensor: Tensor | Sequence[Any]) -> tuple[bytes, list[memoryview]]:
+    """The rows' dtype and shape as bytes, and each row's values, not copied.
+
+    Of what is no tensor, how each shows itself.
+    """
     if not isinstance(tensor, Tensor):
-        return [repr(one).encode() for one in tensor]
+        return b"", [memoryview(repr(one).encode()) for one in tensor]
     value = tensor.detach().cpu()
     value = value.double() if value.is_floating_point() else value
     head = f"{value.dtype}{tuple(value.shape[1:])}".encode()
-    whole = value.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    whole = value.contiguous().reshape(-1).view(torch.uint8).numpy().data
     width = len(whole) // max(len(value), 1)
-    return [head + whole[k * width : (k + 1) * width] for k in range(len(value))]
+    return head, [whole[k * width : (k + 1) * width] for k in range(len(value))]
 
 
 def listing(values: Sequence[Any]) -> str:

@@ -13,13 +13,12 @@ import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 __all__ = ["delta_of", "drawn_for_a_test", "epsilon_of", "fresh_noise", "largest_mu", "seeded"]
-
-_HALVINGS = 200
 
 
 def _log_cdf(x: float) -> float:
@@ -40,6 +39,7 @@ def delta_of(epsilon: float, mu: float) -> float:
     return math.exp(first) * -math.expm1(min(second - first, 0.0))
 
 
+@lru_cache(maxsize=64)
 def largest_mu(epsilon: float, delta: float) -> float:
     """The largest μ that (ε, δ) allows; 1/μ is the smallest σ for a radius of 1.
 
@@ -48,8 +48,7 @@ def largest_mu(epsilon: float, delta: float) -> float:
         3.731
     """
     low, high = math.log(1e-12), math.log(1e6)
-    for _ in range(_HALVINGS):
-        middle = (low + high) / 2
+    while low < (middle := (low + high) / 2) < high:
         if delta_of(epsilon, math.exp(middle)) <= delta:
             low = middle
         else:
@@ -69,8 +68,7 @@ def epsilon_of(mu: float, delta: float) -> float:
     low, high = 0.0, 1.0
     while delta_of(high, mu) > delta:
         low, high = high, 2 * high
-    for _ in range(_HALVINGS):
-        middle = (low + high) / 2
+    while low < (middle := (low + high) / 2) < high:
         if delta_of(middle, mu) <= delta:
             high = middle
         else:

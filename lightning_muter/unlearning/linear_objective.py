@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -56,6 +57,12 @@ class LinearPoints:
     x: Tensor
     y: Tensor
     weights: Tensor
+
+    @cached_property
+    def lengths(self) -> Tensor:
+        """‖x‖ of each (n,)."""
+        found: Tensor = torch.linalg.vector_norm(self.x, dim=1)
+        return found
 
 
 @dataclass(frozen=True)
@@ -186,7 +193,7 @@ class LinearRobustObjective:
         self, omega: Tensor, y: Tensor, reach: Tensor, rho: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Lengths (n,) of the perturbed points, and what rounding can move their levels by."""
-        lengths = torch.linalg.vector_norm(self.points.x, dim=1)
+        lengths = self.points.lengths
         unit = (self.outputs.features + 16) * _UNIT
         size = math.sqrt(2.0) * float(omega.norm())
         errors = unit * ((lengths + 1) * size + y.abs() + reach)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+from collections import Counter
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from cases import QUIET, fit, memory_of
 from linear_cases import L2, LAMBDA, LINF, OUTPUTS, Linear, LinearData, N, fit_linear
 from scipy import optimize
 from torch import Tensor
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from lightning_muter import (
     TRADES,
@@ -343,6 +345,51 @@ def test_precision_of_the_module_does_not_matter_to_the_proof() -> None:
     assert float((private - l2_optimum("logistic", x[keep], y[keep], private)).norm()) <= 1e-5
 
 
+class Counted(Dataset[Any]):
+    """Counts how often each row is read."""
+
+    def __init__(self, data: TensorDataset) -> None:
+        self.data, self.reads = data, Counter[int]()
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int) -> Any:
+        self.reads[index] += 1
+        return self.data[index]
+
+
+def test_a_request_reads_each_remaining_row_once() -> None:
+    trainer, _, _, loader = fit_linear()
+    counted = Counted(loader.dataset)
+    trainer.unlearn(RemovalDataModule(counted, [3, 7]), certificate=ONE)
+    assert {counted.reads[i] for i in range(N) if i not in (3, 7)} == {1}
+
+
+@pytest.mark.parametrize("order", ["as it was", "another", "with new rows", "without gone ones"])
+def test_rows_may_have_moved_but_the_proof_is_of_the_right_ones(order: str) -> None:
+    trainer, callback, _, loader = fit_linear()
+    x, y = loader.dataset.tensors
+    trainer.unlearn(RemovalDataModule(loader.dataset, [5]), certificate=ONE)
+    rows = torch.arange(N)
+    if order == "another":
+        rows = rows.flip(0)
+    if order == "without gone ones":
+        rows = rows[rows != 5]
+    data = TensorDataset(x[rows], y[rows])
+    if order == "with new rows":
+        data = TensorDataset(torch.cat([torch.ones_like(x[:1]), x]), torch.cat([y[:1], y]))
+    place = int((data.tensors[0] == x[9]).all(dim=1).nonzero()[0])
+    said = pytest.warns(UserWarning, match="new since training") if len(data) > N else nullcontext()
+    with said:
+        trainer.unlearn(RemovalDataModule(data, [place]), certificate=ONE)
+    keep = torch.ones(N, dtype=torch.bool)
+    keep[[5, 9]] = False
+    private = memory_of(callback).private
+    assert private is not None
+    assert float((private - l2_optimum("logistic", x[keep], y[keep], private)).norm()) <= 1e-5
+
+
 def test_the_command_line_takes_the_three_numbers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -358,9 +405,14 @@ def test_the_command_line_takes_the_three_numbers(
     assert UnlearningMemory.load("memory").private is not None
     preset = tmp_path / "certificate.yaml"
     preset.write_text("certificate: {epsilon: 2.0, delta: 1.0e-5, radius: 1.0e-5}")
-    again = ["--memory", "memory", "--indices", "[4]", "--trainer.logger", "false"]
-    main(["unlearn", *classes, "-c", str(preset), *again])
-    assert "2 publications so far" in caplog.text
+    for publication, config in ((2, str(preset)), (3, "certificate")):
+        index = f"[{publication + 2}]"
+        again = ["--memory", "memory", "--indices", index, "--trainer.logger", "false"]
+        main(["unlearn", *classes, "-c", config, *again])
+        assert f"{publication} publications so far" in caplog.text
+    assert "(2, 1e-05)-indistinguishable" in caplog.text
+    radii = [entry["publication"]["radius"] for entry in UnlearningMemory.load("memory").ledger]
+    assert radii == [1e-5, 1e-5, 1e-5]
 
 
 def test_a_memory_of_rows_is_certified_as_a_dense_one() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from typing import Any
 
@@ -114,6 +115,17 @@ def test_digests_of_a_batch_are_those_of_its_points() -> None:
             assert points.digests_of(KEY, x, y) == each
             assert points.digests_of(KEY, x.double(), y.flip(0).flip(0)) == each
     assert points.digests_of(KEY, torch.randn(0, 4), torch.zeros(0)) == []
+
+
+def test_a_digest_is_of_dtype_shape_and_values_as_they_always_were() -> None:
+    x = torch.arange(12, dtype=torch.float32).reshape(3, 2, 2) / 7
+    y = torch.tensor([4, 5, 6])
+    expected = []
+    for point, label in zip(x.double().numpy(), y.numpy(), strict=True):
+        text = b"torch.float64(2, 2)" + point.tobytes() + b"torch.int64()" + label.tobytes()
+        expected.append(hashlib.blake2b(text, key=KEY, digest_size=16).digest())
+    assert points.digests_of(KEY, x, y) == expected
+    assert points.digests_of(KEY, x.mT.contiguous().mT, y) == expected  # however it lies in memory
 
 
 def test_one_more_than_there_are_is_refused() -> None:
