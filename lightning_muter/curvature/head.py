@@ -60,6 +60,8 @@ class HeadPoints:
 
     def vector_form(self, matrix: Tensor) -> Tensor:
         """The inverse of `matrix_form`."""
+        if not self.biased:
+            return matrix.reshape(-1)
         f = self.weight.shape[1]
         return torch.cat([matrix[:, :f].reshape(-1), matrix[:, f:].reshape(-1)])
 
@@ -175,11 +177,11 @@ class HeadTotal(HeadHessian):
         points, f = self.points, self.points.weight.shape[1]
         matrix, weights = points.matrix_form(v), points.weights.unsqueeze(1)
         u = points.features @ matrix.T
-        along = points.r @ matrix[:, :f] + points.s.apply(u) @ points.weight
+        along = torch.addmm(points.s.apply(u) @ points.weight, points.r, matrix[:, :f])
         moved = self.response.apply(along.unsqueeze(2)).squeeze(2)
-        slopes = points.s.apply(u + moved @ points.weight.T) * weights
+        slopes = points.s.apply(torch.addmm(u, moved, points.weight.T)) * weights
         total = slopes.T @ points.features
-        total[:, :f] += (points.r * weights).T @ moved
+        total[:, :f].addmm_((points.r * weights).T, moved)
         return points.vector_form(total)
 
     def respond(self, alpha: Tensor) -> Tensor:

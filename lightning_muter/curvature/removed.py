@@ -98,7 +98,7 @@ class RemovedPoints:
         """Products with v (p,)."""
         total = self.shift * v
         for part in self.parts:
-            total += part.matvec(v)
+            total.add_(part.matvec(v))
         return total
 
     def subtract_from(self, matrix: Tensor) -> None:
