@@ -103,7 +103,7 @@ class L2Ball(Threat):
             delta_free, grad_free = delta * free, grad * free
         on_sphere = self.active(x, delta).unsqueeze(1)
         norm = row_norm(delta_free)
-        mu = torch.where(norm > 0, row_norm(grad_free) / norm, torch.zeros_like(norm)) * on_sphere
+        mu = torch.where(norm > 0, row_norm(grad_free) / norm, 0.0) * on_sphere
         normal = direction(delta_free) * on_sphere
         # a point on the sphere without a gradient has no defined multiplier: it stays
         free = free * ((on_sphere == 0) | (mu > LEAST_MULTIPLIER)).to(free)

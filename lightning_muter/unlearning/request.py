@@ -89,11 +89,12 @@ def forget(
     curvature = _curvature(memory)
     if isinstance(curvature, RowsCurvature) and not _by_blocks(memory):
         return forget_rows(memory, indices)
-    decay = _decay(memory, indices)
-    batch = Batch(x, targets, memory.weights[indices].to(x.device)).part(group.rows)
+    weights = memory.weights[indices]
+    decay = float(weights.sum()) * memory.settings.weight_decay
+    batch = Batch(x, targets, weights.to(x.device)).part(group.rows)
     with measuring(view.module), view.at(memory.omega_star):
         taken = _take(memory, view, batch)
-        sums = taken.sums.reduced(group.sum)
+        sums = taken.sums.reduced(group)
         removed = taken.of_all(memory.p, decay, group)
         remaining: Curvature
         if isinstance(curvature, DenseCurvature):
@@ -125,7 +126,7 @@ def forget_rows(memory: UnlearningMemory, indices: list[int]) -> Outcome:
     total = Sums.zero(memory.p, memory.omega_star.device)
     for rows in curvature.rows_of(indices):
         total = total + _sums(rows.on(memory.omega_star.device))
-    sums, decay = total.reduced(curvature.group.sum), _decay(memory, indices)
+    sums, decay = total.reduced(curvature.group), _decay(memory, indices)
     if int(sums.points) != len(indices):
         raise StateError(
             f"the memory keeps rows of {int(sums.points)} of the {len(indices)} points: it was "
@@ -224,12 +225,12 @@ class _Taken:
 
 def _take(memory: UnlearningMemory, view: ModelView, batch: Batch) -> _Taken:
     blocks: list[PointCurvature] = []
-    parts, sums = RemovedPoints(), Sums.zero(memory.p, batch.x.device)
+    parts, sums = RemovedPoints(), None
     for part, more in memory.settings.problem().measure(view, batch):
         blocks += [part] if _by_blocks(memory) else []
         parts = parts.joined(RemovedPoints.of(part.kept(), 0.0)).lighter(memory.p)
-        sums = sums + more
-    return _Taken(blocks, parts, sums)
+        sums = more if sums is None else sums + more
+    return _Taken(blocks, parts, sums or Sums.zero(memory.p, batch.x.device))
 
 
 def _by_blocks(memory: UnlearningMemory) -> bool:
