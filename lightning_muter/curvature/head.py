@@ -189,8 +189,9 @@ class HeadTotal(HeadHessian):
         """
         points, b = self.points, self.response
         n, c = points.r.shape
-        few = isinstance(b, DiagonalLowRank) and c == 1
-        if not few or n * (2 + b.factors.shape[1]) > _FLAT * points.features.shape[1]:
+        if not isinstance(b, DiagonalLowRank) or c > 1:
+            return None
+        if n * (2 + b.factors.shape[1]) > _FLAT * points.features.shape[1]:
             return None
         weights, r, h, w = points.weights.unsqueeze(1), points.r, points.features, points.weight
         s = points.s.entry(0, 0).unsqueeze(1)
