@@ -13,6 +13,7 @@ from torch import nn
 from lightning_muter.curvature.base import CurvatureSum
 from lightning_muter.curvature.dense import DenseCurvature
 from lightning_muter.curvature.rows import RowsOptions, RowsSum
+from lightning_muter.curvature.sharded import ShardedSum
 from lightning_muter.errors import ConfigurationError, MemoryFormatError
 from lightning_muter.identity import fingerprint_of, identify, import_path
 from lightning_muter.models import BatchForm, LogitsForm, ModelView, view_of
@@ -32,7 +33,7 @@ __all__ = ["Settings"]
 _THREATS: dict[str, type[Threat]] = {"L2Ball": L2Ball, "LinfBall": LinfBall}
 _FORMS = ("batch", "forward", "output")
 _SOLVERS = ("auto", "direct", "schur")
-_REPRESENTATIONS = ("auto", "dense", "rows")
+_REPRESENTATIONS = ("auto", "dense", "sharded", "rows")
 _ROW_DTYPES = {"float64": torch.float64, "float32": torch.float32}
 #: how a sum is kept and solved, not which one it is
 _MANNER = {"solver", "representation", "row_dtype", "solver_tol"}
@@ -52,8 +53,9 @@ class Settings:
     """Method, threat, trained parameters, loss, response, λ and horizon of a memory.
 
     ``horizon`` is the time of the gradient flow after which training stopped, Σ lr / n; None where
-    it converged. ``representation`` is how D_i are summed: "dense", "rows", or "auto" until the
-    sizes are known. ``objective`` is what training minimised, None for adversarial training.
+    it converged. ``representation`` is how D_i are summed: "dense", "sharded", "rows", or "auto"
+    until the sizes are known. ``objective`` is what training minimised, None for adversarial
+    training.
     """
 
     method: str
@@ -165,6 +167,8 @@ class Settings:
         """What the points' curvature is summed in."""
         if self.representation == "rows":
             return RowsSum(self.rows_options(view.device), view.p)
+        if self.representation == "sharded":
+            return ShardedSum(view.p, view.device)
         return DenseCurvature.zeros(view.p, view.device)
 
     def to_dict(self) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from lightning_muter.curvature.point import PointCurvature
 from lightning_muter.curvature.point_rows import PointRows
 from lightning_muter.curvature.removed import RemovedPoints
 from lightning_muter.curvature.rows import RowsCurvature
+from lightning_muter.curvature.sharded import ShardedDense
 from lightning_muter.errors import StateError
 from lightning_muter.linalg.solution import Solution
 from lightning_muter.memory.memory import UnlearningMemory
@@ -97,11 +98,11 @@ def forget(
         sums = taken.sums.reduced(group)
         removed = taken.of_all(memory.p, decay, group)
         remaining: Curvature
-        if isinstance(curvature, DenseCurvature):
-            remaining = curvature.without(removed)
-        else:
-            assert isinstance(curvature, RowsCurvature)
+        if isinstance(curvature, RowsCurvature):
             remaining, removed = curvature.without(indices), RemovedPoints()
+        else:
+            assert isinstance(curvature, (DenseCurvature, ShardedDense))
+            remaining = curvature.without(removed)
         gradient = sums.gradient + decay * memory.omega_star
         gone = _Gone(sums, gradient, remaining, removed, decay)
         if _by_blocks(memory):
