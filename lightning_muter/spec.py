@@ -168,7 +168,7 @@ class Settings:
         if self.representation == "rows":
             return RowsSum(self.rows_options(view.device), view.p)
         if self.representation == "sharded":
-            return ShardedSum(view.p, view.device)
+            return ShardedSum(view.get())
         return DenseCurvature.zeros(view.p, view.device)
 
     def to_dict(self) -> dict[str, Any]:

@@ -45,6 +45,9 @@ class DenseCurvature(Curvature):
     removed: RemovedPoints = field(default_factory=RemovedPoints)
     damping: float = 0.0
     _solvers: dict[float, DenseSolver] = field(default_factory=dict, repr=False, compare=False)
+    _places: dict[torch.device, tuple[Tensor, dict[float, DenseSolver]]] = field(
+        default_factory=dict, repr=False, compare=False
+    )
 
     @classmethod
     def zeros(cls, p: int, device: torch.device | str) -> DenseCurvature:
@@ -72,8 +75,12 @@ class DenseCurvature(Curvature):
     def to(self, device: torch.device | str, omega: Tensor) -> DenseCurvature:
         if self.base.device == omega.device:
             return self
+        self._places.setdefault(self.base.device, (self.base, self._solvers))
+        if omega.device not in self._places:  # M_0 travels once, and is factorised once
+            self._places[omega.device] = self.base.to(device), {}
+        base, solvers = self._places[omega.device]
         removed = self.removed.to(device, omega)
-        return DenseCurvature(self.base.to(device), removed, self.damping)
+        return DenseCurvature(base, removed, self.damping, solvers, self._places)
 
     def add(self, part: PointCurvature, facts: PointFacts | None = None) -> None:
         """Add the curvature of some points; a matrix keeps no ``facts`` of theirs."""
@@ -146,10 +153,10 @@ class DenseCurvature(Curvature):
         if self.p <= _EIGEN_LIMIT:
             values = torch.linalg.eigvalsh(matrix)
             return float(values[0]), float(values[-1])
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            low = torch.lobpcg(matrix, k=1, largest=False, niter=30)[0]
-            high = torch.lobpcg(matrix, k=1, largest=True, niter=30)[0]
+        generator = torch.Generator().manual_seed(0)  # the global state, of any device, is others'
+        start = torch.randn(self.p, 1, generator=generator, dtype=torch.float64).to(matrix)
+        low = torch.lobpcg(matrix, X=start, largest=False, niter=30)[0]
+        high = torch.lobpcg(matrix, X=start, largest=True, niter=30)[0]
         return float(low[0]), float(high[0])
 
 

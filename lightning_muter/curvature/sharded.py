@@ -11,7 +11,7 @@ from lightning_muter.curvature.base import Curvature, PointFacts
 from lightning_muter.curvature.dense import DenseCurvature
 from lightning_muter.curvature.kept import join
 from lightning_muter.curvature.point import KeptCurvature, PointCurvature
-from lightning_muter.curvature.removed import RemovedPoints
+from lightning_muter.curvature.removed import RemovedPoints, gathered
 from lightning_muter.linalg.cg import conjugate_gradients, iterate
 from lightning_muter.linalg.cholesky import DenseSolver
 from lightning_muter.linalg.lanczos import Krylov
@@ -38,12 +38,10 @@ class ShardedSum:
     """The rows of a sum on its way: each process keeps its own points' factors until the end.
 
     Attributes:
-        p: parameters.
-        device: where the rows will lie.
+        omega: ω* (p,), the expansion point, where the rows will lie.
     """
 
-    p: int
-    device: torch.device
+    omega: Tensor
     _parts: list[KeptCurvature] = field(default_factory=list)
 
     def add(self, part: PointCurvature, facts: PointFacts | None = None) -> None:
@@ -52,12 +50,10 @@ class ShardedSum:
 
     def finished(self, group: Group, weight: float, decay: float) -> ShardedDense:
         """This process's rows of the sum over processes, plus ``weight`` · ``decay`` · I."""
-        total = ShardedDense.zeros(self.p, self.device, group)
+        total = ShardedDense.zeros(len(self.omega), self.omega.device, group)
         for k in range(max(group.gather(len(self._parts)))):
-            own = self._parts[k].kept() if k < len(self._parts) else []
-            for share in group.gather(list(own)):
-                for part in share:
-                    total.add(part)
+            for part in gathered(self._parts[k : k + 1], group, self.omega):
+                total.add(part)
         self._parts.clear()
         total.add_identity(weight * decay)
         return total

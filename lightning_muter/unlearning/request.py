@@ -12,7 +12,7 @@ from lightning_muter.curvature.base import Curvature
 from lightning_muter.curvature.dense import DenseCurvature
 from lightning_muter.curvature.point import PointCurvature
 from lightning_muter.curvature.point_rows import PointRows
-from lightning_muter.curvature.removed import RemovedPoints
+from lightning_muter.curvature.removed import RemovedPoints, gathered
 from lightning_muter.curvature.rows import RowsCurvature
 from lightning_muter.curvature.sharded import ShardedDense
 from lightning_muter.errors import StateError
@@ -96,7 +96,7 @@ def forget(
     with measuring(view.module), view.at(memory.omega_star):
         taken = _take(memory, view, batch)
         sums = taken.sums.reduced(group)
-        removed = taken.of_all(memory.p, decay, group)
+        removed = taken.of_all(memory.omega_star, decay, group)
         remaining: Curvature
         if isinstance(curvature, RowsCurvature):
             remaining, removed = curvature.without(indices), RemovedPoints()
@@ -218,10 +218,10 @@ class _Taken:
     parts: RemovedPoints
     sums: Sums
 
-    def of_all(self, p: int, decay: float, group: Group) -> RemovedPoints:
-        """Σ_S D_i + λI of the points of all processes."""
-        shares = group.gather(self.parts.parts)
-        return RemovedPoints.of([one for share in shares for one in share], decay).lighter(p)
+    def of_all(self, omega: Tensor, decay: float, group: Group) -> RemovedPoints:
+        """Σ_S D_i + λI of the points of all processes, at ω* (p,)."""
+        parts = gathered(self.parts.parts, group, omega)
+        return RemovedPoints.of(parts, decay).lighter(len(omega))
 
 
 def _take(memory: UnlearningMemory, view: ModelView, batch: Batch) -> _Taken:

@@ -62,7 +62,7 @@ def matrix_of(sign: Tensor | None = None, decay: float = 0.5) -> Tensor:
 
 def built(group: Group, decay: float = 0.5) -> ShardedDense:
     """Five chunks of points, an uneven number on each process."""
-    total = ShardedSum(P, torch.device("cpu"))
+    total = ShardedSum(torch.zeros(P, dtype=torch.float64))
     for seed in range(5)[group.rows]:
         total.add(points(seed))
     return total.finished(group, 1.0, decay)
