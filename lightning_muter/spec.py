@@ -14,6 +14,7 @@ from lightning_muter.arguments import number, optional, whole
 from lightning_muter.curvature.base import CurvatureSum
 from lightning_muter.curvature.dense import DenseCurvature
 from lightning_muter.curvature.rows import RowsOptions, RowsSum
+from lightning_muter.curvature.sharded import ShardedSum
 from lightning_muter.errors import ConfigurationError, MemoryFormatError
 from lightning_muter.identity import fingerprint_of, identify, import_path
 from lightning_muter.models import BatchForm, LogitsForm, ModelView, view_of
@@ -33,7 +34,7 @@ __all__ = ["Settings"]
 _THREATS: dict[str, type[Threat]] = {"L2Ball": L2Ball, "LinfBall": LinfBall}
 _FORMS = ("batch", "taken", "forward", "output")
 _SOLVERS = ("auto", "direct", "schur")
-_REPRESENTATIONS = ("auto", "dense", "rows")
+_REPRESENTATIONS = ("auto", "dense", "sharded", "rows")
 _ROW_DTYPES = {"float64": torch.float64, "float32": torch.float32}
 #: how a sum is kept and solved, not which one it is; and what training's batches decided
 _MANNER = {"solver", "representation", "row_dtype", "solver_tol", "taken"}
@@ -53,8 +54,9 @@ class Settings:
     """Method, threat, trained parameters, loss, response, λ and horizon of a memory.
 
     ``horizon`` is the time of the gradient flow after which training stopped, Σ lr / n; None where
-    it converged. ``representation`` is how D_i are summed: "dense", "rows", or "auto" until the
-    sizes are known. ``objective`` is what training minimised, None for adversarial training.
+    it converged. ``representation`` is how D_i are summed: "dense", "sharded", "rows", or "auto"
+    until the sizes are known. ``objective`` is what training minimised, None for adversarial
+    training.
     """
 
     method: str
@@ -177,6 +179,8 @@ class Settings:
         """What the points' curvature is summed in."""
         if self.representation == "rows":
             return RowsSum(self.rows_options(view.device), view.p)
+        if self.representation == "sharded":
+            return ShardedSum(view.get())
         return DenseCurvature.zeros(view.p, view.device)
 
     def to_dict(self) -> dict[str, Any]:

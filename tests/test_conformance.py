@@ -20,6 +20,7 @@ from lightning_muter.curvature.dense import DenseCurvature
 from lightning_muter.curvature.kept import Materialised
 from lightning_muter.curvature.removed import RemovedPoints
 from lightning_muter.curvature.rows import RowsCurvature
+from lightning_muter.curvature.sharded import ShardedDense
 from lightning_muter.memory.memory import UnlearningMemory
 from lightning_muter.models import measuring
 from lightning_muter.spec import Settings
@@ -395,4 +396,29 @@ def test_a_request_moves_by_the_brute_force_step(
     assert relative(outcome.memory.omega - omega, step) <= 1e-8
     assert isinstance(outcome.memory.curvature, DenseCurvature)
     assert relative(outcome.memory.curvature.matrix, matrix - DAMPING * eye) <= 1e-8
+    assert outcome.solution.residual <= 1e-8
+
+
+@pytest.mark.parametrize(("source", "response", "model"), CASES)
+def test_a_sharded_sum_and_its_request_are_the_brute_force_ones(
+    source: str, response: str, model: str
+) -> None:
+    known = problem(source, response, model)
+    settings = replace(known.settings, representation="sharded")
+    digests = torch.zeros(N, 16, dtype=torch.uint8)
+    batches = [unweighted(known.x[some], known.y[some]) for some in (slice(4), slice(4, N))]
+    (memory,) = build_memories(known.module, [settings], batches, digests, bytes(16))
+    assert isinstance(memory.curvature, ShardedDense)
+    eye = torch.eye(memory.p, dtype=torch.float64)
+    assert relative(memory.curvature.rows, sum(known.expected) + N * LAM * eye) <= 1e-8
+    view = settings.view(known.module)
+    outcome = forget(memory, view, GONE, known.x[GONE], known.y[GONE])
+    kept = sum(known.expected[i] for i in range(N) if i not in GONE)
+    matrix = kept + ((N - len(GONE)) * LAM + DAMPING) * eye
+    rhs = known.gradients[GONE].sum(dim=0) + len(GONE) * LAM * memory.omega_star
+    step = torch.linalg.solve(matrix, rhs)
+    assert relative(outcome.memory.omega - memory.omega_star, step) <= 1e-8
+    assert outcome.memory.curvature is not None
+    columns = torch.stack([outcome.memory.curvature.matvec(v) for v in eye], dim=1)
+    assert relative(columns, matrix - DAMPING * eye) <= 1e-8
     assert outcome.solution.residual <= 1e-8

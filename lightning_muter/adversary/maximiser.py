@@ -71,6 +71,8 @@ class InnerMaximum:
     @classmethod
     def cat(cls, parts: Sequence[InnerMaximum]) -> InnerMaximum:
         """The points of several batches."""
+        if len(parts) == 1:
+            return parts[0]
         return cls(*(torch.cat([getattr(p, f.name) for p in parts]) for f in fields(cls)))
 
     def part(self, some: slice) -> InnerMaximum:
@@ -163,7 +165,7 @@ class _Ascent:
     @property
     def lost(self) -> Tensor:
         """Points (n,) that have no gradient to go by where they are."""
-        return row_norm(self.slope).squeeze(1) == 0
+        return ~self.slope.any(dim=1)
 
     @property
     def stalled(self) -> Tensor:
@@ -184,8 +186,8 @@ class _Ascent:
         point, now, size = self.x[some], self.delta[some], self.size[some]
         level, slope, weight = self.level[some], self.slope[some], self.weight[some]
         shown = slope * weight
-        candidate = self.mapped[some]
-        if not bool(torch.isinf(size).all()):
+        candidate, mapping = self.mapped[some], bool(torch.isinf(size).all())
+        if not mapping:
             candidate = threat.ascend(point, now, shown, size)
         bold = torch.zeros_like(size, dtype=torch.bool)
         if history is not None:
@@ -196,22 +198,31 @@ class _Ascent:
         new_level, new_slope = self.input_gradient(point + candidate, todo)
         before, after = (threat.merit(delta, shown) for delta in (now, candidate))
         gain = weight.squeeze(1) * self.link.gain(level, new_level) + after - before
-        inputs = (row_norm(shown) * (row_norm(point) + row_norm(candidate))).squeeze(1)
-        size_of_level = weight.squeeze(1) * (self.link.unit + level.abs())
-        # rounding is that of the level, of the inputs that it is computed from, and of the merit
-        better = gain >= -self.slack * (size_of_level + inputs + before.abs())
+        better = gain >= 0
+        risen = bool(better.all())
+        if not risen:
+            inputs = (row_norm(shown) * (row_norm(point) + row_norm(candidate))).squeeze(1)
+            size_of_level = weight.squeeze(1) * (self.link.unit + level.abs())
+            # rounding is of the level, of the inputs that it is computed from, and of the merit
+            better = gain >= -self.slack * (size_of_level + inputs + before.abs())
         better = better.unsqueeze(1)
         if history is not None:  # before δ changes: ``now`` may be a view of it
             move = torch.where(better, candidate - now, torch.zeros_like(now))
-        self.delta[some] = torch.where(better, candidate, now)
-        slope = torch.where(better, new_slope, slope)
-        level = torch.where(better.squeeze(1), new_level, level)
+        if risen:
+            delta, slope, level = candidate, new_slope, new_level
+        else:
+            delta = torch.where(better, candidate, now)
+            slope = torch.where(better, new_slope, slope)
+            level = torch.where(better.squeeze(1), new_level, level)
         weight = self.link.weight(level, slope)
-        self.level[some], self.slope[some], self.weight[some] = level, slope, weight
-        self.size[some] = torch.where(bold, size, _next_size(size, better))
+        self.delta[some], self.level[some], self.slope[some] = delta, level, slope
+        self.weight[some] = weight
+        if not (risen and mapping):  # the map serves on where it served
+            self.size[some] = torch.where(bold, size, _next_size(size, better))
         whole = torch.full_like(size, torch.inf)
-        self.mapped[some] = threat.ascend(point, self.delta[some], slope * weight, whole)
-        left = self.mapped[some] - self.delta[some]
+        mapped = threat.ascend(point, delta, slope * weight, whole)
+        left = mapped - delta  # before the map changes: δ may be a view of it
+        self.mapped[some] = mapped
         distance = threat.distance(point, left)
         if history is not None:  # at an interior maximum the map has no fixed point to go by
             pays = (distance < _PAYS * self.moved[some]).unsqueeze(1) | ~bold

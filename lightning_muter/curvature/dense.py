@@ -11,7 +11,7 @@ from torch import Tensor
 from lightning_muter.curvature.base import Curvature, PointFacts
 from lightning_muter.curvature.point import PointCurvature
 from lightning_muter.curvature.removed import RemovedPoints
-from lightning_muter.linalg.cg import conjugate_gradients, iterate
+from lightning_muter.linalg.cg import conjugate_gradients
 from lightning_muter.linalg.cholesky import DenseSolver
 from lightning_muter.linalg.solution import Solution, Status, finite, relative_residual
 from lightning_muter.parallel import Group
@@ -45,6 +45,9 @@ class DenseCurvature(Curvature):
     removed: RemovedPoints = field(default_factory=RemovedPoints)
     damping: float = 0.0
     _solvers: dict[float, DenseSolver] = field(default_factory=dict, repr=False, compare=False)
+    _places: dict[torch.device, tuple[Tensor, dict[float, DenseSolver]]] = field(
+        default_factory=dict, repr=False, compare=False
+    )
 
     @classmethod
     def zeros(cls, p: int, device: torch.device | str) -> DenseCurvature:
@@ -72,8 +75,12 @@ class DenseCurvature(Curvature):
     def to(self, device: torch.device | str, omega: Tensor) -> DenseCurvature:
         if self.base.device == omega.device:
             return self
+        self._places.setdefault(self.base.device, (self.base, self._solvers))
+        if omega.device not in self._places:  # M_0 travels once, and is factorised once
+            self._places[omega.device] = self.base.to(device), {}
+        base, solvers = self._places[omega.device]
         removed = self.removed.to(device, omega)
-        return DenseCurvature(self.base.to(device), removed, self.damping)
+        return DenseCurvature(base, removed, self.damping, solvers, self._places)
 
     def add(self, part: PointCurvature, facts: PointFacts | None = None) -> None:
         """Add the curvature of some points; a matrix keeps no ``facts`` of theirs."""
@@ -112,7 +119,10 @@ class DenseCurvature(Curvature):
         return self if damping == 0 else replace(self, damping=self.damping + damping)
 
     def matvec(self, v: Tensor) -> Tensor:
-        return self.base @ v + self.damping * v - self.removed.matvec(v)
+        product = self.base @ v
+        if self.damping:
+            product.add_(v, alpha=self.damping)
+        return product if self.removed.empty else product.sub_(self.removed.matvec(v))
 
     def base_diagonal(self) -> Tensor:
         return self.base.diagonal() + self.damping
@@ -143,10 +153,10 @@ class DenseCurvature(Curvature):
         if self.p <= _EIGEN_LIMIT:
             values = torch.linalg.eigvalsh(matrix)
             return float(values[0]), float(values[-1])
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            low = torch.lobpcg(matrix, k=1, largest=False, niter=30)[0]
-            high = torch.lobpcg(matrix, k=1, largest=True, niter=30)[0]
+        generator = torch.Generator().manual_seed(0)  # the global state, of any device, is others'
+        start = torch.randn(self.p, 1, generator=generator, dtype=torch.float64).to(matrix)
+        low = torch.lobpcg(matrix, X=start, largest=False, niter=30)[0]
+        high = torch.lobpcg(matrix, X=start, largest=True, niter=30)[0]
         return float(low[0]), float(high[0])
 
 
@@ -172,16 +182,34 @@ class DowndatedSolver:
         Raises:
             SolverError: the solution is not finite.
         """
-        if self._base.definite:
-            start = self._base.half(rhs)
-            end = iterate(self._preconditioned, start, lambda v: v, _TOL, _ITERATIONS)
-            if bool(end.done) and not bool(end.negative):
-                value = self._base.other_half(end.value)
-                residual = relative_residual(self.curvature.matvec(value) - rhs, rhs)
-                return finite(Solution(value, residual, end.iterations, Status.CONVERGED))
-        return self._own.solve(rhs)
+        found = self._iterated(rhs) if self._base.definite else None
+        if found is None:
+            return self._own.solve(rhs)
+        value, iterations = found
+        residual = relative_residual(self.curvature.matvec(value) - rhs, rhs)
+        return finite(Solution(value, residual, iterations, Status.CONVERGED))
 
-    def _preconditioned(self, v: Tensor) -> Tensor:
-        """v - L⁻¹ (Σ_S D_i) L⁻ᵀ v (p,)."""
-        removed = self.curvature.removed.matvec(self._base.other_half(v))
-        return v - self._base.half(removed)
+    def _iterated(self, rhs: Tensor) -> tuple[Tensor, int] | None:
+        """x (p,) and the iterations that it took; None where they met negative curvature or more.
+
+        The iteration of `cg.iterate`, of one system and summed up in x: two triangular solves and
+        one product with the factors each, and next to nothing else.
+        """
+        base, removed = self._base, self.curvature.removed
+        rest = base.half(rhs)
+        direction, square = rest, float(torch.dot(rest, rest))
+        value, limit = torch.zeros_like(rhs), _TOL**2 * square
+        for iteration in range(_ITERATIONS):
+            if square <= limit:
+                return value, iteration
+            along = base.other_half(direction)
+            product = direction - base.half(removed.matvec(along))
+            curvature = float(torch.dot(direction, product))
+            if not curvature > 0:
+                return None
+            step = square / curvature
+            value.add_(along, alpha=step)
+            rest = rest.sub(product, alpha=step)
+            before, square = square, float(torch.dot(rest, rest))
+            direction = torch.add(rest, direction, alpha=square / before)
+        return (value, _ITERATIONS) if square <= limit else None

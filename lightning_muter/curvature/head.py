@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_muter.curvature.kept import OfPoints
@@ -15,6 +17,9 @@ from lightning_muter.objectives.output_curvature import OutputCurvature, restore
 from lightning_muter.responses import Dense, DiagonalLowRank, restored
 
 __all__ = ["HeadHessian", "HeadPoints", "HeadTotal"]
+
+#: a sum whose factors are fewer than this share of its features is multiplied by them
+_FLAT = 0.05
 
 
 @dataclass(frozen=True)
@@ -60,6 +65,8 @@ class HeadPoints:
 
     def vector_form(self, matrix: Tensor) -> Tensor:
         """The inverse of `matrix_form`."""
+        if not self.biased:
+            return matrix.reshape(-1)
         f = self.weight.shape[1]
         return torch.cat([matrix[:, :f].reshape(-1), matrix[:, f:].reshape(-1)])
 
@@ -170,16 +177,47 @@ class HeadTotal(HeadHessian):
         matrix[:, : points.weight.shape[1]] += points.r.T @ features
         return points.vector_form(matrix)
 
+    @cached_property
+    def _flat(self) -> tuple[Tensor, Tensor, Tensor] | None:
+        """The sum as diag(d) + Uᵀ V, few rows each, for few points of a single output.
+
+        With a = diagonal ∘ w and f_k the factors of B, G diag(b) Gᵀ is r² b on the diagonal, and
+        the rest of D_i lies in the span of h̃, r a and u_k = r f_k + s (wᵀf_k) h̃.
+
+        Returns:
+            d (p,), U and V (k, p); None where that is no shorter way.
+        """
+        points, b = self.points, self.response
+        n, c = points.r.shape
+        if not isinstance(b, DiagonalLowRank) or c > 1:
+            return None
+        if n * (2 + b.factors.shape[1]) > _FLAT * points.features.shape[1]:
+            return None
+        weights, r, h, w = points.weights.unsqueeze(1), points.r, points.features, points.weight
+        s = points.s.entry(0, 0).unsqueeze(1)
+        along = b.diagonal * w
+        bent = s + s * s * (along @ w.T)
+        a, u, diagonal = along * r, b.factors * r.unsqueeze(2), b.diagonal
+        if points.biased:
+            a, u, diagonal = F.pad(a, (0, 1)), F.pad(u, (0, 1)), F.pad(diagonal, (0, 1))
+        u = (u + s.unsqueeze(2) * (b.factors @ w.T) * h.unsqueeze(1)).flatten(0, 1)
+        slopes, heights = weights * s, (weights * b.coefficients).flatten().unsqueeze(1)
+        other = torch.cat([weights * bent * h + slopes * a, slopes * h, heights * u])
+        return (weights * r * r).T[0] @ diagonal, torch.cat([h, a, u]), other
+
     def matvec(self, v: Tensor) -> Tensor:
+        if self._flat is not None:
+            diagonal, rows, others = self._flat
+            return torch.addmv(diagonal * v, rows.T, others @ v)
         # `direct` and `spread(respond(couple))` at once: u = V h̃ and the last products are shared
         points, f = self.points, self.points.weight.shape[1]
         matrix, weights = points.matrix_form(v), points.weights.unsqueeze(1)
         u = points.features @ matrix.T
-        along = points.r @ matrix[:, :f] + points.s.apply(u) @ points.weight
+        along = torch.addmm(points.s.apply(u) @ points.weight, points.r, matrix[:, :f])
         moved = self.response.apply(along.unsqueeze(2)).squeeze(2)
-        slopes = points.s.apply(u + moved @ points.weight.T) * weights
+        slopes = points.s.apply(torch.addmm(u, moved, points.weight.T)) * weights
         total = slopes.T @ points.features
-        total[:, :f] += (points.r * weights).T @ moved
+        total[:, :f].addmm_((points.r * weights).T, moved)
         return points.vector_form(total)
 
     def respond(self, alpha: Tensor) -> Tensor:

@@ -96,6 +96,11 @@ class KeptCurvature(PointCurvature):
     def joined(self, other: KeptCurvature) -> KeptCurvature | None:
         """The sum with one of the same kind, as one; None where the shapes do not allow it."""
 
+    def to(self, device: torch.device | str, omega: Tensor) -> KeptCurvature:
+        """The same on another device, where ω* (p,) is."""
+        tensors = {name: one.to(device) for name, one in self.tensors().items()}
+        return type(self).restore(self.facts(), tensors, omega)
+
     @property
     def nbytes(self) -> int:
         """Bytes that the factors take."""

@@ -158,7 +158,8 @@ class PointRows:
         """The rows on another device; themselves on their own."""
         if self.device == torch.device(device):
             return self
-        found = {n: t.to(device, non_blocking=True) for n, t in self.tensors().items()}
+        ahead = torch.device(device).type != "cpu"  # the host would read before the copy is done
+        found = {n: t.to(device, non_blocking=ahead) for n, t in self.tensors().items()}
         return self._made(found, self.points.weight.to(device))
 
     def pinned(self) -> PointRows:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,8 +13,9 @@ from lightning_muter.curvature.head import HeadHessian, HeadTotal
 from lightning_muter.curvature.kept import Materialised, OuterProducts, join
 from lightning_muter.curvature.paired import PairedHessian, PairedTotal
 from lightning_muter.curvature.point import KeptCurvature
+from lightning_muter.parallel import Group
 
-__all__ = ["RemovedPoints"]
+__all__ = ["RemovedPoints", "gathered"]
 
 _KINDS: dict[str, type[KeptCurvature]] = {
     one.kind: one
@@ -91,14 +92,13 @@ class RemovedPoints:
 
     def to(self, device: torch.device | str, omega: Tensor) -> RemovedPoints:
         """The same on another device, where ω* (p,) is."""
-        tensors = {name: one.to(device) for name, one in self.tensors().items()}
-        return RemovedPoints.restore(self.facts(), tensors, omega)
+        return replace(self, parts=tuple(one.to(device, omega) for one in self.parts))
 
     def matvec(self, v: Tensor) -> Tensor:
         """Products with v (p,)."""
         total = self.shift * v
         for part in self.parts:
-            total += part.matvec(v)
+            total.add_(part.matvec(v))
         return total
 
     def subtract_from(self, matrix: Tensor) -> None:
@@ -110,3 +110,15 @@ class RemovedPoints:
         for part in self.parts:
             part.add_to(place)
         matrix.diagonal().sub_(self.shift)
+
+
+def gathered(parts: Sequence[KeptCurvature], group: Group, omega: Tensor) -> list[KeptCurvature]:
+    """The parts of all processes in their order, on each of them, where ω* (p,) is.
+
+    They travel on the host: a tensor of another process's accelerator would arrive on that one.
+    """
+    if group.size == 1:
+        return list(parts)
+    host = omega.cpu()
+    shares = group.gather([one.to("cpu", host) for one in parts])
+    return [one.to(omega.device, omega) for share in shares for one in share]

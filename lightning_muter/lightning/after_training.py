@@ -86,7 +86,8 @@ class AfterTraining:
         inputs = self._read(1).x[0].numel()
         mine = -(-len(self.points) // trainer.world_size)
         sharing = trainer.num_devices if device.type == "cpu" else 1
-        return represented(settings, settings.view(self.module), inputs, mine, device, sharing)
+        view, world = settings.view(self.module), trainer.world_size
+        return represented(settings, view, inputs, mine, device, sharing, world)
 
     def _kept_as(self, settings: Settings) -> Settings:
         return replace(settings, representation=self.representation)

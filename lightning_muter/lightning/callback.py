@@ -81,9 +81,9 @@ class MUterCallback(MemoryKeeper, AdversarialTraining):
             `BlockSolver`.
         sketch: seeded probes a point for the inner response where all of ∂φ/∂x is too dear (a
             wide network's head); 0 for the exact response.
-        representation: how the curvature is kept: "dense" (p, p), "rows" (a few vectors a point,
-            for a linear head of any size), or "auto" by both sizes and the free memory; or a
-            `Rows`.
+        representation: how the curvature is kept: "dense" (p, p), "sharded" (the same matrix,
+            its rows over the trainer's processes), "rows" (a few vectors a point, for a linear head
+            of any size), or "auto", dense or rows by both sizes and the free memory; or a `Rows`.
         row_dtype: of the rows: "float64", or "float32" for half the memory.
         solver_tol: relative residual at which a solve with rows stops; None for 1e-8 in float64 and
             1e-5 in float32.

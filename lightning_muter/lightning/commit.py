@@ -143,6 +143,7 @@ class Destination:
         if self.store is not None and self.group.first:
             self._refresh_model(self.store, memory)
         seconds = time.perf_counter() - start
+        memory = memory.shared(self.group)  # of what was whole for the folder, a share serves on
         self.adopt(memory, view)
         return Committed(memory, seconds)
 

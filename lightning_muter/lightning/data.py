@@ -316,6 +316,17 @@ class RemovalDataModule(pl.LightningDataModule):
         points, gone = self.training_points(), set(self.indices)
         return Subset(points.dataset, [i for i in range(len(points)) if i not in gone])
 
+    def requests(self) -> Iterator[RemovalBatch]:
+        """The batches of `predict_dataloader`, read without a loader's machinery."""
+        self._refuse_ids()
+        points = self.training_points()
+        points.check_positions(self.indices)
+        names = self.indices if self._names is None else self._names
+        for start in range(0, len(self.indices), self.batch_size):
+            some = slice(start, start + self.batch_size)
+            x, targets, beside = points.batch(self.indices[some])
+            yield RemovalBatch(x, targets, torch.tensor(names[some]), beside.entries())
+
     def predict_dataloader(self) -> DataLoader[int]:
         self._refuse_ids()
         points = self.training_points()

@@ -48,20 +48,22 @@ def read_once(
     parameter, digests, kept = view.parameters[0], [], []
     for block in bar(blocks(range(len(points)), _BATCH), "the points", len(points), len):
         with torch.inference_mode(False):
-            x, targets = points.batch(block)
-        digests += digests_of(memory.key, x, targets)
-        kept.append((x.to(parameter.device, parameter.dtype), targets.to(parameter.device)))
+            x, targets, beside = points.batch(block)
+        digests += digests_of(memory.key, x, targets, beside)
+        x, beside = (one.to(parameter.device, parameter.dtype) for one in (x, beside))
+        kept.append((x, targets.to(parameter.device), beside))
     owners = torch.full((len(points),), -1, dtype=torch.long)
     rows, left = _rows(memory, digests), torch.tensor(memory.remaining)
     owners[rows[left]] = left
     batches = []
-    for (x, targets), named in zip(kept, torch.split(owners, _BATCH), strict=True):
+    for (x, targets, beside), named in zip(kept, torch.split(owners, _BATCH), strict=True):
         own = named >= 0
         if not bool(own.all()):
             where = own.to(x.device)
             x, targets, named = x[where], targets[where], named[own]
+            beside = beside.part(where)
         weights = memory.weights[named.to(memory.weights.device)].to(x.device)
-        batches.append(Batch(x, targets, weights, named.to(x.device)))
+        batches.append(Batch(x, targets, weights, named.to(x.device), beside))
     return batches
 
 

@@ -225,6 +225,9 @@ def removal_batches(removals: Any, trainer: pl.Trainer) -> Iterator[Iterator[Any
     Raises:
         RemovalError: no loader was given, or the datamodule has none of points to forget.
     """
+    if type(removals) is RemovalDataModule:  # a subclass may have hooks and loaders of its own
+        yield removals.requests()
+        return
     if not callable(getattr(removals, "predict_dataloader", None)):
         yield _batches(removals)
         return

@@ -7,6 +7,7 @@ first, so that no constant decides what counts as zero: only a row of exact zero
 from __future__ import annotations
 
 import math
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -29,7 +30,7 @@ def row_norm(a: Tensor) -> Tensor:
                 [0.0000e+00]])
     """
     norm: Tensor = torch.linalg.vector_norm(a, dim=1, keepdim=True)
-    if bool(_squares_fit(norm).all()):
+    if _squares_fit(norm) or not bool(a.any()):
         return norm
     scaled, largest = own_scale(a)
     rescaled: Tensor = torch.linalg.vector_norm(scaled, dim=1, keepdim=True)
@@ -39,18 +40,26 @@ def row_norm(a: Tensor) -> Tensor:
 def direction(a: Tensor, length: float = 1.0) -> Tensor:
     """Vectors (n, d) of a length along the rows; zero rows stay zero."""
     norm: Tensor = torch.linalg.vector_norm(a, dim=1, keepdim=True)
-    if not bool(_squares_fit(norm).all()):
+    if not _squares_fit(norm):
         a, largest = own_scale(a)
         again: Tensor = torch.linalg.vector_norm(a, dim=1, keepdim=True)
         norm = torch.where(largest > 0, again, torch.ones_like(norm))
     return a * (length / norm)
 
 
-def _squares_fit(norm: Tensor) -> Tensor:
-    """Which lengths (n, 1) say by themselves that no square of weight was lost on the way."""
-    info = torch.finfo(norm.dtype)
-    low, high = math.sqrt(info.tiny) / info.eps, math.sqrt(info.max) * info.eps
-    return (norm > low) & (norm < high)
+def _squares_fit(norm: Tensor) -> bool:
+    """Whether lengths (n, 1) say by themselves that no square of weight was lost on the way."""
+    if len(norm) == 0:
+        return True
+    low, high = _limits(norm.dtype)
+    least, most = torch.stack(torch.aminmax(norm)).tolist()
+    return bool(low < least and most < high)
+
+
+@cache
+def _limits(dtype: torch.dtype) -> tuple[float, float]:
+    info = torch.finfo(dtype)
+    return math.sqrt(info.tiny) / info.eps, math.sqrt(info.max) * info.eps
 
 
 def own_scale(a: Tensor) -> tuple[Tensor, Tensor]:

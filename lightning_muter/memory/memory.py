@@ -15,6 +15,7 @@ from lightning_muter.curvature.base import Curvature
 from lightning_muter.curvature.dense import DenseCurvature
 from lightning_muter.curvature.removed import RemovedPoints
 from lightning_muter.curvature.rows import RowsCurvature
+from lightning_muter.curvature.sharded import ShardedDense
 from lightning_muter.display import card
 from lightning_muter.errors import MemoryFormatError, MuterError, StateError
 from lightning_muter.memory import ids as point_ids
@@ -447,7 +448,9 @@ def _curvature(content: Content, settings: Settings, removed: list[int]) -> Curv
         return rows.without(removed)
     if "matrix" not in base:
         return None
-    dense = DenseCurvature(base["matrix"])
+    dense: DenseCurvature | ShardedDense = DenseCurvature(base["matrix"])
+    if settings.representation == "sharded":
+        dense = ShardedDense(base["matrix"])
     for request in content.requests:
         for one in request.facts:
             dense = dense.without(RemovedPoints.restore(one, request.tensors, omega))

@@ -11,6 +11,7 @@ from lightning_muter.curvature.head import HeadHessian, HeadPoints, HeadTotal
 from lightning_muter.curvature.paired import PairedHessian, PairedPoints, PairedTotal
 from lightning_muter.curvature.point import PointCurvature
 from lightning_muter.errors import ConfigurationError
+from lightning_muter.linalg.rows import own_scale
 from lightning_muter.models.base import Linearisation, ModelView, Seen, heard
 from lightning_muter.models.logits import CALLED, LogitsForm
 from lightning_muter.models.names import linear_layers, suggest
@@ -61,6 +62,7 @@ class LinearHead(ModelView):
         super().__init__(module, names, objective, scaling, form)
         self.layer = layer
         self._bends: bool | None = None
+        self._linear = True  # until a forward pass shows otherwise
 
     def features(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The head's input h (n, F) and the module's outputs (n, ...), with the graph to x."""
@@ -105,6 +107,42 @@ class LinearHead(ModelView):
                 "weights, attention over the head's rows); name them by parameters=[...] instead "
                 "of head="
             )
+
+    def ascent(self, x: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
+        outputs = self._straight(x) if self._linear else None
+        if outputs is None:
+            self._linear = False
+            return super().ascent(x, reference)
+        level, r = self.objective.inner.rise(outputs, reference)
+        unit, scale = own_scale(r)
+        slope = (unit @ self.layer.weight.detach()).double() * scale.double()
+        return level.double(), slope if self.scaling.identity else slope * self.scaling.slope(x)
+
+    def _straight(self, x: Tensor) -> Tensor | None:
+        """The outputs (n, ...) of a module that is its head alone, from x as it is; None of others.
+
+        Then the way from x to them is the head's weight. It is told by memory: the head reads what
+        the module was given, and its own output, unchanged since, is what the module returns.
+        """
+        received, given = self.received(x), []
+
+        def note(
+            _: nn.Module, args: tuple[Tensor, ...], named: dict[str, Tensor], output: Tensor
+        ) -> None:
+            given.append(([*args, *named.values()][0], output, output._version))
+
+        before = received._version
+        handle = self.layer.register_forward_hook(note, with_kwargs=True)
+        try:
+            with torch.no_grad():
+                outputs = self.logits(received)
+        finally:
+            handle.remove()
+        same = len(given) == 1 and received._version == before
+        for read, made, version in given:
+            same = same and _same_memory(read, received) and _same_memory(outputs, made)
+            same = same and made._version == version
+        return outputs.detach() if same else None
 
     def linearise(self, seen: Seen, targets: Tensor, weights: Tensor) -> RowLinearisation:
         if isinstance(self.objective, BoundTRADES):
@@ -225,6 +263,11 @@ class LinearHead(ModelView):
         return bends
 
 
+def _same_memory(a: Tensor, b: Tensor) -> bool:
+    """Whether a tensor is another one, seen in a shape that may be its own."""
+    return a.data_ptr() == b.data_ptr() and a.numel() == b.numel() and a.dtype == b.dtype
+
+
 class FeatureHead(LinearHead):
     """A linear head whose input is what the adversary perturbs: the paper's networks variant."""
 
@@ -249,8 +292,7 @@ class RowLinearisation(Linearisation):
             received = self.view.received(x)
             h, outputs = self.view.run(received)
         h, outputs = h.detach(), outputs.detach()  # a forward may switch gradients on
-        # the head of a linear model reads the input's own memory
-        reads = h.data_ptr() == received.data_ptr() and h.numel() == received.numel()
+        reads = _same_memory(h, received)  # as the head of a linear model does
         h = h.double()
         if self.view.layer.bias is not None:
             h = torch.cat([h, torch.ones_like(h[:, :1])], dim=1)

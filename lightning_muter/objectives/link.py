@@ -54,6 +54,8 @@ class Link:
         log_rate = self.log_rate(level).unsqueeze(1)
         norm = row_norm(slope)
         log_size = log_rate + norm.log()
+        if bool((log_size.abs() <= _LOG_SHOWN).all()):
+            return log_rate.exp()
         shown = log_size.clamp(-_LOG_SHOWN, _LOG_SHOWN)
         ordinary = (shown == log_size) | (norm == 0)
         return torch.where(ordinary, log_rate.exp(), shown.exp() / norm)

@@ -125,7 +125,8 @@ class PointLoss:
     ``function`` maps outputs (n, C) and targets to losses (n,). ``closed_form`` maps the same to
     r (n, C) and S; without it both come from ``torch.func`` point by point. ``level``
     maps them to what an adversary ascends in the loss's place, and ``link`` that to the loss;
-    without it the loss itself is ascended. ``classifies``: outputs are logits of classes.
+    without it the loss itself is ascended. ``rising`` is the derivative (n, C) of what is ascended,
+    where it is known. ``classifies``: outputs are logits of classes.
     ``target_kind`` says what its targets have to be; points of the class ``ignored`` are no part of
     training's mean, so that no point may have it. ``summed``: training's loss is the sum over a
     batch, not its mean.
@@ -137,17 +138,21 @@ class PointLoss:
     one_output: bool = False
     level: LossFunction | None = None
     link: Link = IDENTITY
+    rising: LossFunction | None = None
     classifies: bool = True
     target_kind: TargetKind = "numbers"
     ignored: int | None = None
     summed: bool = False
 
-    def __call__(self, outputs: Tensor, targets: Tensor) -> Tensor:
+    def _check_outputs(self, outputs: Tensor) -> None:
         if self.one_output and outputs.numel() != len(outputs):
             raise ConfigurationError(
                 f"loss {self.name!r} needs one output a point, got outputs of shape "
                 f"{tuple(outputs.shape)}; use a head of one output or another loss"
             )
+
+    def __call__(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        self._check_outputs(outputs)
         losses = self.function(outputs, targets)
         if losses.shape != (len(outputs),):
             raise ConfigurationError(
@@ -176,16 +181,29 @@ class PointLoss:
         with torch.enable_grad():
             inputs = x.detach().requires_grad_(True)
             outputs = module(inputs)
+            level, r = self.rise(outputs.detach(), targets)
+            unit, scale = own_scale(r)
+            (g,) = torch.autograd.grad(outputs, inputs, unit.reshape(outputs.shape))
+        return Slope(level, g.reshape(len(x), -1), scale)
+
+    def rise(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """What an adversary ascends at detached outputs: levels (n,), derivatives in them (n, C).
+
+        Raises:
+            ConfigurationError: outputs that do not fit the loss.
+        """
+        if self.rising is not None:
+            self._check_outputs(outputs)
+            return (self.level or self.function)(outputs, targets), self.rising(outputs, targets)
+        with torch.enable_grad():
             at = outputs.detach().requires_grad_(True)
             if self.level is None:
                 level = self(at, targets)
             else:
-                self(outputs.detach(), targets)  # for what it says of outputs that do not fit
+                self(outputs, targets)  # for what it says of outputs that do not fit
                 level = self.level(at, targets)
             (r,) = torch.autograd.grad(level.sum(), at)
-            unit, scale = own_scale(r.reshape(len(x), -1))
-            (g,) = torch.autograd.grad(outputs, inputs, unit.reshape(outputs.shape))
-        return Slope(level.detach(), g.reshape(len(x), -1), scale)
+        return level.detach(), r.reshape(len(outputs), -1)
 
     def is_correct(self, outputs: Tensor, targets: Tensor) -> Tensor | None:
         """Which points are classified right (n,), or None where the outputs are no classes."""
@@ -214,10 +232,16 @@ LOSSES: dict[str, PointLoss] = {
         one_output=True,
         level=_sign_odds,
         link=SOFTPLUS,
+        rising=lambda z, y: -_signs(z.reshape(len(z)), y).unsqueeze(1),
         target_kind="binary",
     ),
     "squared": PointLoss(
-        "squared", _squared, _squared_derivatives, one_output=True, classifies=False
+        "squared",
+        _squared,
+        _squared_derivatives,
+        one_output=True,
+        rising=lambda z, y: _squared_derivatives(z, y)[0],
+        classifies=False,
     ),
 }
 

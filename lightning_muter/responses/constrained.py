@@ -55,24 +55,15 @@ class Constrained:
         return DiagonalLowRank(torch.zeros_like(root[:, 0]), scale * root, kept), usable
 
     def low_rank(self, geometry: Geometry, v: Tensor, s: Tensor) -> tuple[DiagonalLowRank, Tensor]:
-        inverse = torch.where(
-            (geometry.free > 0) & (geometry.shift > 0),
-            geometry.free / geometry.shift.clamp(min=1e-300),
-            torch.zeros_like(geometry.free),
-        )
+        shift = geometry.shift
+        inverse = torch.where(shift > 0, geometry.free / shift.clamp(min=1e-300), 0.0)
         # T = P Δ^{-1} P; with a normal Δ is a multiple of the identity on the free coordinates
         normal_scale = torch.linalg.vecdot(geometry.normal * inverse, geometry.normal)
         base = DiagonalLowRank(
             inverse, geometry.normal.unsqueeze(1), -normal_scale.unsqueeze(1)
         ).compressed()
         tv = base.apply(v)
-        inner = v.mT @ tv
-        eye = torch.eye(s.shape[1], dtype=s.dtype, device=s.device)
-        usable = torch.linalg.eigvals(inner @ s).real.amax(dim=1) < 1 - 1e-8
-        eye_minus = torch.where(usable[:, None, None], eye - inner @ s, eye)
-        middle = torch.linalg.solve(eye_minus.mT, s.mT).mT
-        values, basis = torch.linalg.eigh((middle + middle.mT) / 2)
-        keep = usable.to(s).unsqueeze(1)
+        values, basis, usable = _bent(v.mT @ tv, s)
         bend = DiagonalLowRank(inverse, basis.mT @ tv.mT, values).compressed()
         if bend.factors.shape[1]:
             base = DiagonalLowRank(
@@ -81,6 +72,7 @@ class Constrained:
                 torch.cat([base.coefficients, bend.coefficients], dim=1),
             )
         if not bool(usable.all()):
+            keep = usable.to(s).unsqueeze(1)
             base = replace(base, diagonal=inverse * keep, coefficients=base.coefficients * keep)
         return base, usable
 
@@ -116,3 +108,26 @@ class Constrained:
         x, rest, usable = batched_conjugate_gradients(k, rhs, inverse, self.tol)
         # X = K⁻¹(B - rest): XBᵀ + rest Xᵀ is B K⁻¹ Bᵀ up to the square of rest
         return Dense((x @ rhs.mT + rest @ x.mT) * usable[:, None, None]), usable
+
+
+def _bent(inner: Tensor, s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """S (I - VᵀTV S)⁻¹ of every point by its eigenvalues (n, C) and vectors (n, C, C).
+
+    Args:
+        inner: VᵀTV (n, C, C).
+        s: S (n, C, C).
+
+    Returns:
+        They, and at which points (n,) K is positive definite: all eigenvalues of VᵀTV S below 1.
+    """
+    product = inner @ s
+    eye = torch.eye(s.shape[1], dtype=s.dtype, device=s.device)
+    if s.shape[1] == 1:  # numbers: eigenvalues need no iteration
+        usable = product[:, 0, 0] < 1 - 1e-8
+        rest = torch.where(usable[:, None, None], 1 - product, 1.0)
+        return (s / rest).squeeze(2), eye.expand_as(s), usable
+    usable = torch.linalg.eigvals(product).real.amax(dim=1) < 1 - 1e-8
+    eye_minus = torch.where(usable[:, None, None], eye - product, eye)
+    middle = torch.linalg.solve(eye_minus.mT, s.mT).mT
+    values, basis = torch.linalg.eigh((middle + middle.mT) / 2)
+    return values, basis, usable

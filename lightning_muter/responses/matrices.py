@@ -25,7 +25,8 @@ class DiagonalLowRank:
     def apply(self, vectors: Tensor) -> Tensor:
         """Products with vectors (n, d, c)."""
         inner = self.coefficients.unsqueeze(2) * (self.factors @ vectors)
-        return self.diagonal.unsqueeze(2) * vectors + self.factors.mT @ inner
+        own = self.diagonal.unsqueeze(2) * vectors
+        return torch.baddbmm(own, self.factors.mT, inner)
 
     def tensors(self) -> dict[str, Tensor]:
         """The parts, by name, with one row a point."""

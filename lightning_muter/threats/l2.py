@@ -74,11 +74,11 @@ class L2Ball(Threat):
         return self.project(x, delta + per_feature(size, x) * direction(grad))
 
     def ascend(self, x: Tensor, delta: Tensor, grad: Tensor, size: Tensor) -> Tensor:
-        whole = torch.isinf(size) & (row_norm(grad) > 0)
-        unit = direction(grad, self.eps)
+        unit, farthest = direction(grad, self.eps), torch.isinf(size)
+        whole = farthest & unit.any(dim=1, keepdim=True)
         if self.data_range is None and bool(whole.all()):
             return unit
-        step = torch.where(torch.isinf(size), torch.ones_like(size), size) * unit
+        step = torch.where(farthest, torch.ones_like(size), size) * unit
         v = torch.where(whole, unit, delta + step)
         if self.data_range is None:
             return self.project(x, v)
@@ -88,14 +88,13 @@ class L2Ball(Threat):
         return torch.where(whole, self._scale_to_sphere(v, low, high), self.project(x, v))
 
     def merit(self, delta: Tensor, grad: Tensor) -> Tensor:
-        return torch.zeros_like(delta[:, 0])
+        return delta.new_zeros(len(delta))
 
     def active(self, x: Tensor, delta: Tensor) -> Tensor:
         return (row_norm(delta).squeeze(1) >= self.eps * (1 - 1e-4)).to(delta)
 
     def geometry(self, x: Tensor, delta: Tensor, grad: Tensor) -> Geometry:
-        free = torch.ones_like(delta)
-        delta_free, grad_free = delta, grad
+        free, delta_free, grad_free = torch.ones_like(delta), delta, grad
         if self.data_range is not None:
             low, high = self.bounds(x)
             slack = 1e-6 * self.eps
@@ -104,7 +103,7 @@ class L2Ball(Threat):
             delta_free, grad_free = delta * free, grad * free
         on_sphere = self.active(x, delta).unsqueeze(1)
         norm = row_norm(delta_free)
-        mu = torch.where(norm > 0, row_norm(grad_free) / norm, torch.zeros_like(norm)) * on_sphere
+        mu = torch.where(norm > 0, row_norm(grad_free) / norm, 0.0) * on_sphere
         normal = direction(delta_free) * on_sphere
         # a point on the sphere without a gradient has no defined multiplier: it stays
         free = free * ((on_sphere == 0) | (mu > LEAST_MULTIPLIER)).to(free)

@@ -112,7 +112,7 @@ class RobustObjective:
         with measuring(self.view.module):
             for batch in self.batches():
                 total = total + work(batch)
-        reduced = total.reduced(self.group.sum)
+        reduced = total.reduced(self.group)
         return Evaluation.of(reduced, self.view.get(), problem.weight_decay)
 
 

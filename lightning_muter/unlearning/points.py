@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -11,6 +10,7 @@ from torch import Tensor
 from lightning_muter.adversary.maximiser import InnerMaximum
 from lightning_muter.curvature.base import PointFacts
 from lightning_muter.models import NOTHING, Beside, Linearisation
+from lightning_muter.parallel import Group
 from lightning_muter.threats import Geometry
 
 __all__ = ["Batch", "Chunk", "Sums", "unweighted"]
@@ -76,11 +76,11 @@ class Sums:
         return torch.cat([self.gradient, torch.stack(scalars)])
 
     def __add__(self, other: Sums) -> Sums:
-        return Sums.unpack(self.pack() + other.pack())
+        return Sums(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
 
-    def reduced(self, reduce: Callable[[Tensor], Tensor]) -> Sums:
+    def reduced(self, group: Group) -> Sums:
         """The sums over processes."""
-        return Sums.unpack(reduce(self.pack()))
+        return self if group.size == 1 else Sums.unpack(group.sum(self.pack()))
 
     def share(self, count: Tensor) -> float:
         """A count as a share of the points."""

@@ -108,6 +108,7 @@ def represented(
     points: int,
     device: torch.device,
     processes: int = 1,
+    world: int = 1,
 ) -> Representation:
     """The settings with a representation that fits, chosen by what each takes where it is "auto".
 
@@ -118,12 +119,15 @@ def represented(
         points: of this process.
         device: where the memory will lie.
         processes: that share the device's memory, each with a memory of its own.
+        world: processes in all, over which a sharded matrix is spread.
 
     Raises:
         ConfigurationError: what was asked for does not exist for this head, or nothing fits.
     """
     rows = footprint_of(settings, view, inputs)
-    dense_bytes, dense_more = processes * memory_bytes(view.p), processes * request_bytes(view.p)
+    shards = world if settings.representation == "sharded" else 1
+    dense_bytes = processes * memory_bytes(view.p) // shards
+    dense_more = processes * request_bytes(view.p) // shards**2  # a block of its own and its factor
     estimates = f"{said_size(dense_bytes)} as a matrix"
     rows_bytes = None
     if isinstance(rows, Footprint):

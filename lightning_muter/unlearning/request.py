@@ -12,8 +12,9 @@ from lightning_muter.curvature.base import Curvature
 from lightning_muter.curvature.dense import DenseCurvature
 from lightning_muter.curvature.point import PointCurvature
 from lightning_muter.curvature.point_rows import PointRows
-from lightning_muter.curvature.removed import RemovedPoints
+from lightning_muter.curvature.removed import RemovedPoints, gathered
 from lightning_muter.curvature.rows import RowsCurvature
+from lightning_muter.curvature.sharded import ShardedDense
 from lightning_muter.errors import StateError
 from lightning_muter.linalg.solution import Solution
 from lightning_muter.memory.memory import UnlearningMemory
@@ -96,14 +97,14 @@ def forget(
     batch = Batch(x, targets, weights, beside=beside).part(group.rows)
     with measuring(view.module), view.at(memory.omega_star):
         taken = _take(memory, view, batch)
-        sums = taken.sums.reduced(group.sum)
-        removed = taken.of_all(memory.p, decay, group)
+        sums = taken.sums.reduced(group)
+        removed = taken.of_all(memory.omega_star, decay, group)
         remaining: Curvature
-        if isinstance(curvature, DenseCurvature):
-            remaining = curvature.without(removed)
-        else:
-            assert isinstance(curvature, RowsCurvature)
+        if isinstance(curvature, RowsCurvature):
             remaining, removed = curvature.without(indices), RemovedPoints()
+        else:
+            assert isinstance(curvature, (DenseCurvature, ShardedDense))
+            remaining = curvature.without(removed)
         gradient = sums.gradient + decay * memory.omega_star
         gone = _Gone(sums, gradient, remaining, removed, decay)
         if _by_blocks(memory):
@@ -128,7 +129,7 @@ def forget_rows(memory: UnlearningMemory, indices: list[int]) -> Outcome:
     total = Sums.zero(memory.p, memory.omega_star.device)
     for rows in curvature.rows_of(indices):
         total = total + _sums(rows.on(memory.omega_star.device))
-    sums, decay = total.reduced(curvature.group.sum), _decay(memory, indices)
+    sums, decay = total.reduced(curvature.group), _decay(memory, indices)
     if int(sums.points) != len(indices):
         raise StateError(
             f"the memory keeps rows of {int(sums.points)} of the {len(indices)} points: it was "
@@ -220,20 +221,20 @@ class _Taken:
     parts: RemovedPoints
     sums: Sums
 
-    def of_all(self, p: int, decay: float, group: Group) -> RemovedPoints:
-        """Σ_S D_i + λI of the points of all processes."""
-        shares = group.gather(self.parts.parts)
-        return RemovedPoints.of([one for share in shares for one in share], decay).lighter(p)
+    def of_all(self, omega: Tensor, decay: float, group: Group) -> RemovedPoints:
+        """Σ_S D_i + λI of the points of all processes, at ω* (p,)."""
+        parts = gathered(self.parts.parts, group, omega)
+        return RemovedPoints.of(parts, decay).lighter(len(omega))
 
 
 def _take(memory: UnlearningMemory, view: ModelView, batch: Batch) -> _Taken:
     blocks: list[PointCurvature] = []
-    parts, sums = RemovedPoints(), Sums.zero(memory.p, batch.x.device)
+    parts, sums = RemovedPoints(), None
     for part, more in memory.settings.problem().measure(view, batch):
         blocks += [part] if _by_blocks(memory) else []
         parts = parts.joined(RemovedPoints.of(part.kept(), 0.0)).lighter(memory.p)
-        sums = sums + more
-    return _Taken(blocks, parts, sums)
+        sums = more if sums is None else sums + more
+    return _Taken(blocks, parts, sums or Sums.zero(memory.p, batch.x.device))
 
 
 def _by_blocks(memory: UnlearningMemory) -> bool:

@@ -108,7 +108,7 @@ def _memory(
 ) -> UnlearningMemory:
     settings, view = built.settings, built.view
     omega = view.get()
-    evaluation = Evaluation.of(built.sums.reduced(group.sum), omega, settings.weight_decay)
+    evaluation = Evaluation.of(built.sums.reduced(group), omega, settings.weight_decay)
     curvature: Curvature | None = None
     start = None
     summary = _counts(settings, evaluation, view.p)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import pytest
 import torch
 from cases import rows_of
 
 from lightning_muter.curvature.dense import DenseCurvature, DowndatedSolver
 from lightning_muter.curvature.kept import Materialised, OuterProducts
-from lightning_muter.curvature.removed import RemovedPoints
+from lightning_muter.curvature.point import KeptCurvature
+from lightning_muter.curvature.removed import RemovedPoints, gathered
+from lightning_muter.parallel import Group
 
 P = 40
 
@@ -90,3 +94,41 @@ def test_a_matrix_is_kept_as_its_triangle() -> None:
     torch.testing.assert_close(part.joined(part).matrix, 2 * part.matrix)
     heavy = RemovedPoints.of([one(4, 30)], 1.0)
     assert heavy.lighter(P).nbytes == part.nbytes and heavy.lighter(10 * P) is heavy
+
+
+def test_a_matrix_travels_to_a_device_once_and_its_factorisation_is_kept() -> None:
+    here, omega = problem(), torch.zeros(P, dtype=torch.float64)
+    there = omega.to("meta")
+    factor = here.base_solver()
+    moved = here.to("meta", there)
+    assert moved.base.device.type == "meta" and moved.to("meta", there) is moved
+    back = moved.to("cpu", omega)
+    assert back.base is here.base and back.base_solver() is factor
+    assert back.damped(0.5).to("meta", there).base is moved.base
+
+
+class Travelling(OuterProducts):
+    """Factors that tell where they are sent."""
+
+    seen: ClassVar[list[str]] = []
+
+    def to(self, device: torch.device | str, omega: torch.Tensor) -> KeptCurvature:
+        self.seen.append(str(device))
+        return Travelling(self.rows.to(device), self.usable)
+
+
+def test_what_processes_took_out_is_gathered_on_the_host_and_comes_to_each_one() -> None:
+    group = Group(rank=0, size=2, gather=lambda value: [value, value])
+    parts = [Travelling(one(seed).rows, torch.ones(1, dtype=torch.bool)) for seed in (1, 2)]
+    found = gathered(parts, group, torch.zeros(P, dtype=torch.float64))
+    assert Travelling.seen == ["cpu"] * 6  # out to the host, and from it to where ω* is
+    assert len(found) == 4
+    torch.testing.assert_close(found[3].tensors()["rows"], parts[1].rows)
+    assert gathered(parts, Group(), torch.zeros(P)) == parts
+
+
+def test_eigenvalues_of_a_large_sum_leave_the_random_state_alone() -> None:
+    large = DenseCurvature(torch.diag(torch.linspace(1.0, 2.0, 2101, dtype=torch.float64)))
+    before = torch.get_rng_state()
+    first = large.extremes()
+    assert torch.equal(torch.get_rng_state(), before) and large.extremes() == first

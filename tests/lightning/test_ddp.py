@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from lightning_muter import UnlearningMemory
 from lightning_muter.curvature.rows import RowsCurvature
+from lightning_muter.curvature.sharded import ShardedDense
 
 
 def written_by(worker: str, folder: Path) -> list[dict[str, torch.Tensor]]:
@@ -47,6 +48,26 @@ def test_rows_on_two_processes_equal_those_of_one_and_each_keeps_its_own(tmp_pat
     torch.testing.assert_close(
         *(one.matvec(v) for one in rows if one is not None), rtol=1e-10, atol=1e-10
     )
+
+
+@pytest.mark.slow
+def test_a_matrix_over_two_processes_equals_that_of_one_and_each_keeps_half(tmp_path: Path) -> None:
+    found = written_by("sharded_worker.py", tmp_path)
+    one, two = ({k: v for k, v in each.items() if "share" not in k} for each in found)
+    torch.testing.assert_close(two, one, rtol=1e-10, atol=1e-10)
+    shares = [{k: float(v) for k, v in each.items() if "share" in k} for each in found]
+    p = len(one["fit.omega"])
+    assert all(bytes_ == 8 * p * p for bytes_ in shares[0].values())
+    assert all(bytes_ == 8 * p * (p // 2) for bytes_ in shares[1].values())
+    # the whole matrix went to the folder, whoever reads it
+    kept = [UnlearningMemory.load(tmp_path / f"{n}.safetensors.memory") for n in (1, 2)]
+    v = torch.linspace(-1, 1, p, dtype=torch.float64)
+    products = []
+    for memory in kept:
+        assert isinstance(memory.curvature, ShardedDense) and len(memory.curvature.rows) == p
+        products.append(memory.curvature.matvec(v))
+    torch.testing.assert_close(*products, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(products[0], one["after.matrix"] @ v, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.slow

@@ -20,6 +20,7 @@ from lightning_muter import (
     Trainer,
     UnlearningMemory,
 )
+from lightning_muter.lightning.removals import removal_batches
 
 N = 60
 IDS = [f"p{i // 3}" for i in range(N)]  # a person owns three rows
@@ -446,3 +447,12 @@ def test_the_point_to_forget_need_not_stay_among_the_rest(case: Case, reference:
     result = case.forget(without(30), [30], bound=True)  # the row of 31 lies where 30 was
     assert result.indices == (31,)
     assert reference.forget(without(), [30, 31], bound=True).bound == pytest.approx(result.bound)
+
+
+@pytest.mark.parametrize("batch_size", [None, 1, 2])
+def test_a_request_is_read_as_its_loader_would_read_it(batch_size: int | None) -> None:
+    removals = RemovalDataModule(Data(), [7, 3, 11], batch_size=batch_size)
+    with removal_batches(removals, Trainer(**QUIET)) as batches:
+        for read, loaded in zip(batches, removals.predict_dataloader(), strict=True):
+            for one, other in zip(read, loaded, strict=True):
+                torch.testing.assert_close(one, other, rtol=0.0, atol=0.0)
