@@ -14,6 +14,7 @@ from lightning_muter.curvature.point import PointCurvature
 from lightning_muter.errors import ConfigurationError, MemoryFormatError
 from lightning_muter.objectives.output_curvature import restored_output
 from lightning_muter.responses import DiagonalLowRank
+from lightning_muter.responses.probes import mixed
 
 __all__ = ["PointRows"]
 
@@ -182,6 +183,25 @@ class PointRows:
     def structure(self) -> tuple[tuple[str, tuple[int, ...], torch.dtype], ...]:
         """Names, shapes and dtypes of what a point keeps: equal ones can be put together."""
         return tuple((n, tuple(t.shape[1:]), t.dtype) for n, t in sorted(self.tensors().items()))
+
+    @property
+    def sketched(self) -> bool:
+        """Whether vectors stand for a response that has no closed form."""
+        return self.diagonal is None and self.coefficients.shape[1] > 0
+
+    def resampled(self, probes: int, seed: int) -> PointRows:
+        """The rows with each of a point's probes twice or not at all, by a coin of its own.
+
+        Args:
+            probes: a point; a probe's vectors are each ``probes`` apart.
+            seed: of the coins.
+        """
+        number = self.facts.indices.unsqueeze(1) * probes
+        number = number + torch.arange(probes, device=self.device)
+        coins = 2 * (mixed(number + (seed << 40)) >> 32 & 1)
+        vectors = self.coefficients.shape[1] // probes
+        twice = self.coefficients * coins.to(self.dtype).repeat(1, vectors)
+        return replace(self, coefficients=twice)
 
     # --- what they are for --------------------------------------------------------------------
 

@@ -24,6 +24,7 @@ __all__ = ["RowsCurvature", "RowsOptions", "RowsSolver", "RowsSum"]
 _PREFIX = "rows."  # of the names of tensors that are kept
 _BLOCK = 4096  # points that are kept together
 _LANCZOS = 20  # steps that estimate the extreme eigenvalues
+_SAMPLE = 16  # points of a typical request
 _ROUGH = 1e-3  # the residual of a number for people
 _RESIDENT = 0.6  # of an accelerator's free memory that rows take at the most; else the host's
 #: blocks of the preconditioner are made anew once fewer than this share of their points is left
@@ -42,12 +43,14 @@ class RowsOptions:
         tol: ‖M x - b‖ / ‖b‖ at which a solve stops; None for 1e-8, or 1e-5 in float32.
         max_iter: products of a solve at the most.
         budget: bytes for the preconditioner.
+        probes: a point of a sketched inner response; 0 where responses are exact.
     """
 
     dtype: torch.dtype = torch.float64
     tol: float | None = None
     max_iter: int = 2000
     budget: int = 1 << 30
+    probes: int = 0
 
     @property
     def tolerance(self) -> float:
@@ -234,6 +237,26 @@ class RowsCurvature(Curvature):
             blocks.append(one[~gone] if bool(gone.any()) else one)
         full = tuple(one for one in blocks if len(one))
         return replace(self, blocks=full or tuple(blocks[:1]))
+
+    def resampled(self, seed: int = 0) -> RowsCurvature | None:
+        """The sum with each probe twice or not at all, by a coin; None where nothing is sketched.
+
+        It differs from this one as this one differs from the sum of exact responses: the spread
+        of a coin is the second moment of a probe's term, which of normal probes is at most 1.5
+        times its variance. Source: ours (docs/theory.md).
+
+        Args:
+            seed: of the coins, which a point keeps in any order, on any process.
+        """
+        if not any(one.sketched for one in self.blocks) or not self.options.probes:
+            return None
+        blocks = tuple(one.resampled(self.options.probes, seed) for one in self.blocks)
+        return replace(self, blocks=blocks)
+
+    def sample_gradient(self) -> Tensor:
+        """The sum of a few points' gradients (p,), which stands for a request's."""
+        own = self.blocks[0][:_SAMPLE].gradient()
+        return self.group.sum(own.to(self.group.device))
 
     # --- products and solves --------------------------------------------------------------------
 
