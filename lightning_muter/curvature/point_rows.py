@@ -252,6 +252,22 @@ class PointRows:
         count = int((sums < share * sums[-1]).sum()) + 1 if len(self) else 0
         return self if count >= _WORTH * len(self) else self[order.indices[:count]]
 
+    @property
+    def outer_products(self) -> bool:
+        """Whether each point adds outer products with positive signs, and nothing else."""
+        return self.diagonal is None and bool((self.coefficients >= 0).all())
+
+    def class_rows(self, c: int) -> Tensor:
+        """U (k, F̃) of class c's block Uᵀ U, k = n (1 + K), where all are `outer_products`."""
+        points, f = self.points, self.points.weight.shape[1]
+        h, w = points.features, points.weights.to(self.dtype)
+        own = [h * (w * points.s.entry(c, c).clamp(min=0)).sqrt().unsqueeze(1)]
+        for k in range(self.coefficients.shape[1]):
+            v = h * self.slopes[:, k, c, None]
+            v[:, :f] += points.r[:, c, None] * self.factors[:, k]
+            own.append(v * (w * self.coefficients[:, k]).sqrt().unsqueeze(1))
+        return torch.cat(own)
+
     def class_block(self, c: int) -> Tensor:
         """The block of class c of Σ w_i D_i (F̃, F̃), in the rows' dtype."""
         points, f = self.points, self.points.weight.shape[1]

@@ -25,7 +25,6 @@ _PREFIX = "rows."  # of the names of tensors that are kept
 _BLOCK = 4096  # points that are kept together
 _LANCZOS = 20  # steps that estimate the extreme eigenvalues
 _SAMPLE = 16  # points of a typical request
-_ROUGH = 1e-3  # the residual of a number for people
 _RESIDENT = 0.6  # of an accelerator's free memory that rows take at the most; else the host's
 #: blocks of the preconditioner are made anew once fewer than this share of their points is left
 _RENEWED = 0.7
@@ -281,13 +280,13 @@ class RowsCurvature(Curvature):
         count, blocks = self._inverses.get(self.damping, (0, None))
         if blocks is None or self.points < _RENEWED * count:
             blocks = ClassBlocks.of(
-                self.blocks, self.shift, self.group.sum, self.options.budget, device
+                self.blocks, self.shift, self.group, self.options.budget, device
             )
             self._inverses[self.damping] = (self.points, blocks)
         return replace(blocks, shift=self.shift)
 
-    def estimate(self, rhs: Tensor) -> Solution:
-        return RowsSolver(self, _ROUGH).solve(rhs)
+    def estimate(self, rhs: Tensor, tol: float = 1e-3) -> Solution:
+        return RowsSolver(self, tol).solve(rhs)
 
     def extremes(self) -> tuple[float, float]:
         generator = torch.Generator().manual_seed(0)

@@ -18,7 +18,8 @@ __all__ = ["FlowStep", "NewtonStep", "Pair", "Step"]
 #: two curvatures to compare
 Pair = tuple[Curvature, Curvature]
 
-_ROUGH = 1e-3  # of an update, that a number for people may be wrong by
+_ROUGH = 0.03  # of a change, that a number for people may be wrong by
+_FINE = 1e-3  # of an update, whose changes are smaller than itself
 
 
 class Step(ABC):
@@ -49,7 +50,7 @@ class NewtonStep(Step):
 
     def change(self, system: Pair, before: Pair, rhs: Tensor, update: Tensor) -> Tensor:
         other = system[1]
-        return other.estimate(rhs - other.matvec(update)).value
+        return other.estimate(rhs - other.matvec(update), _ROUGH).value
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ class FlowStep(Step):
 
     def change(self, system: Pair, before: Pair, rhs: Tensor, update: Tensor) -> Tensor:
         # along the way to ω* the points that went have noise of their own
-        tol = _ROUGH * float(torch.linalg.vector_norm(update))
+        tol = _FINE * float(torch.linalg.vector_norm(update))
 
         def end(curvature: Curvature, gradient: Tensor) -> Tensor:
             way = -gradient - curvature.matvec(self.offset)

@@ -14,12 +14,14 @@ from torch import Tensor, nn
 
 from lightning_muter import L2Ball, LinfBall, StateError, Threat
 from lightning_muter.curvature.class_blocks import ClassBlocks
+from lightning_muter.curvature.class_factors import FullFactor, ThinFactor
 from lightning_muter.curvature.dense import DenseCurvature
 from lightning_muter.curvature.rows import RowsCurvature, RowsOptions, RowsSolver
 from lightning_muter.linalg.cg import conjugate_gradients
 from lightning_muter.linalg.solution import Status
 from lightning_muter.memory.memory import UnlearningMemory
 from lightning_muter.objectives.resolve import AnyLoss
+from lightning_muter.parallel import Group
 from lightning_muter.spec import Settings
 from lightning_muter.unlearning.points import unweighted
 from lightning_muter.unlearning.request import forget, forget_rows
@@ -193,8 +195,8 @@ def test_the_preconditioner_is_exact_on_vectors_that_are_equal_for_every_class(
     budget: int,
 ) -> None:
     rows = rows_of(built("cross_entropy", "l2", "muter", "rows"))
-    blocks = ClassBlocks.of(rows.blocks, rows.shift, lambda t: t, budget, torch.device("cpu"))
-    assert len(blocks.halves) == BUDGETS[budget] and blocks.centred
+    blocks = ClassBlocks.of(rows.blocks, rows.shift, Group(), budget, torch.device("cpu"))
+    assert len(blocks.factors) == BUDGETS[budget] and blocks.centred
     assert blocks.exact == (budget > 1000)
     everywhere = torch.randn(1, 7, generator=torch.Generator().manual_seed(1)).double()
     v = rows.blocks[0].points.vector_form(everywhere.expand(5, -1))
@@ -205,6 +207,22 @@ def test_the_preconditioner_is_exact_on_vectors_that_are_equal_for_every_class(
     inverse = torch.stack([blocks.apply(u) for u in eye], dim=1)
     torch.testing.assert_close(inverse, inverse.T, rtol=1e-5, atol=1e-7)
     assert float(torch.linalg.eigvalsh((inverse + inverse.T) / 2)[0]) > 0
+
+
+def test_few_points_of_a_class_make_blocks_of_few_rows() -> None:
+    rows = rows_of(built("cross_entropy", "l2", "muter", "rows"))
+    few = rows.blocks[0][:1]
+    cpu, group = torch.device("cpu"), Group()
+    thin = ClassBlocks.of([few], 0.7, group, 10**9, cpu)
+    assert all(isinstance(one, ThinFactor) for one in thin.factors) and thin.exact
+    for c, factor in enumerate(thin.factors):
+        block = few.class_block(c) + 0.7 * torch.eye(7, dtype=torch.float64)
+        found = factor.solve(torch.eye(7, dtype=torch.float64))
+        torch.testing.assert_close(found, torch.linalg.inv(block), rtol=1e-10, atol=1e-12)
+    # without weight decay, and of many points, whole blocks
+    for some, shift in (([few], 0.0), (rows.blocks, 0.7)):
+        full = ClassBlocks.of(some, shift, group, 10**9, cpu)
+        assert all(isinstance(one, FullFactor) for one in full.factors)
 
 
 def test_one_output_is_its_own_block_and_solved_at_once() -> None:
