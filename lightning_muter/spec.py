@@ -137,9 +137,9 @@ class Settings:
 
     @property
     def sketched(self) -> bool:
-        """Whether points' responses are sketched, one perturbed row of features each."""
+        """Whether points' responses are sketched, one maximiser each."""
         total = resolve_method(self.method).curvature == "total"
-        return total and self.sketch > 0 and self.objective is None and not self.threat.temperature
+        return total and self.sketch > 0 and self.threat.temperature is None
 
     def view(self, module: nn.Module) -> ModelView:
         """The trained parameters of ``module``."""

@@ -179,10 +179,10 @@ def _full(
 def _size(rows: PointRows) -> Tensor:
     """Roughly the trace of each class's block (C,)."""
     points = rows.points
-    length = row_norm(points.features).squeeze(1).double().square()
-    weights = points.weights * length
-    own = [weights @ points.s.entry(c, c).double() for c in range(points.r.shape[1])]
-    return torch.stack(own)
+    lengths = [row_norm(h).squeeze(1).double().square() for h in points.sides]
+    weighted = torch.stack(lengths, dim=1) * points.weights.unsqueeze(1)
+    own = [points.entries(c).double().diagonal(dim1=1, dim2=2) for c in range(points.r.shape[1])]
+    return torch.stack([(weighted * one).sum() for one in own])
 
 
 def _shared(sizes: Tensor, count: int) -> tuple[Tensor, Tensor]:
