@@ -15,6 +15,8 @@ from lightning_muter.parallel import Group
 
 __all__ = ["ClassBlocks", "block_bytes"]
 
+#: bytes of blocks that are read faster in float32
+_LARGE = 1 << 26
 #: of a class's weight over the points: the others' part of its block is left out
 _SHARE = 0.999
 
@@ -153,7 +155,7 @@ def _full(
     first = rows[0].points
     c, width = first.r.shape[1], first.features.shape[1]
     dtype = rows[0].dtype
-    if block_bytes(c, width, dtype) > budget:
+    if block_bytes(c, width, dtype) > min(budget, _LARGE):
         dtype = torch.float32
     count = max(1, min(c, budget // block_bytes(1, width, dtype)))
     groups = torch.arange(c, device=device)

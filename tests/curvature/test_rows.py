@@ -16,6 +16,7 @@ from lightning_muter import TRADES, ConfigurationError, L2Ball, LinfBall, StateE
 from lightning_muter.curvature.class_blocks import ClassBlocks
 from lightning_muter.curvature.class_factors import FullFactor, ThinFactor
 from lightning_muter.curvature.dense import DenseCurvature
+from lightning_muter.curvature.point_rows import PointRows
 from lightning_muter.curvature.rows import RowsCurvature, RowsOptions, RowsSolver
 from lightning_muter.linalg.cg import conjugate_gradients
 from lightning_muter.linalg.solution import Status
@@ -199,6 +200,29 @@ def test_float32_rows_halve_the_memory_and_say_what_they_reached() -> None:
     strict = replace(rows_of(half), options=replace(rows_of(half).options, tol=1e-13))
     stopped = strict.solver().solve(half.residual_gradient)
     assert stopped.status is Status.MAX_ITERATIONS and stopped.residual > 1e-12
+
+
+def test_many_rows_iterate_in_float32_and_end_with_all_digits(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    memory = built("cross_entropy", "l2", "muter", "rows")
+    rows, rhs = rows_of(memory), memory.residual_gradient
+    plain = rows.solver().solve(rhs)
+    monkeypatch.setattr("lightning_muter.curvature.rows._LARGE", 0)
+    products = {torch.float32: 0, torch.float64: 0}
+    matvec = PointRows.matvec
+
+    def counted(self: PointRows, v: Tensor) -> Tensor:
+        products[self.dtype] += 1
+        return matvec(self, v)
+
+    monkeypatch.setattr(PointRows, "matvec", counted)
+    found = rows.solver().solve(rhs)
+    assert found.status is Status.CONVERGED and found.residual <= 1e-12
+    assert relative(found.value, plain.value) <= 1e-11
+    assert products[torch.float64] < products[torch.float32] / 2
+    negative = replace(rows, damping=-2 * rows.extremes()[0] - 1.0, _inverses={})
+    assert negative.solver().solve(rhs).status is Status.INDEFINITE
 
 
 def test_a_point_that_has_no_row_is_refused() -> None:
