@@ -10,9 +10,11 @@ few passes (sizes and solves are what is measured here), and requests follow.
 
 from __future__ import annotations
 
+import json
 import resource
 import time
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -94,6 +96,7 @@ def main() -> None:
     parser.add_argument("--tol", type=float, default=1e-6)
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--requests", type=int, nargs="+", default=[1, 500])
+    parser.add_argument("--record", help="a file of JSON lines to add the figures to")
     asked = parser.parse_args()
     images, digits, _, _ = mnist(asked.data)
     x, net = images[: asked.points].float().unsqueeze(1), network(asked.features, asked.classes)
@@ -106,9 +109,13 @@ def main() -> None:
 
     def say(**numbers: Any) -> None:
         numbers["peak_GB"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-        print(", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}"
-                        for k, v in numbers.items()), flush=True)  # fmt: skip
+        line = json.dumps(numbers)
+        print(line, flush=True)
+        if asked.record is not None:
+            with Path(asked.record).open("a") as file:
+                file.write(line + "\n")
 
+    say(**{k: v for k, v in vars(asked).items() if k not in ("data", "record")})
     start = time.perf_counter()
     train(net[7], h, y, asked.steps)  # type: ignore[arg-type]
     say(trained=time.perf_counter() - start)
@@ -120,7 +127,8 @@ def main() -> None:
         dense_GB=8e-9 * rows.p**2, **memory.summary)  # fmt: skip
     start = time.perf_counter()
     blocks = rows.preconditioner(torch.device("cpu"))
-    say(blocks=len(blocks.halves), blocks_GB=blocks.nbytes / 1e9)
+    say(blocks_seconds=time.perf_counter() - start, blocks=len(blocks.factors),
+        blocks_GB=blocks.nbytes / 1e9)  # fmt: skip
     v = torch.randn(rows.p, dtype=torch.float64)
     start = time.perf_counter()
     for _ in range(5):
@@ -131,7 +139,8 @@ def main() -> None:
         outcome = forget_rows(memory, list(range(first, first + m)))
         first, memory, found = first + m, outcome.memory, outcome.solution
         say(removed=m, seconds=outcome.seconds, products=found.iterations,
-            residual=found.residual, asked=asked.tol, status=str(found.status))  # fmt: skip
+            residual=found.residual, asked=asked.tol, status=str(found.status),
+            sketch_noise=outcome.sketch_noise)  # fmt: skip
 
 
 if __name__ == "__main__":

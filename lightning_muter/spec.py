@@ -149,6 +149,12 @@ class Settings:
         """The settings of the robust objective itself: ω* is every method's, its optimum."""
         return replace(self, method="muter", response="constrained", space="input")
 
+    @property
+    def sketched(self) -> bool:
+        """Whether points' responses are sketched, one maximiser each."""
+        total = resolve_method(self.method).curvature == "total"
+        return total and self.sketch > 0 and self.threat.temperature is None
+
     def view(self, module: nn.Module) -> ModelView:
         """The trained parameters of ``module``."""
         loss: Any = self.of(module).loss  # no attribute's name any more
@@ -173,7 +179,7 @@ class Settings:
         free = free_bytes(device)
         budget = _BUDGET if free is None else int(_SHARE * free)
         dtype = _ROW_DTYPES[self.row_dtype]
-        return RowsOptions(dtype=dtype, tol=self.solver_tol, budget=budget)
+        return RowsOptions(dtype, self.solver_tol, budget=budget, probes=self.sketch)
 
     def empty_sum(self, view: ModelView) -> CurvatureSum:
         """What the points' curvature is summed in."""

@@ -285,7 +285,7 @@ ROWS = [
     (source, response, model)
     for source, response, model in CASES
     if model != "two layers" and (source != "total" or model == "linear" or response == "features")
-    if "objective" not in RESPONSES[response].options  # two rows of features a point
+    if source != "fisher" or "objective" not in RESPONSES[response].options
 ]
 
 

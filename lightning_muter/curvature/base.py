@@ -94,8 +94,8 @@ class Curvature(ABC):
         """What solves many systems."""
 
     @abstractmethod
-    def estimate(self, rhs: Tensor) -> Solution:
-        """M⁻¹ b (p,) as a number for people: rough where a good one would cost."""
+    def estimate(self, rhs: Tensor, tol: float = 1e-3) -> Solution:
+        """M⁻¹ b (p,) as a number for people: to a residual ``tol`` where a good one would cost."""
 
     @abstractmethod
     def extremes(self) -> tuple[float, float]:

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from lightning_muter.curvature.class_factors import ClassFactor, FullFactor, ThinFactor
 from lightning_muter.curvature.point_rows import PointRows
 from lightning_muter.linalg.rows import row_norm
+from lightning_muter.parallel import Group
 
 __all__ = ["ClassBlocks", "block_bytes"]
 
+#: bytes of blocks that are read faster in float32
+_LARGE = 1 << 26
 #: of a class's weight over the points: the others' part of its block is left out
 _SHARE = 0.999
-#: of a block's mean eigenvalue: a block without weight decay is singular where features vanish
-_JITTER = 1e-12
 
 
 def block_bytes(classes: int, width: int, dtype: torch.dtype) -> int:
@@ -35,10 +37,11 @@ class ClassBlocks:
 
     Where the losses' outputs are known up to a shift of all classes, as a softmax's are, the sum of
     the points is zero on the vectors that are equal for every class: Π subtracts the class mean
-    and the rest is the identity times ``shift``. Classes may share a block, for want of memory.
+    and the rest is the identity times ``shift``. A class of few points has a block of few rows.
+    Classes may share a block, for want of memory.
 
     Attributes:
-        halves: L⁻¹ of A = L Lᵀ (G, F̃, F̃), one a group of classes.
+        factors: of the blocks, one a group of classes.
         groups: the block (C,) of each class.
         scales: (C,) by which a class differs from its group's block.
         shift: the sum's multiple of the identity; at 0 nothing is moved where the sum is zero.
@@ -46,7 +49,7 @@ class ClassBlocks:
         points: rows that give a vector its matrix form.
     """
 
-    halves: Tensor
+    factors: Sequence[ClassFactor]
     groups: Tensor
     scales: Tensor
     shift: float
@@ -58,7 +61,7 @@ class ClassBlocks:
         cls,
         rows: Sequence[PointRows],
         shift: float,
-        reduce: Callable[[Tensor], Tensor],
+        group: Group,
         budget: int,
         device: torch.device,
     ) -> ClassBlocks:
@@ -67,40 +70,30 @@ class ClassBlocks:
         Args:
             rows: this process's points.
             shift: at least 0.
-            reduce: sums a tensor over processes.
+            group: the processes, whose points sum.
             budget: bytes; one block is made whatever it takes.
             device: where the blocks are to lie.
         """
-        first = rows[0].points
-        c, width = first.r.shape[1], first.features.shape[1]
-        dtype = rows[0].dtype
-        if block_bytes(c, width, dtype) > budget:
-            dtype = torch.float32
-        count = max(1, min(c, budget // block_bytes(1, width, dtype)))
-        sizes = reduce(torch.stack([_size(one.on(device)) for one in rows]).sum(dim=0)) + shift
-        groups, scales = _shared(sizes, count)
-        halves = torch.zeros(count, width, width, dtype=dtype, device=device)
-        for one in rows:
-            here = one.on(device).converted(dtype)
-            for member, g in enumerate(groups.tolist()):
-                some = here.heaviest(member, _SHARE)
-                halves[g] += some.class_block(member) / scales[member].to(dtype)
-        for g, members in enumerate(torch.bincount(groups, minlength=count).tolist()):
-            block = reduce(halves[g]).double() / members
-            block.diagonal().add_(shift / float(scales[groups == g].mean()))
-            halves[g] = _inverse_half(block)
+        c = rows[0].points.r.shape[1]
+        groups = torch.arange(c, device=device)
+        scales = torch.ones(c, dtype=torch.float64, device=device)
+        factors: Sequence[ClassFactor] | None = None
+        if group.size == 1 and shift > 0:
+            factors = _thin(rows, shift, budget, device)
+        if factors is None:
+            factors, groups, scales = _full(rows, shift, group, budget, device)
         centred = all(one.points.s.sums_to_zero for one in rows)
-        return cls(halves, groups, scales, shift, centred, rows[0][:1].on(device))
+        return cls(factors, groups, scales, shift, centred, rows[0][:1].on(device))
 
     @property
     def nbytes(self) -> int:
         """Bytes that the blocks take."""
-        return self.halves.numel() * self.halves.element_size()
+        return sum(one.nbytes for one in self.factors)
 
     @property
     def exact(self) -> bool:
         """Whether every class has a block of its own."""
-        return len(self.halves) == len(self.groups)
+        return len(self.factors) == len(self.groups)
 
     def apply(self, v: Tensor) -> Tensor:
         """An approximation of M⁻¹ v (p,)."""
@@ -115,40 +108,90 @@ class ClassBlocks:
     def _solved(self, matrix: Tensor) -> Tensor:
         """A_c⁻¹ times row c of a matrix (C, F̃)."""
         found = torch.empty_like(matrix)
-        for g, half in enumerate(self.halves):
+        for g, factor in enumerate(self.factors):
             some = self.groups == g
-            rows = (matrix[some] / self.scales[some].unsqueeze(1)).to(half.dtype)
-            found[some] = (rows @ half.T @ half).to(matrix.dtype)
+            found[some] = factor.solve(matrix[some] / self.scales[some].unsqueeze(1))
         return found
+
+
+def _thin(
+    rows: Sequence[PointRows], shift: float, budget: int, device: torch.device
+) -> list[ClassFactor] | None:
+    """Factors of each class's heaviest points; None where their blocks are no smaller for it."""
+    c, width = rows[0].points.r.shape[1], rows[0].points.features.shape[1]
+    if not all(one.outer_products for one in rows):
+        return None
+    dtype, each = rows[0].dtype, budget // c
+    most = min(width // 2, _most_rows(each, width, dtype))
+    if most < width // 2 and dtype != torch.float32:
+        dtype = torch.float32
+        most = min(width // 2, _most_rows(each, width, dtype))
+    points = sum(map(len, rows))
+    own: list[list[Tensor]] = [[] for _ in range(c)]
+    for one in rows:
+        here = one.on(device).converted(dtype)
+        room = most * len(one) // points
+        for member, some in enumerate(own):
+            found = here.heaviest(member, _SHARE).class_rows(member)
+            if len(found) > room:
+                return None
+            some.append(found)
+    factors: list[ClassFactor] = []
+    while own:
+        factors.append(ThinFactor.of(torch.cat(own.pop(0)), shift))
+    return factors
+
+
+def _most_rows(room: int, width: int, dtype: torch.dtype) -> int:
+    """How many rows k of a thin factor, k (F̃ + k) numbers, go into some bytes."""
+    numbers = room / torch.empty((), dtype=dtype).element_size()
+    return int((width**2 / 4 + numbers) ** 0.5 - width / 2)
+
+
+def _full(
+    rows: Sequence[PointRows], shift: float, group: Group, budget: int, device: torch.device
+) -> tuple[list[ClassFactor], Tensor, Tensor]:
+    """Factors of whole blocks, with the block and the scale (C,) of each class."""
+    first = rows[0].points
+    c, width = first.r.shape[1], first.features.shape[1]
+    dtype = rows[0].dtype
+    if block_bytes(c, width, dtype) > min(budget, _LARGE):
+        dtype = torch.float32
+    count = max(1, min(c, budget // block_bytes(1, width, dtype)))
+    groups = torch.arange(c, device=device)
+    scales = torch.ones(c, dtype=torch.float64, device=device)
+    if count < c:
+        sizes = torch.stack([_size(one.on(device)) for one in rows]).sum(dim=0)
+        groups, scales = _shared(group.sum(sizes) + shift, count)
+    blocks = torch.zeros(count, width, width, dtype=dtype, device=device)
+    for one in rows:
+        here = one.on(device).converted(dtype)
+        for member, g in enumerate(groups.tolist()):
+            some = here.heaviest(member, _SHARE)
+            blocks[g] += some.class_block(member) / scales[member].to(dtype)
+    factors: list[ClassFactor] = []
+    for g, members in enumerate(torch.bincount(groups, minlength=count).tolist()):
+        block = group.sum(blocks[g]).double() / members
+        block.diagonal().add_(shift / float(scales[groups == g].mean()))
+        blocks[g] = FullFactor.of(block, dtype).half
+        factors.append(FullFactor(blocks[g]))
+    return factors, groups, scales
 
 
 def _size(rows: PointRows) -> Tensor:
     """Roughly the trace of each class's block (C,)."""
     points = rows.points
-    length = row_norm(points.features).squeeze(1).double().square()
-    weights = points.weights * length
-    own = [weights @ points.s.entry(c, c).double() for c in range(points.r.shape[1])]
-    return torch.stack(own)
+    lengths = [row_norm(h).squeeze(1).double().square() for h in points.sides]
+    weighted = torch.stack(lengths, dim=1) * points.weights.unsqueeze(1)
+    own = [points.entries(c).double().diagonal(dim1=1, dim2=2) for c in range(points.r.shape[1])]
+    return torch.stack([(weighted * one).sum() for one in own])
 
 
 def _shared(sizes: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Groups of classes of similar size (C,), and each class's size beside its group's (C,)."""
     c = len(sizes)
-    if count == c:
-        return torch.arange(c, device=sizes.device), torch.ones_like(sizes)
     groups = torch.empty(c, dtype=torch.int64, device=sizes.device)
     groups[sizes.argsort()] = torch.arange(c, device=sizes.device) * count // c
     means = torch.zeros(count, dtype=sizes.dtype, device=sizes.device)
     means.index_add_(0, groups, sizes)
     return groups, sizes / (means / torch.bincount(groups, minlength=count))[groups]
-
-
-def _inverse_half(block: Tensor) -> Tensor:
-    """L⁻¹ of a block L Lᵀ; of its diagonal alone where the block is indefinite."""
-    block.diagonal().add_(_JITTER * float(block.diagonal().mean()))
-    factor, info = torch.linalg.cholesky_ex(block)
-    if int(info) != 0:
-        factor = block.diagonal().abs().clamp(min=1e-300).sqrt().diag()
-    eye = torch.eye(len(block), dtype=block.dtype, device=block.device)
-    inverse: Tensor = torch.linalg.solve_triangular(factor, eye, upper=False)
-    return inverse

@@ -140,11 +140,11 @@ class DenseCurvature(Curvature):
             self._solvers[self.damping] = DenseSolver(damped.matrix)
         return self._solvers[self.damping]
 
-    def estimate(self, rhs: Tensor) -> Solution:
+    def estimate(self, rhs: Tensor, tol: float = 1e-3) -> Solution:
         if self.p <= _EIGEN_LIMIT:
             return self.solver().solve(rhs)
         inverse = self.base_diagonal().clamp(min=1e-300).reciprocal()
-        return conjugate_gradients(self.matvec, rhs, lambda v: inverse * v, 1e-3, 100)
+        return conjugate_gradients(self.matvec, rhs, lambda v: inverse * v, tol, 100)
 
     def extremes(self) -> tuple[float, float]:
         matrix = self.matrix

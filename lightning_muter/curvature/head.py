@@ -57,6 +57,30 @@ class HeadPoints:
         """What else `restore` needs."""
         return {"biased": self.biased}
 
+    # --- what rows are made of; a loss that sees two inputs has both one after the other -------
+
+    @property
+    def sides(self) -> tuple[Tensor, ...]:
+        """The features (n, F̃) of every input that the loss sees, the perturbed one last."""
+        return (self.features,)
+
+    @property
+    def slopes(self) -> Tensor:
+        """∂l (n, C) in the outputs of every side, one after the other."""
+        return self.r
+
+    def bend(self, u: Tensor) -> Tensor:
+        """∂²l u (n, C) for directions u of the outputs of every side."""
+        return self.s.apply(u)
+
+    def entries(self, c: int) -> Tensor:
+        """The entries of ∂²l (n, 1, 1) at output c, between all sides."""
+        return self.s.entry(c, c)[:, None, None]
+
+    def pulled(self, c: int) -> Tensor:
+        """Row c of ∂²l W (n, 1, F) for each side, moved by the perturbed side."""
+        return self.s.row(c, self.weight).unsqueeze(1)
+
     def matrix_form(self, v: Tensor) -> Tensor:
         """V (C, F̃) of a vector in the order of ω: the weight (C, F), flattened, then the bias."""
         c, f = self.weight.shape

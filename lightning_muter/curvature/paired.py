@@ -29,6 +29,7 @@ class PairedPoints:
         s: ∂²O in both.
         weight: W (C, F).
         weights: of the points (n,).
+        r_clean: ∂_c O (n, C) in the clean logits.
     """
 
     clean: Tensor
@@ -37,6 +38,42 @@ class PairedPoints:
     s: PairedOutput
     weight: Tensor
     weights: Tensor
+    r_clean: Tensor
+
+    @property
+    def features(self) -> Tensor:
+        """The rows that move with δ."""
+        return self.perturbed
+
+    @property
+    def sides(self) -> tuple[Tensor, ...]:
+        """The features (n, F̃) of both inputs, the perturbed one last."""
+        return (self.clean, self.perturbed)
+
+    @property
+    def slopes(self) -> Tensor:
+        """∂O (n, 2C) in the outputs of both sides."""
+        return torch.cat([self.r_clean, self.r], dim=1)
+
+    def bend(self, u: Tensor) -> Tensor:
+        """∂²O u (n, 2C) for directions u of the outputs of both sides."""
+        return torch.cat(self.s.apply(*u.chunk(2, dim=1)), dim=1)
+
+    def entries(self, c: int) -> Tensor:
+        """The entries of ∂²O (n, 2, 2) at output c, between both sides."""
+        return self.s.entries(c)
+
+    def pulled(self, c: int) -> Tensor:
+        """Row c of ∂²O W (n, 2, F) for each side, moved by the perturbed side."""
+        return self.s.pulled(c, self.weight)
+
+    def matrix_form(self, v: Tensor) -> Tensor:
+        """V (C, F̃) of a vector (p,): a head's."""
+        return self.form.matrix_form(v)
+
+    def vector_form(self, matrix: Tensor) -> Tensor:
+        """The inverse of `matrix_form`."""
+        return self.form.vector_form(matrix)
 
     @property
     def form(self) -> HeadPoints:
@@ -46,6 +83,7 @@ class PairedPoints:
     def tensors(self) -> dict[str, Tensor]:
         """Everything that has one row a point."""
         own = {"clean": self.clean, "perturbed": self.perturbed, "r": self.r}
+        own |= {"r_clean": self.r_clean}
         return own | {"weights": self.weights} | self.s.tensors()
 
     def facts(self) -> dict[str, Any]:
@@ -65,9 +103,10 @@ class PairedPoints:
             PairedOutput.restore(facts["beta"], tensors),
             omega[: c * f].reshape(c, f),
             tensors["weights"],
+            tensors["r_clean"],
         )
 
-    def slopes(self, v: Tensor) -> tuple[Tensor, Tensor]:
+    def moved(self, v: Tensor) -> tuple[Tensor, Tensor]:
         """How ∂_c O and ∂_a O (n, C) move along v (p,)."""
         matrix = self.form.matrix_form(v)
         return self.s.apply(self.clean @ matrix.T, self.perturbed @ matrix.T)
@@ -95,7 +134,7 @@ class PairedHessian(OfPoints[PairedPoints]):
     def direct(self, v: Tensor) -> Tensor:
         points = self.points
         weights = points.weights.unsqueeze(1)
-        c, a = points.slopes(v)
+        c, a = points.moved(v)
         return points.form.vector_form(points.gather(c * weights, a * weights))
 
 
@@ -158,7 +197,7 @@ class PairedTotal(PairedHessian):
     def couple(self, v: Tensor) -> Tensor:
         points = self.points
         f = points.weight.shape[1]
-        _, slopes = points.slopes(v)
+        _, slopes = points.moved(v)
         along = points.r @ points.form.matrix_form(v)[:, :f] + slopes @ points.weight
         return along.reshape(-1)
 

@@ -10,16 +10,21 @@ from torch import Tensor
 
 from lightning_muter.curvature.base import PointFacts
 from lightning_muter.curvature.head import HeadHessian, HeadPoints, HeadTotal
+from lightning_muter.curvature.paired import PairedHessian, PairedPoints, PairedTotal
 from lightning_muter.curvature.point import PointCurvature
 from lightning_muter.errors import ConfigurationError, MemoryFormatError
 from lightning_muter.objectives.output_curvature import restored_output
 from lightning_muter.responses import DiagonalLowRank
+from lightning_muter.responses.probes import mixed
 
 __all__ = ["PointRows"]
 
 _FACTS = ("indices", "stationary", "active")
 _WORTH = 0.8  # of the points: taking fewer of them out saves nothing
 _FACTORS = ("factors", "slopes", "coefficients")
+
+#: what some points' derivatives are made of: of one input each, or of two
+Points = HeadPoints | PairedPoints
 
 
 @dataclass(frozen=True)
@@ -28,18 +33,19 @@ class PointRows:
 
     D_i = S_i ⊗ h̃h̃ᵀ + Σ_k c_ik v_ik v_ikᵀ + G_i diag(ρ_i) G_iᵀ with v_ik = r_i ⊗ b̃_ik + t_ik ⊗ h̃_i
     and G_i = r_i ⊗ I + (S_i W) ⊗ h̃_i. A product with a vector is a few matrix products of shapes
-    (n, F̃) and (F̃, C). Source: ours (docs/theory.md).
+    (n, F̃) and (F̃, C). A loss that sees the clean input too has two h̃ and two t in every place of
+    one. Source: ours (docs/theory.md).
 
     Attributes:
         points: h̃ (n, F̃), r (n, C), S, W (C, F) in the rows' dtype; the weights (n,) in float64.
         factors: b (n, K, F).
-        slopes: t (n, K, C).
+        slopes: t (n, K, C), or those of both sides (n, K, 2C).
         coefficients: c (n, K).
         diagonal: ρ (n, F), or None where no response has a diagonal.
         facts: which points they are.
     """
 
-    points: HeadPoints
+    points: Points
     factors: Tensor
     slopes: Tensor
     coefficients: Tensor
@@ -58,17 +64,18 @@ class PointRows:
         Raises:
             ConfigurationError: a curvature that has no such rows.
         """
-        if not isinstance(part, HeadHessian):
+        if not isinstance(part, (HeadHessian, PairedHessian)):
             raise ConfigurationError(
                 f"representation='rows' cannot keep {type(part).__name__}: it needs a linear head "
-                "(head=...), adversarial training and a threat without temperature; use "
+                "(head=...), a threat without temperature and, with TRADES, no Fisher method; use "
                 "representation='dense'"
             )
-        points = replace(part.points, weight=part.points.weight.clone())  # it may be the module's
+        points: Points = part.points
+        points = replace(points, weight=points.weight.clone())  # it may be the module's
         n, r, w = len(points.r), points.r, points.weight
         factors, coefficients = r.new_zeros(n, 0, w.shape[1]), r.new_zeros(n, 0)
         diagonal = None
-        if isinstance(part, HeadTotal):
+        if isinstance(part, (HeadTotal, PairedTotal)):
             response = part.response
             if not isinstance(response, DiagonalLowRank):
                 raise ConfigurationError(
@@ -78,8 +85,8 @@ class PointRows:
                 )
             factors, coefficients = response.factors, response.coefficients
             diagonal = response.diagonal if bool(response.diagonal.any()) else None
-        kept = [points.s.apply(factors[:, k] @ w.T) for k in range(factors.shape[1])]
-        slopes = torch.stack(kept, dim=1) if kept else r.new_zeros(n, 0, r.shape[1])
+        kept = [_bent(points, factors[:, k] @ w.T) for k in range(factors.shape[1])]
+        slopes = torch.stack(kept, dim=1) if kept else r.new_zeros(n, 0, points.slopes.shape[1])
         return cls(points, factors, slopes, coefficients, diagonal, facts).converted(dtype)
 
     def __len__(self) -> int:
@@ -110,6 +117,8 @@ class PointRows:
         own = {name: getattr(self, name) for name in _FACTORS}
         own |= {name: getattr(self.facts, name) for name in _FACTS}
         own |= {} if self.diagonal is None else {"diagonal": self.diagonal}
+        if isinstance(self.points, PairedPoints):
+            own["beta"] = torch.full_like(self.points.weights, self.points.s.beta)
         return own | self.points.tensors()
 
     @classmethod
@@ -120,11 +129,12 @@ class PointRows:
             MemoryFormatError: the tensors do not belong together.
         """
         r, sizes = tensors["r"], {len(one) for one in tensors.values()}
-        c, width = r.shape[1], tensors["features"].shape[1]
+        two = "perturbed" in tensors
+        c, width = r.shape[1], tensors["perturbed" if two else "features"].shape[1]
         k, f = tensors["factors"].shape[1:]
         shapes = [tuple(tensors[name].shape[1:]) for name in ("slopes", "coefficients")]
         fits = f in (width - 1, width) and c * width == len(omega)
-        if len(sizes) != 1 or shapes != [(k, c), (k,)] or not fits:
+        if len(sizes) != 1 or shapes != [(k, (1 + two) * c), (k,)] or not fits:
             raise MemoryFormatError(
                 f"rows of {sorted(sizes)} points with {k} factors of {f} numbers, {width} features "
                 f"and {c} outputs are none of {len(omega)} parameters: restore a backup"
@@ -134,13 +144,20 @@ class PointRows:
 
     @classmethod
     def _made(cls, tensors: Mapping[str, Tensor], weight: Tensor) -> PointRows:
-        points = HeadPoints(
-            features=tensors["features"],
-            r=tensors["r"],
-            s=restored_output(tensors),
-            weight=weight,
-            weights=tensors["weights"],
-        )
+        points: Points
+        if "perturbed" in tensors:
+            beta = float(tensors["beta"][0])
+            biased = tensors["perturbed"].shape[1] > weight.shape[1]
+            facts = {"beta": beta, "biased": biased}
+            points = PairedPoints.restore(facts, tensors, weight.reshape(-1))
+        else:
+            points = HeadPoints(
+                features=tensors["features"],
+                r=tensors["r"],
+                s=restored_output(tensors),
+                weight=weight,
+                weights=tensors["weights"],
+            )
         return cls(
             points=points,
             diagonal=tensors.get("diagonal"),
@@ -150,7 +167,7 @@ class PointRows:
 
     def converted(self, dtype: torch.dtype) -> PointRows:
         """The rows in another dtype; weights and what is known of the points stay."""
-        kept = {"weights", *_FACTS}
+        kept = {"weights", "beta", *_FACTS}
         found = {n: t if n in kept else t.to(dtype) for n, t in self.tensors().items()}
         return self._made(found, self.points.weight.to(dtype))
 
@@ -184,6 +201,25 @@ class PointRows:
         """Names, shapes and dtypes of what a point keeps: equal ones can be put together."""
         return tuple((n, tuple(t.shape[1:]), t.dtype) for n, t in sorted(self.tensors().items()))
 
+    @property
+    def sketched(self) -> bool:
+        """Whether vectors stand for a response that has no closed form."""
+        return self.diagonal is None and self.coefficients.shape[1] > 0
+
+    def resampled(self, probes: int, seed: int) -> PointRows:
+        """The rows with each of a point's probes twice or not at all, by a coin of its own.
+
+        Args:
+            probes: a point; a probe's vectors are each ``probes`` apart.
+            seed: of the coins.
+        """
+        number = self.facts.indices.unsqueeze(1) * probes
+        number = number + torch.arange(probes, device=self.device)
+        coins = 2 * (mixed(number + (seed << 40)) >> 32 & 1)
+        vectors = self.coefficients.shape[1] // probes
+        twice = self.coefficients * coins.to(self.dtype).repeat(1, vectors)
+        return replace(self, coefficients=twice)
+
     # --- what they are for --------------------------------------------------------------------
 
     @property
@@ -193,23 +229,30 @@ class PointRows:
 
     def gradient(self) -> Tensor:
         """Σ w_i ∇_ω l_i (p,), float64."""
-        points = self.points
-        weighted = points.r.double() * points.weights.unsqueeze(1)
-        return points.vector_form(weighted.T @ points.features.double())
+        weighted = self.points.slopes.double() * self.points.weights.unsqueeze(1)
+        return self.points.vector_form(self._gathered(weighted))
+
+    def _gathered(self, slopes: Tensor) -> Tensor:
+        """Σ_i t_i h̃_iᵀ (C, F̃) over all sides, for t (n, C) of every side in one row."""
+        sides = self.points.sides
+        parts = zip(slopes.chunk(len(sides), dim=1), sides, strict=True)
+        found = [own.T @ h.to(slopes.dtype) for own, h in parts]
+        return found[0] if len(found) == 1 else found[0] + found[1]
 
     def matvec(self, v: Tensor) -> Tensor:
         """Σ w_i D_i v (p,), computed in the rows' dtype, for v in float64; the same device."""
         points, (c, f) = self.points, self.points.weight.shape
         matrix = points.matrix_form(v.to(self.dtype))
         weights = points.weights.to(self.dtype).unsqueeze(1)
-        u = points.features @ matrix.T  # V h̃ (n, C)
+        u = torch.cat([h @ matrix.T for h in points.sides], dim=1)  # V h̃ (n, C) of every side
         along_s = u
         moved = None  # what the response makes of Gᵀ V (n, F)
         if self.diagonal is not None:
-            coupled = points.r @ matrix[:, :f] + points.s.apply(u) @ points.weight
-            moved = self.diagonal * coupled
-            along_s = u + moved @ points.weight.T
-        out = points.s.apply(along_s)
+            last = points.bend(u)[:, -c:]
+            moved = self.diagonal * (points.r @ matrix[:, :f] + last @ points.weight)
+            along_s = u.clone()
+            along_s[:, -c:] += moved @ points.weight.T
+        out = points.bend(along_s)
         if self.coefficients.shape[1]:
             pushed = (self.factors.reshape(-1, f) @ matrix[:, :f].T).reshape(
                 *self.factors.shape[:2], c
@@ -219,7 +262,7 @@ class PointRows:
             out = out + (a.unsqueeze(1) @ self.slopes).squeeze(1)
             spread = (a.unsqueeze(1) @ self.factors).squeeze(1)
             moved = spread if moved is None else moved + spread
-        total = (weights * out).T @ points.features
+        total = self._gathered(weights * out)
         if moved is not None:
             total[:, :f] += (weights * points.r).T @ moved
         return points.vector_form(total).double()
@@ -227,34 +270,69 @@ class PointRows:
     def heaviest(self, c: int, share: float) -> PointRows:
         """The fewest points that hold a share of class c's weight Σ w (S_cc + r_c²)."""
         points = self.points
-        weights = points.s.entry(c, c).double() + points.r[:, c].double().square()
+        direct = points.entries(c).double().diagonal(dim1=1, dim2=2).sum(dim=1)
+        weights = direct + points.r[:, c].double().square()
         order = (weights * points.weights).sort(descending=True)
         sums = order.values.cumsum(dim=0)
         count = int((sums < share * sums[-1]).sum()) + 1 if len(self) else 0
         return self if count >= _WORTH * len(self) else self[order.indices[:count]]
 
+    @property
+    def outer_products(self) -> bool:
+        """Whether each point adds outer products with positive signs, and nothing else."""
+        one = isinstance(self.points, HeadPoints) and self.diagonal is None
+        return one and bool((self.coefficients >= 0).all())
+
+    def class_rows(self, c: int) -> Tensor:
+        """U (k, F̃) of class c's block Uᵀ U, k = n (1 + K), where all are `outer_products`."""
+        points = self.points
+        h, w = points.features, points.weights.to(self.dtype)
+        own = [h * (w * points.entries(c)[:, 0, 0].clamp(min=0)).sqrt().unsqueeze(1)]
+        for k in range(self.coefficients.shape[1]):
+            v = self._probe(k, c)
+            own.append(v * (w * self.coefficients[:, k]).sqrt().unsqueeze(1))
+        return torch.cat(own)
+
     def class_block(self, c: int) -> Tensor:
         """The block of class c of Σ w_i D_i (F̃, F̃), in the rows' dtype."""
         points, f = self.points, self.points.weight.shape[1]
-        h, w = points.features, points.weights.to(self.dtype)
-        block = h.T @ (h * (w * points.s.entry(c, c)).unsqueeze(1))
-        r = points.r[:, c, None]
+        w, pairs, sides = points.weights.to(self.dtype), points.entries(c), points.sides
+        rho, g = self.diagonal, None
+        if rho is not None:  # G_c ρ G_cᵀ with G_c = r_c I + Σ_j h̃_j g_jᵀ
+            g = points.pulled(c)
+            pairs = pairs + (g * rho.unsqueeze(1)) @ g.mT
+        block = torch.zeros_like(sides[0].T @ sides[0])
+        for j, left in enumerate(sides):
+            for k, right in enumerate(sides):
+                block += left.T @ (right * (w * pairs[:, j, k]).unsqueeze(1))
         for k in range(self.coefficients.shape[1]):
-            v = h * self.slopes[:, k, c, None]
-            v[:, :f] += r * self.factors[:, k]
+            v = self._probe(k, c)
             block += v.T @ (v * (w * self.coefficients[:, k]).unsqueeze(1))
-        if self.diagonal is None:
+        if rho is None or g is None:
             return block
-        # G_c ρ G_cᵀ with G_c = r_c I + h̃ g_cᵀ and g_c = (S W)_c
-        rho, g = self.diagonal, points.s.row(c, points.weight)
-        cross = (r * w.unsqueeze(1) * rho * g).T @ h  # (F, F̃)
-        block[:f] += cross
-        block[:, :f] += cross.T
-        block += h.T @ (h * (w * (g * rho * g).sum(dim=1)).unsqueeze(1))
+        r = points.r[:, c, None]
+        for j, h in enumerate(sides):
+            cross = (r * w.unsqueeze(1) * rho * g[:, j]).T @ h  # (F, F̃)
+            block[:f] += cross
+            block[:, :f] += cross.T
         block.diagonal()[:f] += (w.unsqueeze(1) * r.square() * rho).sum(dim=0)
         return block
+
+    def _probe(self, k: int, c: int) -> Tensor:
+        """The part of class c in v_k (n, F̃)."""
+        points, (classes, f) = self.points, self.points.weight.shape
+        own = self.slopes[:, k, c::classes]  # of every side
+        v = torch.stack([h * own[:, j, None] for j, h in enumerate(points.sides)]).sum(dim=0)
+        v[:, :f] += points.r[:, c, None] * self.factors[:, k]
+        return v
 
     def diagonal_of_sum(self) -> Tensor:
         """The diagonal of Σ w_i D_i (p,), float64."""
         own = [self.class_block(c).diagonal() for c in range(self.points.r.shape[1])]
         return self.points.vector_form(torch.stack(own)).double()
+
+
+def _bent(points: Points, last: Tensor) -> Tensor:
+    """∂²l (n, C) of every side for directions (n, C) of the perturbed outputs alone."""
+    others = torch.zeros_like(points.slopes[:, : points.slopes.shape[1] - last.shape[1]])
+    return points.bend(torch.cat([others, last], dim=1))

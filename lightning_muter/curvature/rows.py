@@ -13,10 +13,10 @@ from lightning_muter.curvature.base import Curvature, PointFacts
 from lightning_muter.curvature.class_blocks import ClassBlocks
 from lightning_muter.curvature.point import PointCurvature
 from lightning_muter.curvature.point_rows import PointRows
-from lightning_muter.linalg.cg import conjugate_gradients
+from lightning_muter.linalg.cg import conjugate_gradients, iterate
 from lightning_muter.linalg.lanczos import Krylov
 from lightning_muter.linalg.minres import minres
-from lightning_muter.linalg.solution import Solution, Status
+from lightning_muter.linalg.solution import Operator, Solution, Status
 from lightning_muter.parallel import Group
 
 __all__ = ["RowsCurvature", "RowsOptions", "RowsSolver", "RowsSum"]
@@ -24,12 +24,16 @@ __all__ = ["RowsCurvature", "RowsOptions", "RowsSolver", "RowsSum"]
 _PREFIX = "rows."  # of the names of tensors that are kept
 _BLOCK = 4096  # points that are kept together
 _LANCZOS = 20  # steps that estimate the extreme eigenvalues
-_ROUGH = 1e-3  # the residual of a number for people
+_SAMPLE = 16  # points of a typical request
 _RESIDENT = 0.6  # of an accelerator's free memory that rows take at the most; else the host's
 #: blocks of the preconditioner are made anew once fewer than this share of their points is left
 _RENEWED = 0.7
 #: a residual this many times what was asked is not what was asked
 _STALLED = 2.0
+#: bytes of float64 rows from which on the iteration runs on a float32 copy
+_LARGE = 1 << 26
+#: the residual that float32 products reach at the most, and how often they are refined
+_SINGLE, _REFINED = 3e-6, 4
 _TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-5}
 
 
@@ -42,12 +46,14 @@ class RowsOptions:
         tol: ‖M x - b‖ / ‖b‖ at which a solve stops; None for 1e-8, or 1e-5 in float32.
         max_iter: products of a solve at the most.
         budget: bytes for the preconditioner.
+        probes: a point of a sketched inner response; 0 where responses are exact.
     """
 
     dtype: torch.dtype = torch.float64
     tol: float | None = None
     max_iter: int = 2000
     budget: int = 1 << 30
+    probes: int = 0
 
     @property
     def tolerance(self) -> float:
@@ -235,6 +241,26 @@ class RowsCurvature(Curvature):
         full = tuple(one for one in blocks if len(one))
         return replace(self, blocks=full or tuple(blocks[:1]))
 
+    def resampled(self, seed: int = 0) -> RowsCurvature | None:
+        """The sum with each probe twice or not at all, by a coin; None where nothing is sketched.
+
+        It differs from this one as this one differs from the sum of exact responses: the spread
+        of a coin is the second moment of a probe's term, which of normal probes is at most 1.5
+        times its variance. Source: ours (docs/theory.md).
+
+        Args:
+            seed: of the coins, which a point keeps in any order, on any process.
+        """
+        if not any(one.sketched for one in self.blocks) or not self.options.probes:
+            return None
+        blocks = tuple(one.resampled(self.options.probes, seed) for one in self.blocks)
+        return replace(self, blocks=blocks)
+
+    def sample_gradient(self) -> Tensor:
+        """The sum of a few points' gradients (p,), which stands for a request's."""
+        own = self.blocks[0][:_SAMPLE].gradient()
+        return self.group.sum(own.to(self.group.device))
+
     # --- products and solves --------------------------------------------------------------------
 
     def matvec(self, v: Tensor) -> Tensor:
@@ -258,13 +284,13 @@ class RowsCurvature(Curvature):
         count, blocks = self._inverses.get(self.damping, (0, None))
         if blocks is None or self.points < _RENEWED * count:
             blocks = ClassBlocks.of(
-                self.blocks, self.shift, self.group.sum, self.options.budget, device
+                self.blocks, self.shift, self.group, self.options.budget, device
             )
             self._inverses[self.damping] = (self.points, blocks)
         return replace(blocks, shift=self.shift)
 
-    def estimate(self, rhs: Tensor) -> Solution:
-        return RowsSolver(self, _ROUGH).solve(rhs)
+    def estimate(self, rhs: Tensor, tol: float = 1e-3) -> Solution:
+        return RowsSolver(self, tol).solve(rhs)
 
     def extremes(self) -> tuple[float, float]:
         generator = torch.Generator().manual_seed(0)
@@ -284,9 +310,11 @@ class RowsCurvature(Curvature):
 class RowsSolver:
     """Solves M x = b by conjugate gradients on products with rows.
 
-    The classes' blocks precondition (`ClassBlocks`). Where M is indefinite minimum residuals take
-    over and the status says so; without weight decay and damping the solution is the shortest one
-    for losses that a shift of all outputs leaves as they are.
+    The classes' blocks precondition (`ClassBlocks`). Many rows in float64 iterate on a copy in
+    float32, which takes half the time, and what that leaves by all digits is solved again. Where M
+    is indefinite minimum residuals take over and the status says so; without weight decay and
+    damping the solution is the shortest one for losses that a shift of all outputs leaves as they
+    are.
 
     Args:
         curvature: M.
@@ -304,7 +332,11 @@ class RowsSolver:
         """
         curvature, tol = self.curvature, self.tol
         inverse, limit = curvature.preconditioner(rhs.device), curvature.options.max_iter
-        found = conjugate_gradients(curvature.matvec, rhs, inverse.apply, tol, limit)
+        start, before = self._in_float32(rhs, inverse.apply)
+        found = conjugate_gradients(
+            curvature.matvec, rhs, inverse.apply, tol, limit - before, start=start
+        )
+        found = replace(found, iterations=before + found.iterations)
         if found.status is Status.INDEFINITE:
             again = minres(curvature.matvec, rhs, tol, limit)
             return replace(again, iterations=found.iterations + again.iterations, tol=tol)
@@ -316,3 +348,28 @@ class RowsSolver:
         ):  # rounding of the rows' dtype ends the iteration earlier
             status = Status.MAX_ITERATIONS
         return replace(found, status=status, tol=tol)
+
+    def _in_float32(self, rhs: Tensor, inverse: Operator) -> tuple[Tensor | None, int]:
+        """Roughly x (p,) by products with a copy of many rows in float32, and how many there were.
+
+        Each round solves for what is left of b by all digits (iterative refinement).
+        """
+        curvature = self.curvature
+        here = all(one.device == rhs.device for one in curvature.blocks)
+        if curvature.options.dtype == torch.float32 or curvature.nbytes < _LARGE or not here:
+            return None, 0
+        copies = tuple(one.converted(torch.float32) for one in curvature.blocks)
+        single = replace(curvature, blocks=copies)
+        x, rest, products = torch.zeros_like(rhs), rhs, 0
+        goal = self.tol * torch.linalg.vector_norm(rhs)
+        for _ in range(_REFINED):
+            left = float(goal / torch.linalg.vector_norm(rest).clamp(min=1e-300))
+            if left >= 1:
+                break
+            most = curvature.options.max_iter // 2 - products
+            end = iterate(single.matvec, rest, inverse, max(left / 2, _SINGLE), most)
+            if bool(end.negative.any()):  # of rounding, or of M: the iteration by all digits tells
+                break
+            x = x + end.value
+            rest, products = rhs - curvature.matvec(x), products + end.iterations + 1
+        return x, products

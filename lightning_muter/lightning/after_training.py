@@ -281,6 +281,8 @@ def _trust(memory: UnlearningMemory) -> str:
         said.append(f"training's way is retraced to {summary['retrace_error']:.1%}")
     elif "distance_to_optimum" in summary:
         said.append(f"the optimum is {summary['distance_to_optimum']:.2g} away")
+    if "sketch_noise" in summary:
+        said.append(f"the probes' noise is {summary['sketch_noise']:.1%} of an update")
     if memory.settings.response == "unconstrained" and summary["usable_response"] < 1:
         said.append(f"the response exists at {summary['usable_response']:.0%} of the points only")
     verdict = "nothing speaks against it"

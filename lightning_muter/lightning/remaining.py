@@ -45,13 +45,12 @@ def read_once(
     Raises:
         RemovalError: a point that is left has no row; all of them are named.
     """
-    parameter, digests, kept = view.parameters[0], [], []
+    place, dtype, digests, kept = view.device, view.parameters[0].dtype, [], []
     for block in bar(blocks(range(len(points)), _BATCH), "the points", len(points), len):
         with torch.inference_mode(False):
             x, targets, beside = points.batch(block)
         digests += digests_of(memory.key, x, targets, beside)
-        x, beside = (one.to(parameter.device, parameter.dtype) for one in (x, beside))
-        kept.append((x, targets.to(parameter.device), beside))
+        kept.append((x.to(place, dtype), targets.to(place), beside.to(place, dtype)))
     owners = torch.full((len(points),), -1, dtype=torch.long)
     rows, left = _rows(memory, digests), torch.tensor(memory.remaining)
     owners[rows[left]] = left

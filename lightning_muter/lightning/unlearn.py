@@ -365,6 +365,7 @@ def _result(
 ) -> UnlearningResult:
     outcomes = server.outcomes
     sums = sum((o.sums for o in outcomes[1:]), outcomes[0].sums)
+    noises = [o.sketch_noise for o in outcomes if o.sketch_noise is not None]
     return UnlearningResult(
         method=found.memory.settings.method,
         indices=tuple(server.served),
@@ -381,6 +382,7 @@ def _result(
         warnings=found.warnings,
         already=tuple(server.already),
         residual_asked=outcomes[0].solution.tol,
+        sketch_noise=max(noises, default=None),
         publication=found.publication,
     )
 

@@ -30,13 +30,19 @@ class End:
 
 
 def iterate(
-    operator: Operator, rhs: Tensor, preconditioner: Operator, tol: float, max_iter: int
+    operator: Operator,
+    rhs: Tensor,
+    preconditioner: Operator,
+    tol: float,
+    max_iter: int,
+    start: Tensor | None = None,
 ) -> End:
     """Systems along the last dimension of ``rhs`` (..., d); one that is done changes no more.
 
     The bare iteration, for callers that measure the residual in their own way.
     """
-    x, r = torch.zeros_like(rhs), rhs.clone()
+    x = torch.zeros_like(rhs) if start is None else start.clone()
+    r = rhs.clone() if start is None else rhs - operator(start)
     z = preconditioner(r)
     direction = z.clone()
     rz = (r * z).sum(dim=-1, keepdim=True)
@@ -69,6 +75,7 @@ def conjugate_gradients(
     preconditioner: Operator | None = None,
     tol: float = 1e-10,
     max_iter: int = 1000,
+    start: Tensor | None = None,
 ) -> Solution:
     """Preconditioned conjugate gradients for one system (p,).
 
@@ -81,11 +88,12 @@ def conjugate_gradients(
         preconditioner: products with an approximate inverse; None for the identity.
         tol: ‖A x - b‖ / ‖b‖ at which to stop.
         max_iter: iterations at the most.
+        start: x (p,) to begin at; 0 by default.
 
     Raises:
         SolverError: the solution is not finite.
     """
-    end = iterate(operator, rhs, preconditioner or (lambda v: v), tol, max_iter)
+    end = iterate(operator, rhs, preconditioner or (lambda v: v), tol, max_iter, start)
     status = Status.CONVERGED if bool(end.done.all()) else Status.MAX_ITERATIONS
     if bool(end.negative.any()):
         status = Status.INDEFINITE

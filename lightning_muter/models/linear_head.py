@@ -354,7 +354,7 @@ class PairedLinearisation(RowLinearisation):
         perturbed, a, self.reads_input = self._rows(seen[1])
         self._losses = objective.outer((c, a), targets).double()
         self._r, r, s = objective.derivatives(c.double(), a.double(), targets)
-        self._pairs = PairedPoints(clean, perturbed, r, s, self._weight, weights)
+        self._pairs = PairedPoints(clean, perturbed, r, s, self._weight, weights, self._r)
         self.head = HeadPoints(perturbed, r, Full(s.dense()[2]), self._weight, weights)
 
     def losses(self) -> Tensor:

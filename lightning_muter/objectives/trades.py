@@ -184,6 +184,25 @@ class PairedOutput:
         second = self.beta * Categorical(self.q).dense()
         return self.clean.dense() + self.beta * own, -self.beta * s_p, second
 
+    @property
+    def sums_to_zero(self) -> bool:
+        """Whether every block times 1 is 0: the divergence's are by their form."""
+        return self.clean.sums_to_zero
+
+    def entries(self, c: int) -> Tensor:
+        """The entries (n, 2, 2) of ∂² at output c of both sides."""
+        p, f = self.p[:, c], self.f[:, c]
+        s_p = Categorical(self.p).entry(c, c)
+        own = self.clean.entry(c, c) + self.beta * (s_p + f - 2 * f * p)
+        s_q = Categorical(self.q).entry(c, c)
+        pairs = torch.stack([own, -self.beta * s_p, -self.beta * s_p, self.beta * s_q], dim=1)
+        return pairs.reshape(-1, 2, 2)
+
+    def pulled(self, c: int, weight: Tensor) -> Tensor:
+        """Row c of (∂_ca W, ∂_aa W) (n, 2, F) for W (C, F)."""
+        rows = [-Categorical(self.p).row(c, weight), Categorical(self.q).row(c, weight)]
+        return self.beta * torch.stack(rows, dim=1)
+
     def tensors(self) -> dict[str, Tensor]:
         """What it is made of, by name, with one row a point."""
         clean = {f"clean_{name}": one for name, one in self.clean.tensors().items()}

@@ -30,6 +30,7 @@ class Footprint:
         factors: vectors a point of the inner response.
         diagonal: whether the response has a diagonal besides.
         size: bytes of a number.
+        sides: inputs that a point's loss sees: with TRADES the clean one too.
     """
 
     classes: int
@@ -37,12 +38,13 @@ class Footprint:
     factors: int
     diagonal: bool
     size: int
+    sides: int = 1
 
     @property
     def point_bytes(self) -> int:
         """Bytes a point."""
-        numbers = self.width * (1 + self.factors + self.diagonal)
-        numbers += self.classes * (2 + self.factors) + self.factors
+        numbers = self.width * (self.sides + self.factors + self.diagonal)
+        numbers += self.classes * self.sides * (self.sides + 1 + self.factors) + self.factors
         return self.size * numbers + _FACTS
 
     def rows_bytes(self, points: int) -> int:
@@ -79,8 +81,9 @@ def footprint_of(settings: Settings, view: ModelView, inputs: int) -> Footprint 
     """
     if not isinstance(view, LinearHead):
         return "rows need a linear head (head=...)"
-    if settings.objective is not None:
-        return "rows are of one perturbed input a point, and TRADES sees the clean one too"
+    fisher = METHODS[settings.method].curvature == "fisher"
+    if settings.objective is not None and fisher:
+        return "Fisher information of TRADES is of two inputs a point at once"
     if settings.threat.temperature is not None:
         return "rows serve no threat with a temperature"
     layer, total = view.layer, METHODS[settings.method].curvature == "total"
@@ -97,6 +100,7 @@ def footprint_of(settings: Settings, view: ModelView, inputs: int) -> Footprint 
         width=layer.in_features + (layer.bias is not None),
         factors=factors,
         diagonal=total and closed,
+        sides=1 if settings.objective is None else 2,
         size=settings.rows_options(torch.device("cpu")).dtype.itemsize,
     )
 

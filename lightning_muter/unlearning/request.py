@@ -24,6 +24,7 @@ from lightning_muter.unlearning.block_system import BlockSystem
 from lightning_muter.unlearning.diagnosis import request_warnings
 from lightning_muter.unlearning.methods import METHODS
 from lightning_muter.unlearning.points import Batch, Sums
+from lightning_muter.unlearning.sketch_noise import noise_warning, sketch_noise
 from lightning_muter.unlearning.steps import FlowStep, NewtonStep, Step
 
 __all__ = ["Outcome", "forget", "forget_rows"]
@@ -35,13 +36,18 @@ _FACTOR_LIMIT = 20_000
 
 @dataclass(frozen=True)
 class Outcome:
-    """The memory after a request, with the system's solution and the sums over its points."""
+    """The memory after a request, with the system's solution and the sums over its points.
+
+    ``sketch_noise`` is the share of the update by which its probes may have it wrong, None where
+    nothing is sketched.
+    """
 
     memory: UnlearningMemory
     solution: Solution
     sums: Sums
     seconds: float
     warnings: tuple[str, ...]
+    sketch_noise: float | None = None
 
 
 @dataclass(frozen=True)
@@ -168,11 +174,15 @@ def _sums(rows: PointRows) -> Sums:
 
 def _solved(memory: UnlearningMemory, gone: _Gone) -> Solution:
     """Δω (p,) of Stage II."""
+    step = _step(memory, float(gone.sums.weight))
+    return step.solve(_system(memory, gone), memory.gradient + gone.gradient)
+
+
+def _system(memory: UnlearningMemory, gone: _Gone) -> Curvature:
+    """M of Stage II."""
     downdated = METHODS[memory.settings.method].downdate
     curvature = gone.remaining if downdated else _curvature(memory)
-    rhs = memory.gradient + gone.gradient
-    step = _step(memory, float(gone.sums.weight))
-    return step.solve(curvature.damped(memory.settings.damping), rhs)
+    return curvature.damped(memory.settings.damping)
 
 
 def _solved_by_blocks(
@@ -190,10 +200,16 @@ def _solved_by_blocks(
 def _outcome(
     memory: UnlearningMemory, indices: list[int], gone: _Gone, solution: Solution, start: float
 ) -> Outcome:
+    rhs = memory.gradient + gone.gradient
+    before, system = _curvature(memory).damped(memory.settings.damping), _system(memory, gone)
+    step = _step(memory, float(gone.sums.weight))
+    noise = sketch_noise(system, before, step, rhs, solution.value)
+    noise = memory.summary.get("sketch_noise") if noise is None else noise
     entry = {
         "m": len(indices),
         "residual": solution.residual,
         "residual_asked": solution.tol,
+        "sketch_noise": noise,
         "status": str(solution.status),
     }
     omega = memory.omega_star + solution.value
@@ -206,7 +222,10 @@ def _outcome(
         _distance(memory),
         gone.sums.share(gone.sums.tied),
     )
-    return Outcome(after, solution, gone.sums, time.perf_counter() - start, warnings)
+    doubt = noise_warning(noise, memory.settings.sketch)
+    told = noise_warning(memory.summary.get("sketch_noise"), memory.settings.sketch)
+    warnings += () if doubt is None or told is not None else (doubt,)  # one is enough
+    return Outcome(after, solution, gone.sums, time.perf_counter() - start, warnings, noise)
 
 
 @dataclass(frozen=True)

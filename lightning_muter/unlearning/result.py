@@ -98,6 +98,8 @@ class UnlearningResult:
         already: the points that were asked for and passed over, since an earlier call forgot them.
         residual_asked: the residual at which the iterative solve of rows was to stop, None of other
             solvers.
+        sketch_noise: the share of the update by which the probes of a sketch may have it wrong, of
+            the worst request; None where nothing is sketched.
         rebase_due: why ``trainer.rebase`` is due by the callback's rebase_every and rebase_after.
         publication: what was certified of the published model, with ``certificate=``; its (ε, δ),
             those of all publications so far, and the noise.
@@ -119,6 +121,7 @@ class UnlearningResult:
     already: tuple[int, ...] = ()
     rebase_due: str = ""
     residual_asked: float | None = None
+    sketch_noise: float | None = None
     publication: Publication | None = None
 
     @classmethod
@@ -146,7 +149,7 @@ class UnlearningResult:
         verb = "kept the model for" if self.method == "none" else "forgot"
         said = [
             f"{verb} {counted(len(self.indices), 'point')} ({self.method}): {self.status}",
-            f"the weights moved by {self.update_norm:.3g}",
+            f"the weights moved by {self.update_norm:.3g}{self._noise()}",
             self._distance(),
             f"{self.seconds['total']:.2g} s",
         ]
@@ -157,6 +160,10 @@ class UnlearningResult:
         if self.rebase_due:
             said.append(self.rebase_due)
         return "; ".join(said)
+
+    def _noise(self) -> str:
+        """How much of the update is its probes' noise."""
+        return "" if self.sketch_noise is None else f" ({self.sketch_noise:.1%} of it noise)"
 
     def _distance(self) -> str:
         """What is known of the distance to a Retrain."""

@@ -11,6 +11,9 @@ from torch import Tensor, nn
 
 from lightning_muter.adversary.maximiser import InnerMaximum
 from lightning_muter.curvature.base import Curvature, CurvatureSum
+from lightning_muter.curvature.dense import DenseCurvature
+from lightning_muter.curvature.point_sample import PointSample
+from lightning_muter.curvature.rows import RowsCurvature
 from lightning_muter.errors import ConfigurationError
 from lightning_muter.linalg.lanczos import TimeAverage
 from lightning_muter.memory.fingerprint import fingerprint
@@ -26,6 +29,8 @@ from lightning_muter.unlearning.methods import METHODS
 from lightning_muter.unlearning.objective import Evaluation
 from lightning_muter.unlearning.point_problem import PointProblem
 from lightning_muter.unlearning.points import Batch, Sums
+from lightning_muter.unlearning.sketch_noise import noise_warning, sketch_noise
+from lightning_muter.unlearning.steps import NewtonStep
 
 __all__ = ["build_memories", "summarise"]
 
@@ -45,6 +50,8 @@ class _Building:
         view = settings.view(module)
         kept = METHODS[settings.method].has_memory
         curvature = settings.empty_sum(view) if kept else None
+        if isinstance(curvature, DenseCurvature) and settings.sketched:
+            curvature = PointSample(curvature, settings.sketch)
         return cls(settings, view, settings.problem(), curvature, Sums.zero(view.p, view.device))
 
     def add(self, batch: Batch, shared: dict[Threat, InnerMaximum]) -> None:
@@ -117,6 +124,10 @@ def _memory(
         curvature = built.curvature.finished(group, evaluation.weight, settings.weight_decay)
         start = _start(settings, curvature, evaluation.gradient, omega, initial, flow)
         summary, warnings = summarise(settings, evaluation, curvature, omega, start)
+        noise = _noise(built, curvature.damped(settings.damping), evaluation.points, group)
+        summary |= {} if noise is None else {"sketch_noise": noise}
+        doubt = noise_warning(noise, settings.sketch)
+        warnings += () if doubt is None else (doubt,)
     return UnlearningMemory(
         settings=settings,
         omega_star=omega,
@@ -137,6 +148,19 @@ def _memory(
             for name, one in zip(view.names, view.parameters, strict=True)
         ),
     )
+
+
+def _noise(built: _Building, curvature: Curvature, points: int, group: Group) -> float | None:
+    """What the probes of a sketch make of a request's update; None where nothing is sketched."""
+    found = None
+    if isinstance(built.curvature, PointSample):
+        found = built.curvature.noise(curvature, points)
+    elif isinstance(curvature, RowsCurvature):
+        rhs = curvature.sample_gradient()
+        update = curvature.estimate(rhs).value
+        found = sketch_noise(curvature, curvature, NewtonStep(), rhs, update)
+    told: float | None = group.broadcast(found)
+    return told
 
 
 def _start(

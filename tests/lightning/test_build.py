@@ -175,9 +175,9 @@ def test_no_callback_a_taken_folder_and_another_models_checkpoint(tmp_path: Path
 
 def test_a_memory_of_rows_serves_indices_alone() -> None:
     _, _, model, data = fit()
-    dense, _ = builder(sketch=2)
+    dense, _ = builder(sketch=40)
     dense.build_memory(model, data)
-    rows, _ = builder(sketch=2, representation="rows")
+    rows, _ = builder(sketch=40, representation="rows")
     twin = Net().double()
     twin.load_state_dict(model.state_dict())
     rows.build_memory(twin, data)

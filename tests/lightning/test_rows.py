@@ -22,9 +22,9 @@ TIGHT = Rows(tol=1e-12)
 
 
 def test_a_list_of_indices_is_a_request_and_needs_no_data(tmp_path: Path) -> None:
-    dense_trainer, dense, dense_model, data = fit(sketch=1)
+    dense_trainer, dense, dense_model, data = fit(sketch=200)
     trainer, callback, model, _ = fit(
-        sketch=1, representation=TIGHT, memory_dir=str(tmp_path / "memory")
+        sketch=200, representation=TIGHT, memory_dir=str(tmp_path / "memory")
     )
     assert isinstance(memory_of(callback).curvature, RowsCurvature)
     torch.testing.assert_close(memory_of(callback).omega, memory_of(dense).omega)
@@ -59,7 +59,7 @@ def test_a_list_of_indices_is_a_request_and_needs_no_data(tmp_path: Path) -> Non
 
 def test_a_rebase_of_rows_goes_by_the_remaining_points(tmp_path: Path) -> None:
     trainer, callback, model, data = fit(
-        sketch=1, representation=TIGHT, memory_dir=str(tmp_path / "memory")
+        sketch=40, representation=TIGHT, memory_dir=str(tmp_path / "memory")
     )
     trainer.unlearn([0, 7])
     trainer.rebase(data)
@@ -98,17 +98,17 @@ def test_auto_takes_rows_where_a_matrix_does_not_fit(
     room = {"free": 10_000}
     monkeypatch.setattr(representation, "free_bytes", lambda device: room["free"])
     with pytest.raises(ConfigurationError, match="as a matrix, .* as rows.* are free on cpu"):
-        fit(sketch=1)
+        fit(sketch=40)
     monkeypatch.setattr(representation, "request_bytes", lambda p: 10**9)
     room["free"] = 10**6
-    _, callback, _, _ = fit(sketch=1)
+    _, callback, _, _ = fit(sketch=40)
     assert isinstance(memory_of(callback).curvature, RowsCurvature)
     with pytest.raises(ConfigurationError, match="rows need sketch=1"):
         fit()
 
 
 def test_the_named_rows_of_a_data_set_that_moved(tmp_path: Path) -> None:
-    trainer, callback, _, data = fit(sketch=1, representation=TIGHT)
+    trainer, callback, _, data = fit(sketch=40, representation=TIGHT)
     rest = Data(keep=[i for i in range(41) if i != 2])
     trainer.unlearn(RemovalDataModule(rest, [5]))  # training point 6
     assert memory_of(callback).ledger[-1]["indices"] == [6]

@@ -200,8 +200,8 @@ def test_what_cannot_be_is_refused_with_what_to_write() -> None:
     with pytest.raises(ConfigurationError, match=r"TRADES\(beta"):
         MUterCallback(L2Ball(0.5), "head", objective="trades")  # type: ignore[arg-type]
 
-    with pytest.raises(ConfigurationError, match="TRADES sees the clean one"):
-        fitted(Own, representation="rows")
+    with pytest.raises(ConfigurationError, match="Fisher information of TRADES"):
+        fitted(Own, representation="rows", method="fisher_delta")
 
     class OneOutput(Own):
         def __init__(self) -> None:
