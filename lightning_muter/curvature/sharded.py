@@ -188,8 +188,8 @@ class ShardedDense(Curvature):
     def solver(self) -> ShardedSolver:
         return ShardedSolver(self, _TOL)
 
-    def estimate(self, rhs: Tensor) -> Solution:
-        return ShardedSolver(self, _ROUGH).solve(rhs)
+    def estimate(self, rhs: Tensor, tol: float = 1e-3) -> Solution:
+        return ShardedSolver(self, tol).solve(rhs)
 
     def preconditioner(self) -> Operator | None:
         """Solves with each process's diagonal block of M_0 + damping · I, factorised once.
