@@ -4,7 +4,7 @@ Logistic regression on all of MNIST's 1 and 7 (p = 784), or a head of 640 x 10 (
 images through a seeded random network; float64, memories of Stage I. Every request starts from the
 same memory; the Cholesky factorisations of the same matrix are timed between the requests.
 
-    OMP_NUM_THREADS=1 python benchmarks/requests.py small --data DIR
+    OMP_NUM_THREADS=1 python benchmarks/requests.py small --data DIR --kinds dense rows
     OMP_NUM_THREADS=1 python benchmarks/requests.py large --data DIR --points 1000
 """
 
@@ -91,6 +91,7 @@ def main() -> None:
     parser.add_argument("size", choices=["small", "large"])
     parser.add_argument("--points", type=int, default=13_007)
     parser.add_argument("--requests", type=int, default=100)
+    parser.add_argument("--kinds", nargs="+", default=["dense"], choices=["dense", "rows"])
     given = parser.parse_args()
     warnings.simplefilter("ignore")
     for name in ("pytorch_lightning", "pytorch_lightning.utilities.rank_zero"):
@@ -108,7 +109,7 @@ def main() -> None:
     row: dict[str, Any] = {"threads": torch.get_num_threads(), "torch": torch.__version__}
     row["machine"] = platform.processor() or platform.machine()
     with tempfile.TemporaryDirectory() as folder:
-        for kind in ("dense", "rows") if given.size == "small" else ("dense",):
+        for kind in given.kinds:
             options |= {"representation": kind, "memory_dir": f"{folder}/{kind}"}
             requests = given.requests if kind == "dense" else min(given.requests, 15)
             row |= measured(model, data, MUterCallback(L2Ball(1.0), **options), requests)
