@@ -15,7 +15,7 @@ from lightning_muter.objectives.trades import TRADES
 from lightning_muter.responses import resolve_response
 from lightning_muter.threats import Threat
 from lightning_muter.unlearning.point_problem import PointProblem
-from lightning_muter.unlearning.points import unweighted
+from lightning_muter.unlearning.points import checked
 
 __all__ = ["total_hessian"]
 
@@ -69,8 +69,8 @@ def total_hessian(
         A symmetric matrix (p, p), float64, on the batch's device.
 
     Raises:
-        ConfigurationError: the head is no linear layer, the loss does not fit the outputs, or
-            inputs lie outside the threat's data range.
+        ConfigurationError: the head is no linear layer, the loss does not fit the outputs or the
+            targets, or inputs are no numbers or lie outside the threat's data range.
 
     Example:
         >>> import torch
@@ -80,12 +80,12 @@ def total_hessian(
         >>> total_hessian(model, batch, L2Ball(eps=0.1), head="0", loss="logistic").shape
         torch.Size([3, 3])
     """
-    threat.check_inputs(batch[0])
     own, form = loss_in(loss, module), LogitsForm(forward, output)
     view = view_of(module, own, head, parameters, space, threat.scaling, objective, form)
+    points = checked(view, batch[0], batch[1])
+    threat.check_inputs(points.x)
     resolved = resolve_response(response, inverse, neumann_order, sketch)
     problem = PointProblem("muter", threat, resolved, weight_decay)
-    points = unweighted(batch[0], batch[1])
     total = DenseCurvature.zeros(view.p, points.x.device)
     with measuring(module):
         view.check(batch[0][:2])

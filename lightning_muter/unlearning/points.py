@@ -10,10 +10,12 @@ from torch import Tensor
 
 from lightning_muter.adversary.maximiser import InnerMaximum
 from lightning_muter.curvature.base import PointFacts
-from lightning_muter.models import Linearisation
+from lightning_muter.errors import ConfigurationError
+from lightning_muter.models import Linearisation, ModelView, measuring
+from lightning_muter.objectives.targets import check_targets
 from lightning_muter.threats import Geometry
 
-__all__ = ["Batch", "Chunk", "Sums", "unweighted"]
+__all__ = ["Batch", "Chunk", "Sums", "checked", "unweighted"]
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,35 @@ class Batch:
 def unweighted(x: Tensor, targets: Tensor) -> Batch:
     """A batch whose points all have weight 1."""
     return Batch(x, targets, torch.ones(len(x), dtype=torch.float64, device=x.device))
+
+
+def checked(view: ModelView, x: Tensor, targets: Tensor) -> Batch:
+    """Points that a user gives, each of weight 1.
+
+    Args:
+        view: what will look at them.
+        x: inputs (n, ...) as the module receives them.
+        targets: of the points (n, ...).
+
+    Raises:
+        ConfigurationError: no point, sizes that differ, inputs that are NaN, infinite or of another
+            dtype than the module's, targets that the loss has no meaning for.
+    """
+    shapes = f"inputs {tuple(x.shape)} and targets {tuple(targets.shape)}"
+    if x.ndim == 0 or targets.ndim == 0 or len(x) != len(targets) or len(x) == 0:
+        raise ConfigurationError(
+            f"{shapes}: give one or more points, x (n, ...) with one target each"
+        )
+    if x.dtype != view.dtype:
+        raise ConfigurationError(
+            f"the inputs are {x.dtype}, the module computes in {view.dtype}: convert one of them"
+        )
+    if not bool(torch.isfinite(x).all()):
+        raise ConfigurationError("the inputs are NaN or infinite: mend the data")
+    with measuring(view.module), torch.no_grad():
+        width = view.logits(x[:1]).numel()
+    check_targets(view.loss, targets, width)
+    return unweighted(x, targets)
 
 
 @dataclass(frozen=True)
