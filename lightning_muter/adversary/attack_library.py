@@ -133,7 +133,13 @@ class Attack:
                 f"{self.class_path} needs pixels in [0, 1], got [{float(images.min()):.3g}, "
                 f"{float(images.max()):.3g}]; say mean= and std= if they are normalised"
             )
-        attack = self._class(_Outputs(module, self._mean, self._std).eval(), **self.init_args)
+        seen = _Outputs(module, self._mean, self._std).eval()
+        try:
+            attack = self._class(seen, **self.init_args)
+        except TypeError as error:
+            raise ConfigurationError(
+                f"{self.class_path} cannot be made with init_args={self.init_args}: {error}"
+            ) from error
         adversarial = attack(images.clamp(0, 1), targets)
         if self._mean is not None and self._std is not None:
             adversarial = (adversarial - self._mean.to(x)) / self._std.to(x)

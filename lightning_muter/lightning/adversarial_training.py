@@ -19,9 +19,10 @@ from lightning_muter.adversary.attack_library import Attack
 from lightning_muter.adversary.two_sided import seeded_start
 from lightning_muter.arguments import optional, whole
 from lightning_muter.errors import ConfigurationError, MuterError
+from lightning_muter.lightning.fidelity.attacked import AttackedPoints
 from lightning_muter.lightning.flavour import pl
 from lightning_muter.lightning.kept_state import untouched
-from lightning_muter.lightning.two_points import check_gradient, check_outputs
+from lightning_muter.lightning.two_points import check_gradient, check_outputs, check_targets
 from lightning_muter.models import NOTHING, BatchForm, Beside, Logits, LogitsForm, evaluating
 from lightning_muter.models.batches import Where
 from lightning_muter.models.logits import Forward, Output
@@ -80,7 +81,14 @@ class AdversarialTraining(pl.Callback):
         if not isinstance(threat, Threat):
             raise ConfigurationError(f"threat={threat!r} must be a Threat: L2Ball(eps=0.5)")
         self.threat = threat
+        if not isinstance(attack, (Attack, type(None))):
+            raise ConfigurationError(
+                f"attack={attack!r} must be an Attack, as Attack('torchattacks.PGDL2', "
+                "init_args={...}), or None for the threat's own ascent"
+            )
         self.attack = None if attack is None else attack.scaled(threat.scaling)
+        self._moved = None if attack is None else AttackedPoints(threat, attack.class_path)
+        self._attack_refused = False
         self.loss = loss
         self.attack_steps = whole("attack_steps", attack_steps, 1)
         step = optional("attack_step_size", attack_step_size, positive=True)
@@ -109,7 +117,9 @@ class AdversarialTraining(pl.Callback):
         with evaluating(logits), own_random_numbers(x):
             x = x.detach().clone()
             if self.attack is not None:
-                return self.attack(logits, x, targets.clone())
+                moved = self.attack(logits, x, targets.clone())
+                self._check_moved(x, moved)
+                return moved
             return projected_gradient_ascent(
                 logits,
                 objective.inner,
@@ -120,6 +130,16 @@ class AdversarialTraining(pl.Callback):
                 self.attack_step_size,
                 self._start(objective, x),
             )
+
+    def _check_moved(self, x: Tensor, adversarial: Tensor) -> None:
+        """Refuse an attack that leaves the threat's set; once, where it goes on."""
+        if self._moved is None or self._attack_refused:
+            return
+        try:
+            self._moved.see(x, adversarial)
+        except ConfigurationError as error:
+            self._attack_refused = True
+            self._refuse(error)
 
     def _start(self, objective: Objective, x: Tensor) -> Tensor:
         """The perturbations (n, d) that training's own ascent starts from."""
@@ -139,7 +159,8 @@ class AdversarialTraining(pl.Callback):
         if not self._tried:
             two = logits.form.of(logits.module, logits.beside.part(slice(2)))
             with untouched(two), evaluating(two):
-                check_outputs(two, x[:2].clone())
+                outputs = check_outputs(two, x[:2].clone())
+                check_targets(loss, targets[:2], outputs)
                 check_gradient(two, loss, x[:2].clone(), targets[:2].clone())
         self._tried = True
 
@@ -149,7 +170,7 @@ class AdversarialTraining(pl.Callback):
         self._batch = self._batch.taking(self._logits.takes(pl_module))
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._inputs_refused = False
+        self._inputs_refused = self._attack_refused = False
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -188,6 +209,8 @@ class AdversarialTraining(pl.Callback):
 
         Every batch is looked at: the first may lie inside by chance.
         """
+        if x.is_floating_point() and not bool(torch.isfinite(x).all()):
+            raise ConfigurationError("a batch has NaN or infinite inputs: mend the data set")
         if self._inputs_refused:
             return
         try:

@@ -366,6 +366,12 @@ class MUterCallback(MemoryKeeper, AdversarialTraining):
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._watching().epoch_ended()
+        if self._moved is not None and not self._attack_refused:
+            try:
+                self._moved.check_reached(process_group(trainer).sum)
+            except ConfigurationError as error:
+                self._attack_refused = True
+                self._refuse(error)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self._restore()

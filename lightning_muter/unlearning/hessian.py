@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_muter.curvature.dense import DenseCurvature
-from lightning_muter.models import BatchForm, LogitsForm, computing, measuring, view_of
+from lightning_muter.models import BatchForm, LogitsForm, measuring, view_of
 from lightning_muter.models.logits import Forward, Output
 from lightning_muter.objectives.module_loss import loss_in
 from lightning_muter.objectives.resolve import AnyLoss
@@ -16,7 +16,7 @@ from lightning_muter.objectives.trades import TRADES
 from lightning_muter.responses import resolve_response
 from lightning_muter.threats import Threat
 from lightning_muter.unlearning.point_problem import PointProblem
-from lightning_muter.unlearning.points import unweighted
+from lightning_muter.unlearning.points import checked
 
 __all__ = ["total_hessian"]
 
@@ -71,8 +71,8 @@ def total_hessian(
         A symmetric matrix (p, p), float64, on the batch's device.
 
     Raises:
-        ConfigurationError: the head is no linear layer, the loss does not fit the outputs, or
-            inputs lie outside the threat's data range.
+        ConfigurationError: the head is no linear layer, the loss does not fit the outputs or the
+            targets, or inputs are no numbers or lie outside the threat's data range.
 
     Example:
         >>> import torch
@@ -84,14 +84,14 @@ def total_hessian(
     """
     own, form = loss_in(loss, module), LogitsForm(forward, output)
     x, targets, beside = BatchForm().taking(form.takes(module)).read(batch)
-    threat.check_inputs(x)
     view = view_of(module, own, head, parameters, space, threat.scaling, objective, form)
+    points = checked(view, x, targets, beside)
+    threat.check_inputs(points.x)
     resolved = resolve_response(response, inverse, neumann_order, sketch)
     problem = PointProblem("muter", threat, resolved, weight_decay)
-    points = unweighted(x.to(computing(x.dtype)), targets, beside)
     total = DenseCurvature.zeros(view.p, points.x.device)
     with measuring(module):
-        view.check(batch[0][:2])
+        view.beside(beside.part(slice(2))).check(points.x[:2])
         inner = None if delta is None else problem.given(view, points, delta)
         problem.accumulate(view, points, total, inner)
     total.add_identity(weight_decay * len(points))

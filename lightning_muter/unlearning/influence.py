@@ -14,8 +14,8 @@ from lightning_muter.errors import ConfigurationError, SolverError, StateError
 from lightning_muter.linalg.cholesky import DenseSolver
 from lightning_muter.linalg.solution import Status
 from lightning_muter.memory.memory import UnlearningMemory
-from lightning_muter.models import computing, measuring
-from lightning_muter.unlearning.points import unweighted
+from lightning_muter.models import measuring
+from lightning_muter.unlearning.points import checked
 
 __all__ = ["TopInfluences", "adversarial_influence", "influence_on_losses", "top_influences"]
 
@@ -42,7 +42,8 @@ def adversarial_influence(
         Influences (m, p), float64, on the memory's device. Source: the paper, Definition 2.
 
     Raises:
-        StateError: the memory keeps no curvature.
+        ConfigurationError: points that are none, or targets that the loss has no meaning for.
+        StateError: the memory keeps no curvature, or the model is not the memory's.
         SolverError: its system has no solution that means anything, as an indefinite one.
     """
     n = len(memory.remaining)
@@ -138,13 +139,13 @@ def top_influences(
 def _gradients(memory: UnlearningMemory, module: nn.Module, batch: Sequence[Tensor]) -> Tensor:
     """∇_ω l(ω*, x + δ*) (m, p) of each point."""
     view, problem = memory.settings.view(module), memory.settings.problem()
-    x, targets, beside = memory.settings.batch.read(batch)
-    x = x.to(computing(x.dtype))
-    starts = range(0, len(x), _BLOCK)
+    memory.check_architecture(view)
+    points = checked(view, *memory.settings.batch.read(batch))
+    starts = range(0, len(points), _BLOCK)
     found = []
     with measuring(module), view.at(memory.omega_star):
-        for k in tqdm(starts, "maximisers", leave=False, disable=len(x) < _MANY):
-            some = unweighted(x, targets, beside).part(slice(k, k + _BLOCK))
+        for k in tqdm(starts, "maximisers", leave=False, disable=len(points) < _MANY):
+            some = points.part(slice(k, k + _BLOCK))
             found += [chunk.linearisation.gradients() for chunk in problem.chunks(view, some)]
     return torch.cat(found)
 

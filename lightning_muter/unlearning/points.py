@@ -9,11 +9,13 @@ from torch import Tensor
 
 from lightning_muter.adversary.maximiser import InnerMaximum
 from lightning_muter.curvature.base import PointFacts
-from lightning_muter.models import NOTHING, Beside, Linearisation
+from lightning_muter.errors import ConfigurationError
+from lightning_muter.models import NOTHING, Beside, Linearisation, ModelView, computing, measuring
+from lightning_muter.objectives.targets import check_targets
 from lightning_muter.parallel import Group
 from lightning_muter.threats import Geometry
 
-__all__ = ["Batch", "Chunk", "Sums", "unweighted"]
+__all__ = ["Batch", "Chunk", "Sums", "checked", "unweighted"]
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,37 @@ def unweighted(x: Tensor, targets: Tensor, beside: Beside = NOTHING) -> Batch:
     """A batch whose points all have weight 1."""
     ones = torch.ones(len(x), dtype=torch.float64, device=x.device)
     return Batch(x, targets, ones, beside=beside)
+
+
+def checked(view: ModelView, x: Tensor, targets: Tensor, beside: Beside = NOTHING) -> Batch:
+    """Points that a user gives, each of weight 1.
+
+    Args:
+        view: what will look at them.
+        x: inputs (n, ...) as the module receives them.
+        targets: of the points (n, ...).
+        beside: what else forward takes of them.
+
+    Raises:
+        ConfigurationError: no point, sizes that differ, inputs that are NaN, infinite or of another
+            dtype than the module's, targets that the loss has no meaning for.
+    """
+    shapes = f"inputs {tuple(x.shape)} and targets {tuple(targets.shape)}"
+    if x.ndim == 0 or targets.ndim == 0 or len(x) != len(targets) or len(x) == 0:
+        raise ConfigurationError(
+            f"{shapes}: give one or more points, x (n, ...) with one target each"
+        )
+    if computing(x.dtype) != view.dtype:
+        raise ConfigurationError(
+            f"the inputs are {x.dtype}, the module is {view.kept_as}: convert one of them"
+        )
+    if not bool(torch.isfinite(x).all()):
+        raise ConfigurationError("the inputs are NaN or infinite: mend the data")
+    x = x.to(view.dtype)
+    with measuring(view.module), torch.no_grad():
+        width = view.beside(beside.part(slice(1))).logits(x[:1]).numel()
+    check_targets(view.loss, targets, width)
+    return unweighted(x, targets, beside)
 
 
 @dataclass(frozen=True)

@@ -59,7 +59,8 @@ def test_torchattacks_and_frozen_batchnorm(name: str) -> None:
     pl.seed_everything(0, verbose=False)
     model = Images()
     buffers = {k: v.clone() for k, v in model.named_buffers()}
-    callback = MUterCallback(L2Ball(0.2, data_range=(-1, 1)), head="head", attack=attack)
+    ball = L2Ball if name == "PGDL2" else LinfBall
+    callback = MUterCallback(ball(0.2, data_range=(-1, 1)), head="head", attack=attack)
     trainer = Trainer(max_epochs=1, callbacks=[callback], **{**QUIET, "precision": "32-true"})
     loader = images()
     trainer.fit(model, loader)
@@ -67,7 +68,7 @@ def test_torchattacks_and_frozen_batchnorm(name: str) -> None:
     assert all(module.training for module in model.modules())
     result = trainer.unlearn(RemovalDataModule(loader.dataset, [0, 5]))
     assert result.status == "doubtful" and result.residual < 1e-8  # one epoch is no optimum
-    assert "newton_steps" in result.warnings[0]
+    assert any("newton_steps" in warning for warning in result.warnings)
 
 
 def test_attack_perturbs_within_the_ball_and_leaves_the_rng() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import pytest
@@ -185,3 +186,25 @@ def test_bad_arguments_name_the_way_out(bad: dict[str, object]) -> None:
     batch = (inputs(), torch.randint(0, C, (N,)))
     with pytest.raises(ConfigurationError, match=r".+"):
         total_hessian(net, batch, L2Ball(0.3), **bad)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        (lambda x, y: (x, 2 * y - 1), "needs targets 0 or 1"),
+        (lambda x, y: (x, y[:2]), "one or more points"),
+        (lambda x, y: (x[:0], y[:0]), "one or more points"),
+        (lambda x, y: (x[0], y[0]), "one or more points"),
+        (lambda x, y: (x * torch.nan, y), "NaN or infinite"),
+        (lambda x, y: (x, y * torch.nan), "targets are NaN"),
+        (lambda x, y: (x.float(), y), "the module computes in torch.float64"),
+    ],
+)
+def test_points_that_mean_nothing_are_refused(
+    change: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], match: str
+) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 1)).double()
+    x, y = torch.randn(4, 3, dtype=torch.float64), torch.tensor([0.0, 1.0, 1.0, 0.0])
+    with pytest.raises(ConfigurationError, match=match):
+        total_hessian(model, change(x, y), L2Ball(0.1), head="0", loss="logistic")

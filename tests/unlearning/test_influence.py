@@ -166,3 +166,16 @@ def test_rows_agree_with_a_dense_memory() -> None:
         change = influence_on_losses(memory_of(callback), model, (x, y), (x[:5], y[:5]))
         found.append(change)
     torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-8)
+
+
+def test_points_and_models_that_are_not_the_memorys_are_refused() -> None:
+    _, callback, model, data = fit(attack_steps=2)
+    memory, (x, y) = memory_of(callback), data.dataset.tensors
+    with pytest.raises(ConfigurationError, match="integer classes 0 to 2"):
+        adversarial_influence(memory, model, (x[:2], y[:2] + 9))
+    with pytest.raises(ConfigurationError, match="one or more points"):
+        influence_on_losses(memory, model, (x[:2], y[:2]), (x[:0], y[:0]))
+    with torch.no_grad():
+        model.backbone[0].weight.mul_(1.1)
+    with pytest.raises(StateError, match="frozen weights are not the memory's"):
+        adversarial_influence(memory, model, (x[:2], y[:2]))

@@ -95,9 +95,9 @@ class Comparison:
             )
         return (
             "its loss is another one (label smoothing, class weights, labels of another coding, a "
-            "further term, or inputs that the step changes itself): give the same loss to both, by "
-            "the name of the module's attribute (loss='criterion'), a loss module with its "
-            "arguments, a callable (outputs, targets) -> one value a point, or "
+            "further term, or inputs that the step or another callback changes): give the same "
+            "loss to both, by the name of the module's attribute (loss='criterion'), a loss module "
+            "with its arguments, a callable (outputs, targets) -> one value a point, or "
             "objective=TRADES(beta=...); and by forward= what makes the step's outputs, where it "
             "calls something else; MART, mixup and free adversarial training have no memory"
         )
