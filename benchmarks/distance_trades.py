@@ -10,17 +10,17 @@ training for adversarial training altogether, and the step without the adversary
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 import warnings
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
-from common import QUIET, Points, arguments, cifar10, one_or_seven
+from common import QUIET, Points, arguments, cifar10, keep, one_or_seven
 from torch import Tensor, nn
 
 from lightning_muter import TRADES, L2Ball, MUterCallback, Trainer, UnlearningMemory
@@ -157,6 +157,7 @@ def main() -> None:
     parser.add_argument("--points", type=int, default=1000)
     parser.add_argument("--weight-decay", type=float, default=1e-3)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--output", type=Path, help="a CSV file for the documentation's tables")
     given = parser.parse_args()
     warnings.simplefilter("ignore")
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
@@ -172,7 +173,7 @@ def main() -> None:
             seed, all_x[some], all_y[some], threat, TRADES(beta=given.beta), given.weight_decay
         )
         for row in found:
-            print(json.dumps({"problem": given.problem, **row}), flush=True)
+            keep({"problem": given.problem, **row}, given.output)
 
 
 if __name__ == "__main__":
