@@ -1,7 +1,7 @@
 """TRADES: distance of one step to a Retrain that was really run, on MNIST and CIFAR-10.
 
 A softmax head is trained by TRADES with an L2 threat, to the optimum of its objective, and again
-without the forgotten points: on the pixels of MNIST 1 against 7, or on CIFAR-10's ten classes as a
+without the forgotten points: on the pixels of MNIST 1 against 7, or on classes of CIFAR-10 as a
 frozen smooth network sees them, whose features the threat perturbs. Beside MUter's step with the
 curvature of TRADES stand the same step with adversarial training's Hessian, a memory that takes the
 training for adversarial training altogether, and the step without the adversary's response
@@ -51,10 +51,10 @@ class Softmax(pl.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.05, weight_decay=self.weight_decay)
 
 
-def features_of_cifar10(data: str, points: int) -> tuple[Tensor, Tensor]:
-    """Features (points, 32) of root mean square 1 and labels.
+def features_of_cifar10(data: str, points: int, classes: int) -> tuple[Tensor, Tensor]:
+    """Features (n, 32) of root mean square 1 and labels, of the first classes among the points.
 
-    The network was trained on 10,000 other images and is frozen.
+    The network was trained on 10,000 other images of all classes and is frozen.
     """
     x, y = cifar10(data, 10_000 + points)
     torch.manual_seed(0)
@@ -76,7 +76,8 @@ def features_of_cifar10(data: str, points: int) -> tuple[Tensor, Tensor]:
             adam.step()
     with torch.no_grad():
         h = network(x[:points]).double()
-    return h / h.square().mean().sqrt(), y[:points]
+    some = y[:points] < classes
+    return (h / h.square().mean().sqrt())[some], y[:points][some]
 
 
 def train(
@@ -151,6 +152,7 @@ def main() -> None:
     """Print a JSON line for every seed, share and step."""
     parser = arguments(__doc__ or "")
     parser.add_argument("--problem", choices=["mnist", "cifar10"], default="mnist")
+    parser.add_argument("--classes", type=int, default=10, help="of CIFAR-10, the first ones")
     parser.add_argument("--eps", type=float, default=1.0)
     parser.add_argument("--temperature", type=float, help="of the threat; none by default")
     parser.add_argument("--beta", type=float, default=6.0)
@@ -164,7 +166,7 @@ def main() -> None:
     if given.problem == "mnist":
         all_x, all_y = one_or_seven(given.data)
     else:
-        all_x, all_y = features_of_cifar10(given.data, 4 * given.points)
+        all_x, all_y = features_of_cifar10(given.data, 10_000, given.classes)
     threat = L2Ball(given.eps, temperature=given.temperature)
     for seed in given.seeds:
         torch.manual_seed(100 + seed)

@@ -77,8 +77,8 @@ class Start:
             flow: its plain data; None in a folder of before there was any.
             horizon: of the memory.
         """
-        if "initial" not in tensors or horizon is None:
+        if "initial" not in tensors:
             return None
-        end = TrainingFlow(TimeAverage.end(horizon))
-        found = end if flow is None else TrainingFlow.from_dict(flow)
+        end = {"times": [horizon or 0.0], "shares": [1.0], "pace": "epochs"}
+        found = TrainingFlow.from_dict(flow or end)
         return cls(tensors["initial"], tensors["retraced"], found)
