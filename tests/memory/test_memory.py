@@ -192,6 +192,14 @@ def test_altered_settings_give_no_raw_error(tmp_path: Path) -> None:
         else:
             assert found.settings.to_dict() == edited
     assert tried > 100
+    flow = content.facts["flow"]
+    for edited in (None, {}, {**flow, "pace": "miles"}, {**flow, "times": [1.0]},
+                   {**flow, "shares": [0.5, 0.25]}, {**flow, "times": [-1.0, 2.0]},
+                   {**flow, "times": ["a", "b"]}):  # fmt: skip
+        facts = {**content.facts, "flow": edited}
+        store.replace(store.newest()[1], replace(content, facts=facts))
+        with pytest.raises(MemoryFormatError, match="is damaged"):
+            UnlearningMemory.load(tmp_path)
     for name in content.facts:
         facts = {key: value for key, value in content.facts.items() if key != name}
         store.replace(store.newest()[1], replace(content, facts=facts))
