@@ -58,7 +58,8 @@ def keep(row: dict[str, Any], file: Path | None) -> None:
     if file is None:
         return
     seed, removed, share = row["seed"], row["removed"], row["removed"] / row["n"]
-    table, values = Table(file), {row["step"]: row["relative_to_none"], "none": 1.0}
+    step = row["step"].replace(" ", "_")
+    table, values = Table(file), {step: row["relative_to_none"], "none": 1.0}
     new = {k: v for k, v in values.items() if not table.has(seed, removed, k)}
     table.add(Cell(seed, removed, share, k, "distance_relative", v) for k, v in new.items())
 
