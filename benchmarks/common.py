@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import io
+import json
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytorch_lightning as pl
@@ -14,6 +16,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_muter.evaluation import Cell, Table
 
 
 def arguments(description: str) -> argparse.ArgumentParser:
@@ -58,6 +62,18 @@ def one_or_seven_28(folder: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         tx[test].reshape(-1, 784),
         (ty[test] == 7).long(),
     )
+
+
+def keep(row: dict[str, Any], file: Path | None) -> None:
+    """Print a row of a distance, and add it to a table of the documentation."""
+    print(json.dumps(row), flush=True)
+    if file is None:
+        return
+    seed, removed, share = row["seed"], row["removed"], row["removed"] / row["n"]
+    step = row["step"].replace(" ", "_")
+    table, values = Table(file), {step: row["relative_to_none"], "none": 1.0}
+    new = {k: v for k, v in values.items() if not table.has(seed, removed, k)}
+    table.add(Cell(seed, removed, share, k, "distance_relative", v) for k, v in new.items())
 
 
 class Points(pl.LightningDataModule):

@@ -8,16 +8,16 @@ objective, and again without the forgotten points.
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import time
 import warnings
 from dataclasses import replace
+from pathlib import Path
 
 import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
-from common import QUIET, Points
+from common import QUIET, Points, keep
 from distance_trades import memory_of
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
@@ -75,7 +75,7 @@ def train(seed: int, x: Tensor, y: Tensor, name: str) -> tuple[Linear, Unlearnin
     return model, muter.memory
 
 
-def one_seed(seed: int, name: str, points: int) -> None:
+def one_seed(seed: int, name: str, points: int, output: Path | None) -> None:
     """Print a row for each share of removed points and each step."""
     start = time.perf_counter()
     all_x, all_y = digits(name)
@@ -102,7 +102,8 @@ def one_seed(seed: int, name: str, points: int) -> None:
                 "stationary": memory.summary["stationary"],
                 "seconds": time.perf_counter() - start,
             }
-            print(json.dumps(row), flush=True)
+            folder = name.replace(" ", "_")
+            keep(row, None if output is None else output / folder / "results.csv")
 
 
 def main() -> None:
@@ -110,12 +111,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--points", type=int, default=500)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--output", type=Path, help="a folder for the documentation's tables")
     given = parser.parse_args()
     warnings.simplefilter("ignore")
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
     for name in LOSSES:
         for seed in given.seeds:
-            one_seed(seed, name, given.points)
+            one_seed(seed, name, given.points, given.output)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """TRADES: distance of one step to a Retrain that was really run, on MNIST and CIFAR-10.
 
 A softmax head is trained by TRADES with an L2 threat, to the optimum of its objective, and again
-without the forgotten points: on the pixels of MNIST 1 against 7, or on CIFAR-10's ten classes as a
+without the forgotten points: on the pixels of MNIST 1 against 7, or on classes of CIFAR-10 as a
 frozen smooth network sees them, whose features the threat perturbs. Beside MUter's step with the
 curvature of TRADES stand the same step with adversarial training's Hessian, a memory that takes the
 training for adversarial training altogether, and the step without the adversary's response
@@ -10,17 +10,17 @@ training for adversarial training altogether, and the step without the adversary
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 import warnings
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
-from common import QUIET, Points, arguments, cifar10, one_or_seven
+from common import QUIET, Points, arguments, cifar10, keep, one_or_seven
 from torch import Tensor, nn
 
 from lightning_muter import TRADES, L2Ball, MUterCallback, Trainer, UnlearningMemory
@@ -51,10 +51,10 @@ class Softmax(pl.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.05, weight_decay=self.weight_decay)
 
 
-def features_of_cifar10(data: str, points: int) -> tuple[Tensor, Tensor]:
-    """Features (points, 32) of root mean square 1 and labels.
+def features_of_cifar10(data: str, points: int, classes: int) -> tuple[Tensor, Tensor]:
+    """Features (n, 32) of root mean square 1 and labels, of the first classes among the points.
 
-    The network was trained on 10,000 other images and is frozen.
+    The network was trained on 10,000 other images of all classes and is frozen.
     """
     x, y = cifar10(data, 10_000 + points)
     torch.manual_seed(0)
@@ -76,7 +76,8 @@ def features_of_cifar10(data: str, points: int) -> tuple[Tensor, Tensor]:
             adam.step()
     with torch.no_grad():
         h = network(x[:points]).double()
-    return h / h.square().mean().sqrt(), y[:points]
+    some = y[:points] < classes
+    return (h / h.square().mean().sqrt())[some], y[:points][some]
 
 
 def train(
@@ -151,19 +152,21 @@ def main() -> None:
     """Print a JSON line for every seed, share and step."""
     parser = arguments(__doc__ or "")
     parser.add_argument("--problem", choices=["mnist", "cifar10"], default="mnist")
+    parser.add_argument("--classes", type=int, default=10, help="of CIFAR-10, the first ones")
     parser.add_argument("--eps", type=float, default=1.0)
     parser.add_argument("--temperature", type=float, help="of the threat; none by default")
     parser.add_argument("--beta", type=float, default=6.0)
     parser.add_argument("--points", type=int, default=1000)
     parser.add_argument("--weight-decay", type=float, default=1e-3)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--output", type=Path, help="a CSV file for the documentation's tables")
     given = parser.parse_args()
     warnings.simplefilter("ignore")
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
     if given.problem == "mnist":
         all_x, all_y = one_or_seven(given.data)
     else:
-        all_x, all_y = features_of_cifar10(given.data, 4 * given.points)
+        all_x, all_y = features_of_cifar10(given.data, 10_000, given.classes)
     threat = L2Ball(given.eps, temperature=given.temperature)
     for seed in given.seeds:
         torch.manual_seed(100 + seed)
@@ -172,7 +175,7 @@ def main() -> None:
             seed, all_x[some], all_y[some], threat, TRADES(beta=given.beta), given.weight_decay
         )
         for row in found:
-            print(json.dumps({"problem": given.problem, **row}), flush=True)
+            keep({"problem": given.problem, **row}, given.output)
 
 
 if __name__ == "__main__":

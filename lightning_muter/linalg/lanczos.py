@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -35,12 +36,22 @@ class TimeAverage:
     @classmethod
     def end(cls, time: float) -> TimeAverage:
         """One time alone."""
-        return cls((time,), (1.0,))
+        return cls((float(time),), (1.0,))
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Sequence[float]]) -> TimeAverage:
-        """The inverse of `to_dict`."""
-        return cls(tuple(data["times"]), tuple(data["shares"]))
+        """The inverse of `to_dict`.
+
+        Raises:
+            ValueError: it is no average.
+        """
+        found = cls(tuple(data["times"]), tuple(data["shares"]))
+        numbers = all(isinstance(v, float) and v >= 0 for v in (*found.times, *found.shares))
+        if not numbers or len(found.times) != len(found.shares) or not math.isfinite(found.mean):
+            raise ValueError("times and shares of an average are as many numbers, none negative")
+        if abs(sum(found.shares) - 1.0) > 1e-6:
+            raise ValueError(f"the shares of an average sum to {sum(found.shares)!r}, not to 1")
+        return found
 
     def to_dict(self) -> dict[str, list[float]]:
         """Plain data."""

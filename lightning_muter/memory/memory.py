@@ -411,7 +411,7 @@ class UnlearningMemory:
         removed = torch.zeros(content.sizes["n"], dtype=torch.bool)
         for request in content.requests:
             removed[request.entry.get("indices", [])] = True
-        start = Start.restore(base, facts.get("flow"), own.horizon)
+        start = Start.restore(base, facts["flow"])
         last = content.requests[-1].tensors if content.requests else {}
         return cls(
             settings=own,

@@ -39,7 +39,13 @@ class TrainingFlow:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> TrainingFlow:
-        """The inverse of `to_dict`."""
+        """The inverse of `to_dict`.
+
+        Raises:
+            ValueError: it is no flow.
+        """
+        if not isinstance(data, Mapping) or data["pace"] not in ("epochs", "steps"):
+            raise ValueError(f"{data!r} is no flow of a training")
         return cls(TimeAverage.from_dict(data), data["pace"])
 
 
@@ -67,18 +73,12 @@ class Start:
         return {"initial": self.initial, "retraced": self.retraced}
 
     @classmethod
-    def restore(
-        cls, tensors: Mapping[str, Tensor], flow: Mapping[str, Any] | None, horizon: float | None
-    ) -> Start | None:
-        """The inverse of `tensors`, or None where the memory has none.
+    def restore(cls, tensors: Mapping[str, Tensor], flow: Any) -> Start | None:
+        """The inverse of `tensors` and of the flow's plain data; None where a memory has neither.
 
-        Args:
-            tensors: of the memory.
-            flow: its plain data; None in a folder of before there was any.
-            horizon: of the memory.
+        Raises:
+            ValueError: one without the other, or a flow that is none.
         """
-        if "initial" not in tensors or horizon is None:
+        if "initial" not in tensors and flow is None:
             return None
-        end = TrainingFlow(TimeAverage.end(horizon))
-        found = end if flow is None else TrainingFlow.from_dict(flow)
-        return cls(tensors["initial"], tensors["retraced"], found)
+        return cls(tensors["initial"], tensors["retraced"], TrainingFlow.from_dict(flow))

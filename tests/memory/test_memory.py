@@ -15,8 +15,9 @@ from lightning_muter import L2Ball, MemoryFormatError, StateError, UnlearningMem
 from lightning_muter.curvature.dense import DenseCurvature
 from lightning_muter.curvature.kept import OuterProducts
 from lightning_muter.curvature.removed import RemovedPoints
+from lightning_muter.linalg.lanczos import TimeAverage
 from lightning_muter.memory.folder import MemoryStore
-from lightning_muter.memory.memory import Start
+from lightning_muter.memory.start import Start, TrainingFlow
 from lightning_muter.spec import Settings
 
 
@@ -47,7 +48,9 @@ def small_memory() -> UnlearningMemory:
         digests=torch.arange(96, dtype=torch.uint8).reshape(6, 16),
         removed=torch.zeros(6, dtype=torch.bool),
         weights=torch.ones(6, dtype=torch.float64),
-        start=Start(omega + 1, omega - 1),
+        start=Start(
+            omega + 1, omega - 1, TrainingFlow(TimeAverage((0.5, 1.5), (0.25, 0.75)), "steps")
+        ),
         key=b"k" * 16,
         fingerprint="f" * 32,
         summary={"n": 6, "residual": 0.25, "largest": float("nan")},
@@ -76,6 +79,7 @@ def same(a: UnlearningMemory, b: UnlearningMemory) -> bool:
         and torch.equal(a.curvature.matrix, b.curvature.matrix)
         and torch.equal(a.start.initial, b.start.initial)
         and torch.equal(a.start.retraced, b.start.retraced)
+        and a.start.flow == b.start.flow
         and all(getattr(a, name) == getattr(b, name) for name in plain)
         and (a.generation, json.dumps(a.summary)) == (b.generation, json.dumps(b.summary))
     )
@@ -188,6 +192,14 @@ def test_altered_settings_give_no_raw_error(tmp_path: Path) -> None:
         else:
             assert found.settings.to_dict() == edited
     assert tried > 100
+    flow = content.facts["flow"]
+    for edited in (None, {}, {**flow, "pace": "miles"}, {**flow, "times": [1.0]},
+                   {**flow, "shares": [0.5, 0.25]}, {**flow, "times": [-1.0, 2.0]},
+                   {**flow, "times": ["a", "b"]}):  # fmt: skip
+        facts = {**content.facts, "flow": edited}
+        store.replace(store.newest()[1], replace(content, facts=facts))
+        with pytest.raises(MemoryFormatError, match="is damaged"):
+            UnlearningMemory.load(tmp_path)
     for name in content.facts:
         facts = {key: value for key, value in content.facts.items() if key != name}
         store.replace(store.newest()[1], replace(content, facts=facts))
