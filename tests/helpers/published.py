@@ -201,13 +201,14 @@ def remote_sensing() -> Case:
         model,
         "model.fc",
         lambda module, batch: module.criterion(module(batch["image"]), batch["label"]),
-        {"loss": "criterion", "weight_decay": 0.02},
+        {"loss": "criterion", "weight_decay": 0.02, "newton_steps": 6},
         eps=0.05,
         smooth=0.005,
         size=16,
+        n=12,
         validates=True,  # its schedule looks at val_loss
         make=lambda x, y, i: {"image": x, "label": y, "crs": "EPSG:4326"},
-        share=0.5,
+        share=0.1,
     )
 
 
@@ -303,7 +304,7 @@ def convnext() -> Case:
 
 def resnet(compiled: bool = False) -> Case:
     net = importlib.import_module("torchvision.models").resnet18(num_classes=CLASSES)
-    case = wrapped(net, "net.fc", eps=0.05, smooth=0.005, n=9, share=0.5)
+    case = wrapped(net, "net.fc", eps=0.05, smooth=0.005, n=12, share=0.5)
     case.callback |= {"sketch": 1, "newton_steps": 3}
     if compiled:
         case.model.compile(backend="eager")
