@@ -299,7 +299,7 @@ def vision_transformer() -> Case:
 
 def convnext() -> Case:
     net = timm("convnext_atto", dims=(4, 8, 12, 16), depths=(1, 1, 1, 1))
-    return wrapped(net, "net.head.fc", eps=0.01, smooth=0.005, size=32, n=12)
+    return wrapped(net, "net.head.fc", eps=0.01, smooth=0.005, size=32)
 
 
 def resnet(compiled: bool = False) -> Case:
