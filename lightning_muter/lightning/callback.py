@@ -111,8 +111,8 @@ class MUterCallback(MemoryKeeper, AdversarialTraining):
         objective: ``TRADES(beta=6.0)``, with ``loss`` at the clean point; training batches are then
             [input, target, perturbed input], and ``training_step`` may return
             ``objective.loss(self, batch)``; None for adversarial training.
-        batch: where a batch's input and target are: two names or positions, or a function batch ->
-            (x, target); None to find them.
+        batch: where a batch's input and target are, and after them what forward takes beside x:
+            names or positions, or a function batch -> (x, target, ...); None to find them.
         output: where the logits are in what the module returns: a key, a position, an attribute, or
             a function of it; None to find them.
         forward: a method's name or a function (module, x) -> logits, where calling the module with

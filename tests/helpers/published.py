@@ -70,7 +70,7 @@ class Case:
     """A module, the least change that it needs, and its own loss.
 
     ``refused`` are the arguments of a first attempt and what its refusal says; ``share`` is what
-    may be left of the gradient.
+    may be left of the gradient; ``smooth`` is a radius within which two points meet no kink.
     """
 
     model: Any
@@ -79,6 +79,7 @@ class Case:
     callback: dict[str, Any] = field(default_factory=dict)
     weight_decay: float = 0.02
     eps: float = EPS
+    smooth: float = 0.1
     size: int = 8
     n: int = N
     validates: bool = False
@@ -200,12 +201,14 @@ def remote_sensing() -> Case:
         model,
         "model.fc",
         lambda module, batch: module.criterion(module(batch["image"]), batch["label"]),
-        {"loss": "criterion", "weight_decay": 0.02},
+        {"loss": "criterion", "weight_decay": 0.02, "newton_steps": 6},
         eps=0.05,
+        smooth=0.005,
         size=16,
+        n=12,
         validates=True,  # its schedule looks at val_loss
         make=lambda x, y, i: {"image": x, "label": y, "crs": "EPSG:4326"},
-        share=0.5,
+        share=0.1,
     )
 
 
@@ -282,14 +285,26 @@ def hugging_masked() -> Case:
     )
 
 
-def timm(name: str, head: str, size: int, **sizes: Any) -> Case:
-    net = importlib.import_module("timm").create_model(name, num_classes=CLASSES, **sizes)
-    return wrapped(net, head, size=size)
+def timm(name: str, **sizes: Any) -> nn.Module:
+    net: nn.Module = importlib.import_module("timm").create_model(
+        name, num_classes=CLASSES, **sizes
+    )
+    return net
+
+
+def vision_transformer() -> Case:
+    sizes = {"img_size": 8, "patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2}
+    return wrapped(timm("vit_tiny_patch16_224", **sizes), "net.head")
+
+
+def convnext() -> Case:
+    net = timm("convnext_atto", dims=(4, 8, 12, 16), depths=(1, 1, 1, 1))
+    return wrapped(net, "net.head.fc", eps=0.01, smooth=0.005, size=32)
 
 
 def resnet(compiled: bool = False) -> Case:
     net = importlib.import_module("torchvision.models").resnet18(num_classes=CLASSES)
-    case = wrapped(net, "net.fc", eps=0.05, n=9, share=0.5)
+    case = wrapped(net, "net.fc", eps=0.05, smooth=0.005, n=12, share=0.5)
     case.callback |= {"sketch": 1, "newton_steps": 3}
     if compiled:
         case.model.compile(backend="eager")
@@ -301,24 +316,8 @@ CASES: dict[str, Callable[[], Case]] = {
     "lightly FinetuneClassifier": lambda: lightly("FinetuneClassifier"),
     "transformers ViTForImageClassification": hugging,
     "transformers ViTModel, masked patches": hugging_masked,
-    "timm vit_tiny_patch16_224": lambda: timm(
-        "vit_tiny_patch16_224",
-        "net.head",
-        8,
-        img_size=8,
-        patch_size=4,
-        embed_dim=16,
-        depth=2,
-        num_heads=2,
-    ),
-    "timm convnext_atto": lambda: timm(
-        "convnext_atto",
-        "net.head.fc",
-        16,
-        patch_size=2,
-        dims=(4, 8, 12, 16),
-        depths=(1, 1, 1, 1),
-    ),
+    "timm vit_tiny_patch16_224": vision_transformer,
+    "timm convnext_atto": convnext,
     "torchvision resnet18": resnet,
     "torchvision resnet18, compiled": lambda: resnet(compiled=True),
 }

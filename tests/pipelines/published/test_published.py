@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from published import Case, cases, slope
+from published import GONE, Case, cases, slope
 from torch import Tensor
 
 from lightning_muter import ConfigurationError, L2Ball, RemovalDataModule, total_hessian
@@ -37,10 +37,9 @@ def test_a_request_leaves_little_of_the_own_gradient(name: str) -> None:
     data = case.points()
     trainer, callback = case.fit(data, case.callback)
     before = case.gradient(data, data.left)
-    result = trainer.unlearn(RemovalDataModule(data, [3, 7]))
-    again = trainer.unlearn(RemovalDataModule(data, [11] if len(data) > 11 else [5]))
-    after = case.gradient(data, [i for i in data.left if i != 5 or len(data) > 11])
-    assert result.update_norm > 0 and again.update_norm > 0
+    trainer.unlearn(RemovalDataModule(data, GONE[:2]))
+    trainer.unlearn(RemovalDataModule(data, GONE[2:]))
+    after = case.gradient(data, data.left)
     assert callback.memory is not None
     assert after < case.share * before, (before, after, callback.memory.summary)
 
@@ -56,7 +55,12 @@ def test_what_is_not_said_is_refused_by_name(name: str) -> None:
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_the_total_hessian_of_a_head_is_that_of_finite_differences(name: str) -> None:
+    """At a radius where ReLU and max pooling have no kink at the maximisers of two points.
+
+    On a kink δ* is no stationary point: training's own share of those is in memory.summary.
+    """
     case = made(name)
+    case.eps = case.smooth
     model, data = case.model.double().eval(), case.points()
     for one in model.parameters():
         one.requires_grad_(False)
