@@ -31,7 +31,7 @@ from lightning_muter.unlearning.stage_one import build_memories
 
 matplotlib.use("Agg")
 
-from matplotlib import pyplot
+from matplotlib import pyplot, ticker
 
 INPUTS, DECAY, STEPS = 32, 1e-2, 3
 #: what grows -> points, features and classes of each size
@@ -115,6 +115,9 @@ def plot(table: list[dict[str, float | str]], path: Path) -> None:
             axis.set_ylabel("processor seconds" if quantity == "seconds" else "MB")
             axis.set_xscale("log")
             axis.set_yscale("log")
+            sizes = sorted({float(one[grows]) for one in table if one["grows"] == grows})
+            axis.set_xticks(sizes, [f"{size:,.0f}" for size in sizes])
+            axis.xaxis.set_minor_formatter(ticker.NullFormatter())
     axes[0][0].legend()
     figure.tight_layout()
     figure.savefig(path, dpi=110)
