@@ -27,7 +27,9 @@ from lightning_muter.curvature.rows import RowsCurvature
 from lightning_muter.spec import Settings
 from lightning_muter.unlearning.objective import RobustObjective, newton
 from lightning_muter.unlearning.points import Batch
+from lightning_muter.unlearning.sketch_noise import sketch_noise
 from lightning_muter.unlearning.stage_one import build_memories
+from lightning_muter.unlearning.steps import NewtonStep
 
 N, FEATURES, DECAY = 1000, 48, 1e-3
 PROBES = (1, 4, 16)
@@ -132,6 +134,13 @@ def one(seed: int, share: float) -> dict[str, tuple[float, float, float]]:
             lambda: torch.linalg.solve(nystroem(matrix, shift, 100) - removed, rhs), 800.0 * p),
         "ek-fac": (by_basis, 8.0 * (width**2 + 100 + p)),
     }  # fmt: skip
+    for k, kept in rows.items():
+        after = kept.without(gone.tolist())
+        step, wanted = after.solver().solve(rhs).value, dense()
+        told = sketch_noise(after, kept, NewtonStep(), rhs, step)
+        error = float((step - wanted).norm() / step.norm())
+        print(f"seed {seed}, {share:.0%} removed, {k} probes: noise told {told:.3f}, "
+              f"error {error:.3f}", flush=True)  # fmt: skip
     retrain = optimum(net, x, y, left)
     none, found = float((omega - retrain).norm()), {}
     for name, (solve, size) in ways.items():
