@@ -47,6 +47,9 @@ class UnlearningMemory:
     ``pending`` is what requests took out of the curvature since the last write, ``parameters`` the
     names and shapes of ω. ``memory_id`` and ``generation`` say which memory of which folder it is.
 
+    ``residual_gradient`` is ∇F(ω*) (p,); zeros after a rebase without a horizon, where nothing
+    needs it.
+
     All tensors are float64 but ``digests`` (n, 16) uint8 and ``removed`` (n,) bool. ``warnings``
     says what was found wrong when the memory was built; every result repeats it. ``ids`` (n, 16)
     uint8 are digests, keyed by ``ids_key``, of the user's own keys of the points, where there are

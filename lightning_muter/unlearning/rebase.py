@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lightning_muter.memory.memory import UnlearningMemory
@@ -114,9 +115,13 @@ def rebase(
         "gradient_of_training": level,
         "newton_steps": len(history),
     }
+    gradient = built.residual_gradient
+    if initial is None:  # no request reads it, and Newton's last step leans towards who is forgotten
+        gradient = torch.zeros_like(gradient)
     after = replace(
         built,
         ledger=(*ledger, entry),
+        residual_gradient=gradient,
         ids=remaining.ids,
         ids_key=memory.ids_key,
         rebase_policy=memory.rebase_policy,

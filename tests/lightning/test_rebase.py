@@ -106,7 +106,9 @@ def test_a_forgotten_point_is_read_off_the_folder_before_a_rebase_and_not_after(
     assert read_off(tmp_path) is None
     assert traces(tmp_path, features, secrets) == []
     assert len(list(tmp_path.glob("base-*"))) == 1
-    ledger = UnlearningMemory.load(tmp_path).ledger
+    kept = UnlearningMemory.load(tmp_path)
+    assert not bool(kept.residual_gradient.any())  # what Newton's last step left leans towards it
+    ledger = kept.ledger
     assert "indices" not in ledger[0] and ledger[0]["m"] == 1 and ledger[1]["kind"] == "rebase"
 
 
