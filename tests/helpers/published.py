@@ -302,12 +302,10 @@ def convnext() -> Case:
     return wrapped(net, "net.head.fc", eps=0.01, smooth=0.005, size=32)
 
 
-def resnet(compiled: bool = False) -> Case:
+def resnet() -> Case:
     net = importlib.import_module("torchvision.models").resnet18(num_classes=CLASSES)
     case = wrapped(net, "net.fc", eps=0.05, smooth=0.005, n=12, share=0.5)
     case.callback |= {"sketch": 1, "newton_steps": 3}
-    if compiled:
-        case.model.compile(backend="eager")
     return case
 
 
@@ -319,7 +317,6 @@ CASES: dict[str, Callable[[], Case]] = {
     "timm vit_tiny_patch16_224": vision_transformer,
     "timm convnext_atto": convnext,
     "torchvision resnet18": resnet,
-    "torchvision resnet18, compiled": lambda: resnet(compiled=True),
 }
 OF_LIGHTNING: dict[str, Callable[[], Case]] = {
     "lightning-uq-box DeterministicClassification": uncertainty,
