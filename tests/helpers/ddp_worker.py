@@ -37,7 +37,7 @@ if __name__ == "__main__":
     model, data = Net(), Data(41)
     sgd = torch.optim.SGD(model.parameters(), lr=0.0, weight_decay=1e-2)
     model.configure_optimizers = lambda: sgd  # type: ignore[method-assign]
-    callback = MUterCallback(threat=L2Ball(0.5), head="classifier")
+    callback = MUterCallback(threat=L2Ball(0.5), head="classifier", overwrite=True)
     strategy = "ddp" if devices > 1 else "auto"
     trainer = Trainer(
         max_epochs=1, callbacks=[callback], devices=devices, strategy=strategy, **QUIET
