@@ -8,11 +8,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from lightning_muter.adversary.maximiser import InnerMaximum
 from lightning_muter.curvature.base import Curvature, CurvatureSum, Solver
 from lightning_muter.curvature.dense import DenseCurvature
 from lightning_muter.models import ModelView, measuring
 from lightning_muter.parallel import Group
 from lightning_muter.unlearning.diagnosis import STATIONARY_LIMIT
+from lightning_muter.unlearning.maxima import LastMaxima
 from lightning_muter.unlearning.point_problem import PointProblem
 from lightning_muter.unlearning.points import Batch, Sums
 
@@ -36,6 +38,7 @@ PATIENCE = 5
 Batches = Callable[[], Iterable[Batch]]
 #: a view -> the sum that its points' curvature goes into
 EmptySum = Callable[[ModelView], CurvatureSum]
+_Work = Callable[[Batch, "InnerMaximum | None"], Sums]
 
 
 def _dense(view: ModelView) -> CurvatureSum:
@@ -84,7 +87,8 @@ class Evaluation:
 class RobustObjective:
     """F(ω) = Σ_i w_i max_δ l(ω, x_i + δ) + (Σw λ/2)‖ω‖² over the points that ``batches`` yields.
 
-    Each process iterates its own share of the points; ``group`` sums tensors over processes.
+    Each process iterates its own share of the points, the same batches in the same order at every
+    pass; ``group`` sums tensors over processes.
     Every pass looks for δ* from the same start: one that began at the last pass's δ* would follow
     a local maximum past the point where another one is higher. ``empty`` makes the sum of D_i.
     """
@@ -94,24 +98,28 @@ class RobustObjective:
     batches: Batches
     group: Group = field(default_factory=Group)
     empty: EmptySum = _dense
+    maxima: LastMaxima = field(default_factory=LastMaxima, repr=False, compare=False)
 
     def gradient(self, problem: PointProblem | None = None) -> Evaluation:
         """One pass for the value and gradient."""
         problem = problem or self.problem
-        return self._pass(problem, lambda batch: problem.gradient(self.view, batch))
+        return self._pass(problem, lambda batch, inner: problem.gradient(self.view, batch, inner))
 
     def curvature(self, problem: PointProblem | None = None) -> tuple[Evaluation, Curvature]:
         """One pass for the value, the gradient and Σ D_i."""
         problem = problem or self.problem
         total = self.empty(self.view)
-        evaluation = self._pass(problem, lambda batch: problem.accumulate(self.view, batch, total))
+        evaluation = self._pass(
+            problem, lambda batch, inner: problem.accumulate(self.view, batch, total, inner)
+        )
         return evaluation, total.finished(self.group, evaluation.weight, problem.weight_decay)
 
-    def _pass(self, problem: PointProblem, work: Callable[[Batch], Sums]) -> Evaluation:
+    def _pass(self, problem: PointProblem, work: _Work) -> Evaluation:
         total = Sums.zero(self.view.p, self.view.device)
+        self.maxima.begin(self.view.get(), problem)
         with measuring(self.view.module):
             for batch in self.batches():
-                total = total + work(batch)
+                total = total + work(batch, self.maxima.of(self.view, batch))
         reduced = total.reduced(self.group)
         return Evaluation.of(reduced, self.view.get(), problem.weight_decay)
 

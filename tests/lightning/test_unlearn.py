@@ -443,7 +443,7 @@ def test_a_memory_that_is_none_is_refused(wrong: Any) -> None:
     "removals", [np.array([3, 17]), {3, 17}, (3, 17), torch.tensor([3, 17]), range(3, 18, 14)]
 )
 def test_indices_of_any_kind_name_rows_without_data(removals: Any) -> None:
-    trainer, callback, _, _ = fit(representation="rows", sketch=1, attack_steps=2)
+    trainer, callback, _, _ = fit(representation="rows", sketch=40, attack_steps=2)
     assert sorted(trainer.unlearn(removals).indices) == [3, 17]
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import reference
@@ -70,6 +72,29 @@ def test_a_hessian_serves_further_steps_and_the_history_falls() -> None:
     _, history = solve(L2Ball(0.5))
     assert len(history) <= 6
     assert all(later <= earlier for earlier, later in zip(history, history[1:], strict=False))
+
+
+def test_a_hessian_where_the_last_trial_was_finds_no_perturbation_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    objective = robust_objective(LinfBall(0.2, bandwidth=1e-2))
+    ascents, perturb = [], PointProblem.perturb
+
+    def counted(self: PointProblem, *args: Any, **named: Any) -> Any:
+        ascents.append(self.threat)
+        return perturb(self, *args, **named)
+
+    monkeypatch.setattr(PointProblem, "perturb", counted)
+    first = objective.gradient()
+    evaluation, curvature = objective.curvature(objective.problem.rough())
+    assert len(ascents) == 1 and torch.equal(evaluation.gradient, first.gradient)
+    fresh = robust_objective(LinfBall(0.2, bandwidth=1e-2))
+    assert torch.equal(fresh.curvature()[1].matrix, curvature.matrix)  # type: ignore[attr-defined]
+    ascents.clear()
+    objective.gradient(objective.problem.at_bandwidth(10.0))  # another inner problem
+    objective.view.set(objective.view.get() + 0.1)
+    moved = objective.gradient()
+    assert len(ascents) == 2 and not torch.equal(moved.gradient, first.gradient)
 
 
 def test_the_line_search_shortens_a_step_that_is_far_too_long() -> None:
