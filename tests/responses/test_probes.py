@@ -147,7 +147,7 @@ def test_forgetting_removes_exactly_what_the_sketch_added() -> None:
             return torch.optim.SGD(self.parameters(), 0.1, weight_decay=0.1)
 
     _, (x, y) = problem()
-    muter = MUterCallback(L2Ball(0.4), head="head", sketch=1, newton_steps=6)
+    muter = MUterCallback(L2Ball(0.4), head="head", sketch=40, newton_steps=6)
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
     trainer = Trainer(
         max_epochs=1, callbacks=[muter], precision="64-true", enable_checkpointing=False, **quiet
@@ -162,7 +162,7 @@ def test_forgetting_removes_exactly_what_the_sketch_added() -> None:
     assert after is not None and isinstance(model, pl.LightningModule)
     with before.settings.view(model).at(before.omega_star):
         rest = total_hessian(
-            model, (x[keep], y[keep]), L2Ball(0.4), head="head", weight_decay=0.1, sketch=1
+            model, (x[keep], y[keep]), L2Ball(0.4), head="head", weight_decay=0.1, sketch=40
         )
     torch.testing.assert_close(after.curvature.matrix, rest, rtol=1e-6, atol=1e-7)
 

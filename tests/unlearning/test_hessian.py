@@ -197,7 +197,7 @@ def test_bad_arguments_name_the_way_out(bad: dict[str, object]) -> None:
         (lambda x, y: (x[0], y[0]), "one or more points"),
         (lambda x, y: (x * torch.nan, y), "NaN or infinite"),
         (lambda x, y: (x, y * torch.nan), "targets are NaN"),
-        (lambda x, y: (x.float(), y), "the module computes in torch.float64"),
+        (lambda x, y: (x.float(), y), "the module is torch.float64"),
     ],
 )
 def test_points_that_mean_nothing_are_refused(
