@@ -114,7 +114,7 @@ def maximise(
     limit = torch.full_like(ascent.moved, max(tol, rounding))
     history: Anderson | None = None
     for k in range(max_iter):
-        todo = torch.nonzero((ascent.moved > limit) & ~ascent.lost & ~ascent.stalled).flatten()
+        todo = torch.nonzero((ascent.moved > limit) & ~ascent.lost & ~ascent.stuck).flatten()
         if len(todo) == 0:
             break
         if k == _PLAIN:
@@ -161,16 +161,12 @@ class _Ascent:
             self.moved = torch.full_like(self.moved, torch.inf)
         self.nearest, self.height = self.moved.clone(), self.level.clone()
         self.idle = torch.zeros_like(everyone)
+        self.stuck = torch.zeros_like(everyone, dtype=torch.bool)
 
     @property
     def lost(self) -> Tensor:
         """Points (n,) that have no gradient to go by where they are."""
         return ~self.slope.any(dim=1)
-
-    @property
-    def stalled(self) -> Tensor:
-        """Points (n,) that came no nearer to a maximum for long."""
-        return self.idle >= torch.where(self.nearest < _CLOSE, _LONG_PATIENCE, _PATIENCE)
 
     def found(self) -> InnerMaximum:
         """Where the points are now, with the gradients and losses of the loss itself."""
@@ -228,19 +224,20 @@ class _Ascent:
             pays = (distance < _PAYS * self.moved[some]).unsqueeze(1) | ~bold
             history.record(some, move, left - residual, better & pays)
         self.moved[some] = distance
-        self._look_for_progress(some)
+        if history is not None:
+            self._look_for_progress(some)
 
     def _look_for_progress(self, some: Tensor | slice) -> None:
-        """Count the passes since the points last came nearer to a maximum."""
-        size = self.link.unit + self.level[some].abs()
-        nearer = self.moved[some] < _NEARER * self.nearest[some]
-        lifted = self.level[some] - self.height[some] > _LIFT * size
-        ahead = nearer | lifted
-        self.nearest[some] = torch.where(
-            ahead, torch.minimum(self.moved[some], self.nearest[some]), self.nearest[some]
-        )
-        self.height[some] = torch.where(ahead, self.level[some], self.height[some])
-        self.idle[some] = torch.where(ahead, 0, self.idle[some] + 1)
+        """Give up points that came no nearer to a maximum for long."""
+        moved, level = self.moved[some], self.level[some]
+        nearest, height = self.nearest[some], self.height[some]
+        lifted = level - height > _LIFT * (self.link.unit + level.abs())
+        ahead = (moved < _NEARER * nearest) | lifted
+        nearest = torch.where(ahead, torch.minimum(moved, nearest), nearest)
+        idle = torch.where(ahead, 0, self.idle[some] + 1)
+        self.nearest[some], self.idle[some] = nearest, idle
+        self.height[some] = torch.where(ahead, level, height)
+        self.stuck[some] = idle >= torch.where(nearest < _CLOSE, _LONG_PATIENCE, _PATIENCE)
 
 
 def _next_size(size: Tensor, better: Tensor) -> Tensor:

@@ -30,7 +30,7 @@ __all__ = [
 #: a Hessian is used again while a step lowers the gradient to this share
 PAYS = 0.3
 #: a step of F without a derivative that leaves a larger share of the gradient is the last
-LOITERS = 0.9
+LOITERS = 0.7
 HALVINGS = 20
 #: as many halvings without a lower F, and a lower gradient serves
 PATIENCE = 5

@@ -15,7 +15,14 @@ from lightning_muter import L2Ball, LinfBall, Threat
 from lightning_muter.models import LinearHead
 from lightning_muter.objectives.resolve import resolve_objective
 from lightning_muter.responses import Constrained
-from lightning_muter.unlearning.objective import HALVINGS, RobustObjective, line_search, newton
+from lightning_muter.unlearning import objective as objective_module
+from lightning_muter.unlearning.objective import (
+    HALVINGS,
+    LOITERS,
+    RobustObjective,
+    line_search,
+    newton,
+)
 from lightning_muter.unlearning.point_problem import PointProblem
 from lightning_muter.unlearning.points import unweighted
 
@@ -95,6 +102,31 @@ def test_a_hessian_where_the_last_trial_was_finds_no_perturbation_again(
     objective.view.set(objective.view.get() + 0.1)
     moved = objective.gradient()
     assert len(ascents) == 2 and not torch.equal(moved.gradient, first.gradient)
+
+
+def test_newton_ends_early_where_nothing_has_a_derivative() -> None:
+    """All steps of a ReLU network on its kinks bring no more than the few that are taken."""
+    torch.manual_seed(3)
+    net = nn.Sequential(nn.Linear(D, 40), nn.ReLU(), nn.Linear(40, 40), nn.ReLU(), nn.Linear(40, 1))
+    net = net.double()
+    for layer in net[:-1]:
+        for parameter in layer.parameters():
+            parameter.data.mul_(3.0)
+    x, y = data()
+    ends = {}
+    for loiters in (LOITERS, 1e9):
+        net[-1].weight.data.fill_(0.1)
+        net[-1].bias.data.zero_()
+        view = LinearHead(net, "4", resolve_objective(None, "logistic"))
+        problem = PointProblem("muter", L2Ball(1.0), Constrained(), 1e-2)
+        objective = RobustObjective(view, problem, lambda: [unweighted(x, y)])
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(objective_module, "LOITERS", loiters)
+            ends[loiters] = newton(objective, 10)
+        assert objective.gradient().stationary < 0.5
+    short, long = ends[LOITERS], ends[1e9]
+    assert len(short) < len(long) and long[: len(short)] == short
+    assert min(long) > 0.1 * short[-1]
 
 
 def test_the_line_search_shortens_a_step_that_is_far_too_long() -> None:
