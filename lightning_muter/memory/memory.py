@@ -12,18 +12,16 @@ import torch
 from torch import Tensor, nn
 
 from lightning_muter.curvature.base import Curvature
-from lightning_muter.curvature.dense import DenseCurvature
 from lightning_muter.curvature.removed import RemovedPoints
-from lightning_muter.curvature.rows import RowsCurvature
-from lightning_muter.curvature.sharded import ShardedDense
 from lightning_muter.display import card
-from lightning_muter.errors import MemoryFormatError, MuterError, StateError
+from lightning_muter.errors import MemoryFormatError, MuterError
 from lightning_muter.memory import ids as point_ids
 from lightning_muter.memory import points
-from lightning_muter.memory.fingerprint import fingerprint
 from lightning_muter.memory.folder import MemoryStore
+from lightning_muter.memory.kept_curvature import kept_curvature
 from lightning_muter.memory.kept_model import BASE, CURRENT, named
 from lightning_muter.memory.known_points import KnownPoints
+from lightning_muter.memory.model_check import check_architecture, check_parameters
 from lightning_muter.memory.rebase_policy import RebasePolicy
 from lightning_muter.memory.records import Content, Request
 from lightning_muter.memory.start import Start
@@ -242,16 +240,7 @@ class UnlearningMemory:
             StateError: with what differs.
         """
         self.check_architecture(view)
-        now = view.get().to(self.omega.device)
-        expected = [w.to(view.kept_as).double() for w in (self.omega, self.omega_star)]
-        if not any(torch.allclose(now, w, rtol=1e-6, atol=1e-8) for w in expected):
-            distance = float(torch.linalg.vector_norm(now - expected[0]))
-            raise StateError(
-                f"the model's parameters are {distance:.3g} away from the memory's: it was "
-                "trained on or edited since, or another process served a request meanwhile; put "
-                "the memory's own back (memory.restore(model), or load model.ckpt from its "
-                "folder), or rebuild the memory"
-            )
+        check_parameters(view, self.omega, self.omega_star)
 
     def check_architecture(self, view: ModelView) -> None:
         """Refuse a module whose names, shapes, dtype or frozen weights are not the memory's.
@@ -259,17 +248,7 @@ class UnlearningMemory:
         Raises:
             StateError: with what differs.
         """
-        if view.p != self.p:
-            raise StateError(
-                f"the model has {view.p} trained parameters, the memory {self.p}: it "
-                "belongs to another head or architecture"
-            )
-        if fingerprint(view.module, view.names) != self.fingerprint:
-            raise StateError(
-                "the model's architecture, precision or frozen weights are not the memory's (it "
-                f"computes in {view.dtype}): load the checkpoint that was saved when the "
-                "memory was built, in the precision of training"
-            )
+        check_architecture(view, self.p, self.fingerprint)
 
     # --- the module -------------------------------------------------------------------------
 
@@ -420,7 +399,7 @@ class UnlearningMemory:
             settings=own,
             omega_star=base["omega_star"],
             omega=content.current["omega"],
-            curvature=_curvature(content, own, torch.nonzero(removed).flatten().tolist()),
+            curvature=kept_curvature(content, own, torch.nonzero(removed).flatten().tolist()),
             gradient=content.current["gradient"],
             residual_gradient=base["residual_gradient"],
             digests=base["digests"],
@@ -440,21 +419,3 @@ class UnlearningMemory:
             generation=content.generation,
             private=last.get(_PRIVATE),
         )
-
-
-def _curvature(content: Content, settings: Settings, removed: list[int]) -> Curvature | None:
-    """M_r as a folder keeps it: M_0, less what requests took out of it."""
-    base, omega = content.base, content.base["omega_star"]
-    if RowsCurvature.found_in(base):
-        options = settings.rows_options(omega.device)
-        rows = RowsCurvature.restore(base, omega, settings.weight_decay, options)
-        return rows.without(removed)
-    if "matrix" not in base:
-        return None
-    dense: DenseCurvature | ShardedDense = DenseCurvature(base["matrix"])
-    if settings.representation == "sharded":
-        dense = ShardedDense(base["matrix"])
-    for request in content.requests:
-        for one in request.facts:
-            dense = dense.without(RemovedPoints.restore(one, request.tensors, omega))
-    return dense
