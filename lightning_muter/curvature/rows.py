@@ -28,8 +28,6 @@ _SAMPLE = 16  # points of a typical request
 _RESIDENT = 0.6  # of an accelerator's free memory that rows take at the most; else the host's
 #: blocks of the preconditioner are made anew once fewer than this share of their points is left
 _RENEWED = 0.7
-#: a residual this many times what was asked is not what was asked
-_STALLED = 2.0
 #: bytes of float64 rows from which on the iteration runs on a float32 copy
 _LARGE = 1 << 26
 #: the residual that float32 products reach at the most, and how often they are refined
@@ -333,9 +331,7 @@ class RowsSolver:
         curvature, tol = self.curvature, self.tol
         inverse, limit = curvature.preconditioner(rhs.device), curvature.options.max_iter
         start, before = self._in_float32(rhs, inverse.apply)
-        found = conjugate_gradients(
-            curvature.matvec, rhs, inverse.apply, tol, limit - before, start=start
-        )
+        found = self._iterated(rhs, inverse.apply, limit - before, start)
         found = replace(found, iterations=before + found.iterations)
         if found.status is Status.INDEFINITE:
             again = minres(curvature.matvec, rhs, tol, limit)
@@ -343,11 +339,26 @@ class RowsSolver:
         status = found.status
         if status is Status.CONVERGED and curvature.centred and curvature.shift == 0:
             status = Status.MINIMUM_NORM
-        if (
-            found.residual > _STALLED * tol
-        ):  # rounding of the rows' dtype ends the iteration earlier
+        if found.residual > tol:  # as far as rounding in the rows' dtype lets it come
             status = Status.MAX_ITERATIONS
         return replace(found, status=status, tol=tol)
+
+    def _iterated(
+        self, rhs: Tensor, inverse: Operator, limit: int, start: Tensor | None
+    ) -> Solution:
+        """Conjugate gradients, begun anew where their residual is less than x's own."""
+        matvec, tol = self.curvature.matvec, self.tol
+        found = conjugate_gradients(matvec, rhs, inverse, tol, limit, start=start)
+        for _ in range(_REFINED):
+            left = limit - found.iterations
+            if found.status is not Status.CONVERGED or found.residual <= tol or left <= 0:
+                break
+            again = conjugate_gradients(matvec, rhs, inverse, tol, left, start=found.value)
+            again = replace(again, iterations=found.iterations + again.iterations)
+            if not again.residual < found.residual:
+                break
+            found = replace(again, status=found.status)
+        return found
 
     def _in_float32(self, rhs: Tensor, inverse: Operator) -> tuple[Tensor | None, int]:
         """Roughly x (p,) by products with a copy of many rows in float32, and how many there were.
