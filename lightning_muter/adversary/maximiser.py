@@ -28,7 +28,7 @@ _PLAIN = 4  # passes before acceleration: most points need no more
 #: a point on a kink wanders for ever: it is given up after so many passes that neither bring the
 #: map's move below _NEARER of its best nor lift the level by _LIFT of its size; one whose move came
 #: below _CLOSE may be a slow point of a smooth function
-_PATIENCE, _LONG_PATIENCE = 20, 80
+_PATIENCE, _LONG_PATIENCE = 20, 200
 _CLOSE = 0.1
 _NEARER = 0.9
 _LIFT = 1e-3
