@@ -116,9 +116,7 @@ def rebase(
         "newton_steps": len(history),
     }
     gradient = built.residual_gradient
-    if (
-        initial is None
-    ):  # no request reads it, and Newton's last step leans towards who is forgotten
+    if initial is None:  # nothing reads it, and Newton's last step leans to who is forgotten
         gradient = torch.zeros_like(gradient)
     after = replace(
         built,
