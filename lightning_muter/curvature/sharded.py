@@ -261,8 +261,10 @@ class ShardedSolver:
         if found.status is Status.INDEFINITE:
             again = minres(product, rhs, self.tol, _ITERATIONS)
             return replace(again, iterations=found.iterations + again.iterations)
-        good = found.residual <= max(2 * self.tol, _GOOD)
-        return replace(found, status=Status.CONVERGED if good else Status.MAX_ITERATIONS)
+        asked = max(self.tol, _GOOD)
+        good = found.residual <= asked
+        status = Status.CONVERGED if good else Status.MAX_ITERATIONS
+        return replace(found, status=status, tol=asked)
 
     def _not_definite(self, rhs: Tensor) -> Solution:
         found = minres(self.curvature.matvec, rhs, self.tol, _ITERATIONS)

@@ -85,3 +85,18 @@ def rows_of(seed: int, k: int, p: int) -> torch.Tensor:
     """Random rows (k, p), float64."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(k, p, generator=generator, dtype=torch.float64)
+
+
+def trained_on(devices: int, **options: Any) -> tuple[Trainer, MUterCallback, Data]:
+    """A trainer of some processes after a fit that Newton's steps alone moved, with its memory."""
+    pl.seed_everything(0)
+    model, data = Net(), Data(41)
+    sgd = torch.optim.SGD(model.parameters(), lr=0.0, weight_decay=1e-2)
+    model.configure_optimizers = lambda: sgd  # type: ignore[method-assign]
+    callback = MUterCallback(threat=L2Ball(0.5), head="classifier", newton_steps=2, **options)
+    strategy = "ddp" if devices > 1 else "auto"
+    trainer = Trainer(
+        max_epochs=1, callbacks=[callback], devices=devices, strategy=strategy, **QUIET
+    )
+    trainer.fit(model, data)
+    return trainer, callback, data

@@ -5,34 +5,19 @@ from __future__ import annotations
 import sys
 import warnings
 
-import pytorch_lightning as pl
 import torch
-from cases import QUIET, Data, Net
+from cases import trained_on
 from safetensors.torch import save_file
 
-from lightning_muter import L2Ball, MUterCallback, RemovalDataModule, Rows, Trainer
+from lightning_muter import RemovalDataModule, Rows
 from lightning_muter.curvature.rows import RowsCurvature
 
 if __name__ == "__main__":
     devices, path = int(sys.argv[1]), sys.argv[2]
     warnings.simplefilter("ignore")
-    pl.seed_everything(0)
-    model, data = Net(), Data(41)
-    sgd = torch.optim.SGD(model.parameters(), lr=0.0, weight_decay=1e-2)
-    model.configure_optimizers = lambda: sgd  # type: ignore[method-assign]
-    callback = MUterCallback(
-        threat=L2Ball(0.5),
-        head="classifier",
-        representation=Rows(tol=1e-13),
-        sketch=1,
-        newton_steps=2,
-        memory_dir=path + ".memory",
+    trainer, callback, data = trained_on(
+        devices, representation=Rows(tol=1e-13), sketch=1, memory_dir=path + ".memory"
     )
-    strategy = "ddp" if devices > 1 else "auto"
-    trainer = Trainer(
-        max_epochs=1, callbacks=[callback], devices=devices, strategy=strategy, **QUIET
-    )
-    trainer.fit(model, data)
     found = {}
 
     def note(name: str) -> None:
