@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, ClassVar
 
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lightning_muter.arguments import number
 from lightning_muter.errors import ConfigurationError
 from lightning_muter.objectives.base import Objective
+from lightning_muter.objectives.link import IDENTITY
 from lightning_muter.objectives.losses import LOSSES, PointLoss
 from lightning_muter.objectives.output_curvature import (
     Categorical,
@@ -120,7 +121,9 @@ class BoundTRADES(Objective):
         def divergence(outputs: Tensor, clean: Tensor) -> Tensor:
             return self.beta * _divergence(clean, outputs)
 
-        return PointLoss(f"TRADES(beta={self.beta:g})", divergence, classifies=False)
+        # a sum of log-probabilities, whose rounding stays where the divergence itself vanishes
+        link = replace(IDENTITY, unit=self.beta)
+        return PointLoss(f"TRADES(beta={self.beta:g})", divergence, classifies=False, link=link)
 
     def reference(self, clean: Callable[[], Tensor], targets: Tensor) -> Tensor:
         with torch.no_grad():
