@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from typing import Union
 
 import torch
 from torch import Tensor
@@ -13,10 +14,14 @@ from lightning_muter.linalg.rows import row_norm
 from lightning_muter.objectives.link import IDENTITY, Link
 from lightning_muter.threats import Threat
 
-__all__ = ["InnerMaximum", "InputGradient", "inspect", "maximise"]
+__all__ = ["InnerMaximum", "InputGradient", "Some", "inspect", "maximise"]
 
-#: (x (m, d), which points they are (m,)) -> levels (m,) and their gradient in the input (m, d)
-InputGradient = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+#: indices of some points (m,), or all of them
+Some = Union[Tensor, slice]  # noqa: UP007
+#: (x (m, d), which points they are) -> levels (m,) and their gradient in the input (m, d)
+InputGradient = Callable[[Tensor, Some], tuple[Tensor, Tensor]]
+
+EVERYONE = slice(None)
 
 STATIONARY = 1e-3
 #: two maxima closer than this share of their height: nothing tells which one training would meet
@@ -76,7 +81,10 @@ class InnerMaximum:
         return cls(*(torch.cat([getattr(p, f.name) for p in parts]) for f in fields(cls)))
 
     def part(self, some: slice) -> InnerMaximum:
-        """Some of the points."""
+        """Some of the points; the same where they are all."""
+        n = self.delta.shape[0]
+        if some.indices(n) == (0, n, 1):
+            return self
         return InnerMaximum(*(getattr(self, f.name)[some] for f in fields(self)))
 
 
@@ -114,8 +122,8 @@ def maximise(
     limit = torch.full_like(ascent.moved, max(tol, rounding))
     history: Anderson | None = None
     for k in range(max_iter):
-        todo = torch.nonzero((ascent.moved > limit) & ~ascent.lost & ~ascent.stuck).flatten()
-        if len(todo) == 0:
+        todo = torch.nonzero((ascent.moved > limit) & ascent.led & ascent.hopeful).squeeze(1)
+        if todo.numel() == 0:
             break
         if k == _PLAIN:
             history = Anderson(x)
@@ -129,7 +137,7 @@ def inspect(
     input_gradient: InputGradient, x: Tensor, threat: Threat, delta: Tensor, link: Link = IDENTITY
 ) -> InnerMaximum:
     """Perturbations (n, d) of the caller's own, with the evidence of how stationary they are."""
-    level, slope = input_gradient(x + delta, torch.arange(len(x), device=x.device))
+    level, slope = input_gradient(x + delta, EVERYONE)
     shown = slope * link.weight(level, slope)
     stationarity = threat.stationarity(x, delta, shown)
     alone = torch.full_like(stationarity, torch.inf)
@@ -151,8 +159,7 @@ class _Ascent:
         self.input_gradient, self.x, self.threat, self.link = input_gradient, x, threat, link
         self.slack = 10 * torch.finfo(dtype).eps
         self.delta = torch.zeros_like(x) if start is None else threat.project(x, start)
-        everyone = torch.arange(len(x), device=x.device)
-        self.level, self.slope = input_gradient(x + self.delta, everyone)
+        self.level, self.slope = input_gradient(x + self.delta, EVERYONE)
         self.size = torch.full_like(x[:, :1], torch.inf)
         self.weight = self.link.weight(self.level, self.slope)
         self.mapped = threat.ascend(x, self.delta, self.slope * self.weight, self.size)
@@ -160,38 +167,36 @@ class _Ascent:
         if start is not None:  # a start within the tolerance would be kept with its whole error
             self.moved = torch.full_like(self.moved, torch.inf)
         self.nearest, self.height = self.moved.clone(), self.level.clone()
-        self.idle = torch.zeros_like(everyone)
-        self.stuck = torch.zeros_like(everyone, dtype=torch.bool)
+        self.idle = torch.zeros_like(self.moved, dtype=torch.long)
+        self.hopeful = torch.ones_like(self.moved, dtype=torch.bool)
 
     @property
-    def lost(self) -> Tensor:
-        """Points (n,) that have no gradient to go by where they are."""
-        return ~self.slope.any(dim=1)
+    def led(self) -> Tensor:
+        """Points (n,) that have a gradient to go by where they are."""
+        return self.slope.any(dim=1)
 
     def found(self) -> InnerMaximum:
         """Where the points are now, with the gradients and losses of the loss itself."""
         grad = self.link.gradient(self.level, self.slope)
-        stationarity = torch.where(self.lost, torch.inf, self.moved)
+        stationarity = torch.where(self.led, self.moved, torch.inf)
         alone = torch.full_like(stationarity, torch.inf)
         return InnerMaximum(self.delta, grad, self.link.loss(self.level), stationarity, alone)
 
     def advance(self, todo: Tensor, history: Anderson | None) -> None:
         """Move the points ``todo`` to a candidate each, where it does not lower the objective."""
         threat = self.threat
-        some: Tensor | slice = slice(None) if len(todo) == len(self.x) else todo
-        point, now, size = self.x[some], self.delta[some], self.size[some]
-        level, slope, weight = self.level[some], self.slope[some], self.weight[some]
-        shown = slope * weight
-        candidate, mapping = self.mapped[some], bool(torch.isinf(size).all())
-        if not mapping:
-            candidate = threat.ascend(point, now, shown, size)
-        bold = torch.zeros_like(size, dtype=torch.bool)
+        some: Some = EVERYONE if todo.numel() == self.moved.numel() else todo
+        point, now, size = (_of(one, some) for one in (self.x, self.delta, self.size))
+        level, slope, weight = (_of(one, some) for one in (self.level, self.slope, self.weight))
+        image, shown = _of(self.mapped, some), slope * weight
+        mapping = bool(torch.isinf(size).all())
+        candidate = image if mapping else threat.ascend(point, now, shown, size)
         if history is not None:
-            residual = self.mapped[some] - now
+            residual = image - now
             bold = history.filled[some].unsqueeze(1)
-            proposal = threat.project(point, history.propose(some, self.mapped[some], residual))
+            proposal = threat.project(point, history.propose(some, image, residual))
             candidate = torch.where(bold, proposal, candidate)
-        new_level, new_slope = self.input_gradient(point + candidate, todo)
+        new_level, new_slope = self.input_gradient(point + candidate, some)
         before, after = (threat.merit(delta, shown) for delta in (now, candidate))
         gain = weight.squeeze(1) * self.link.gain(level, new_level) + after - before
         better = gain >= 0
@@ -202,8 +207,6 @@ class _Ascent:
             # rounding is of the level, of the inputs that it is computed from, and of the merit
             better = gain >= -self.slack * (size_of_level + inputs + before.abs())
         better = better.unsqueeze(1)
-        if history is not None:  # before δ changes: ``now`` may be a view of it
-            move = torch.where(better, candidate - now, torch.zeros_like(now))
         if risen:
             delta, slope, level = candidate, new_slope, new_level
         else:
@@ -211,23 +214,25 @@ class _Ascent:
             slope = torch.where(better, new_slope, slope)
             level = torch.where(better.squeeze(1), new_level, level)
         weight = self.link.weight(level, slope)
-        self.delta[some], self.level[some], self.slope[some] = delta, level, slope
-        self.weight[some] = weight
-        if not (risen and mapping):  # the map serves on where it served
-            self.size[some] = torch.where(bold, size, _next_size(size, better))
-        whole = torch.full_like(size, torch.inf)
+        whole = size if mapping else torch.full_like(size, torch.inf)
         mapped = threat.ascend(point, delta, slope * weight, whole)
-        left = mapped - delta  # before the map changes: δ may be a view of it
-        self.mapped[some] = mapped
+        left = mapped - delta
         distance = threat.distance(point, left)
+        if not (risen and mapping):  # the map serves on where it served
+            tried = _next_size(size, better)
+            size = tried if history is None else torch.where(bold, size, tried)
         if history is not None:  # at an interior maximum the map has no fixed point to go by
-            pays = (distance < _PAYS * self.moved[some]).unsqueeze(1) | ~bold
+            move = torch.where(better, candidate - now, 0.0)
+            pays = (distance < _PAYS * _of(self.moved, some)).unsqueeze(1) | ~bold
             history.record(some, move, left - residual, better & pays)
-        self.moved[some] = distance
+        self.delta, self.size = _put(self.delta, some, delta), _put(self.size, some, size)
+        self.level, self.slope = _put(self.level, some, level), _put(self.slope, some, slope)
+        self.weight, self.mapped = _put(self.weight, some, weight), _put(self.mapped, some, mapped)
+        self.moved = _put(self.moved, some, distance)
         if history is not None:
             self._look_for_progress(some)
 
-    def _look_for_progress(self, some: Tensor | slice) -> None:
+    def _look_for_progress(self, some: Some) -> None:
         """Give up points that came no nearer to a maximum for long."""
         moved, level = self.moved[some], self.level[some]
         nearest, height = self.nearest[some], self.height[some]
@@ -237,7 +242,20 @@ class _Ascent:
         idle = torch.where(ahead, 0, self.idle[some] + 1)
         self.nearest[some], self.idle[some] = nearest, idle
         self.height[some] = torch.where(ahead, level, height)
-        self.stuck[some] = idle >= torch.where(nearest < _CLOSE, _LONG_PATIENCE, _PATIENCE)
+        self.hopeful[some] = idle < torch.where(nearest < _CLOSE, _LONG_PATIENCE, _PATIENCE)
+
+
+def _of(values: Tensor, some: Some) -> Tensor:
+    """The rows of some points; the tensor itself where they are all."""
+    return values[some] if isinstance(some, Tensor) else values
+
+
+def _put(values: Tensor, some: Some, new: Tensor) -> Tensor:
+    """The values with new rows for some points; the new ones alone where they are all."""
+    if not isinstance(some, Tensor):
+        return new
+    values[some] = new
+    return values
 
 
 def _next_size(size: Tensor, better: Tensor) -> Tensor:

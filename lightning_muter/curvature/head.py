@@ -145,8 +145,8 @@ class HeadTotal(HeadHessian):
     def __init__(
         self, points: HeadPoints, response: DiagonalLowRank | Dense, usable: Tensor
     ) -> None:
-        super().__init__(points)
-        self.usable, self.response = usable, response
+        super().__init__(points, usable)
+        self.response = response
 
     def add_to(self, add: AddBlock) -> None:
         points, b = self.points, self.response

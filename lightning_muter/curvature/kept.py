@@ -40,8 +40,9 @@ P = TypeVar("P", bound=PointFactors)
 class OfPoints(KeptCurvature, Generic[P]):
     """Curvature that follows from points' factors alone; its ``restore`` makes it of them."""
 
-    def __init__(self, points: P) -> None:
-        super().__init__(torch.ones_like(points.weights, dtype=torch.bool))
+    def __init__(self, points: P, usable: Tensor | None = None) -> None:
+        everyone = usable is None
+        super().__init__(torch.ones_like(points.weights, dtype=torch.bool) if everyone else usable)
         self.points = points
 
     def kept(self) -> Sequence[KeptCurvature]:

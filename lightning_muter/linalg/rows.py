@@ -43,17 +43,13 @@ def direction(a: Tensor, length: float = 1.0) -> Tensor:
     if not _squares_fit(norm):
         a, largest = own_scale(a)
         again: Tensor = torch.linalg.vector_norm(a, dim=1, keepdim=True)
-        norm = torch.where(largest > 0, again, torch.ones_like(norm))
+        norm = torch.where(largest > 0, again, 1.0)
     return a * (length / norm)
 
 
 def _squares_fit(norm: Tensor) -> bool:
     """Whether lengths (n, 1) say by themselves that no square of weight was lost on the way."""
-    if len(norm) == 0:
-        return True
-    low, high = _limits(norm.dtype)
-    least, most = torch.stack(torch.aminmax(norm)).tolist()
-    return bool(low < least and most < high)
+    return torch.equal(norm.clamp(*_limits(norm.dtype)), norm)
 
 
 @cache
@@ -71,5 +67,5 @@ def own_scale(a: Tensor) -> tuple[Tensor, Tensor]:
         tensor([[ 0.5000, -1.0000],
                 [ 0.0000,  0.0000]])
     """
-    largest = a.abs().amax(dim=1, keepdim=True)
-    return a / torch.where(largest > 0, largest, torch.ones_like(largest)), largest
+    largest: Tensor = torch.linalg.vector_norm(a, torch.inf, dim=1, keepdim=True)
+    return a / torch.where(largest > 0, largest, 1.0), largest

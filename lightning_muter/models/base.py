@@ -135,7 +135,7 @@ class Linearisation(ABC):
         return self.seen[-1]
 
     def __len__(self) -> int:
-        return len(self.x)
+        return self.seen[-1].shape[0]
 
     @abstractmethod
     def losses(self) -> Tensor:

@@ -77,6 +77,8 @@ class Beside:
 
     def call(self, function: Callable[..., Any], *first: Any) -> Any:
         """A function of something first, then of the entries: positions in order, names by name."""
+        if not self:
+            return function(*first)
         entries = self.entries()
         positions = sorted(name for name in entries if isinstance(name, int))
         named = {name: one for name, one in entries.items() if isinstance(name, str)}

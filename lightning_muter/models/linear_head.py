@@ -116,7 +116,11 @@ class LinearHead(ModelView):
         level, r = self.objective.inner.rise(outputs, reference)
         unit, scale = own_scale(r)
         slope = (unit @ self.layer.weight.detach()).double() * scale.double()
-        return level.double(), slope if self.scaling.identity else slope * self.scaling.slope(x)
+        return level.double(), self._pulled(slope, x)
+
+    def _pulled(self, slope: Tensor, x: Tensor) -> Tensor:
+        """Rows (k, d) of derivatives in what the module receives, as derivatives in x."""
+        return slope if self.scaling.identity else slope * self.scaling.slope(x)
 
     def _straight(self, x: Tensor) -> Tensor | None:
         """The outputs (n, ...) of a module that is its head alone, from x as it is; None of others.
@@ -168,10 +172,11 @@ class LinearHead(ModelView):
         """B = J R Jᵀ (n, F, F), and which points (n,) had a usable K."""
         w = points.head.weight
         if points.reads_input:
-            slope = self.scaling.slope(points.x)  # J = diag(1 / std)
-            jacobian = (w * slope).T.expand(len(points), -1, -1)
-            low, usable = response.low_rank(geometry, jacobian, points.head.s.dense())
-            return low.scaled(slope), usable
+            s, pulled = points.head.s.dense(), self._pulled(w, points.x)
+            low, usable = response.low_rank(geometry, pulled.T.expand(len(points), -1, -1), s)
+            if self.scaling.identity:
+                return low, usable
+            return low.scaled(self.scaling.slope(points.x)), usable
         x = points.x
         if response.probes is not None:
             probed, usable = response.sketch(geometry, self._curvature_products(points))

@@ -8,6 +8,7 @@ t still has. It is ascended instead, and the loss is read off at the end. Source
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -23,6 +24,7 @@ __all__ = ["IDENTITY", "SOFTPLUS", "Link"]
 #: what a threat is shown of a gradient: nothing smaller than exp(-460) = 1e-200 or larger than its
 #: inverse. Threats go by directions, and the own scale of a smoothed one is far from either end.
 _LOG_SHOWN = 460.0
+_SHOWN = math.exp(-_LOG_SHOWN), math.exp(_LOG_SHOWN)
 
 
 @dataclass(frozen=True)
@@ -52,13 +54,14 @@ class Link:
         arithmetic.
         """
         log_rate = self.log_rate(level).unsqueeze(1)
-        norm = row_norm(slope)
+        rate, norm = log_rate.exp(), row_norm(slope)
+        size = rate * norm
+        if torch.equal(size.clamp(*_SHOWN), size):
+            return rate
         log_size = log_rate + norm.log()
-        if bool((log_size.abs() <= _LOG_SHOWN).all()):
-            return log_rate.exp()
         shown = log_size.clamp(-_LOG_SHOWN, _LOG_SHOWN)
         ordinary = (shown == log_size) | (norm == 0)
-        return torch.where(ordinary, log_rate.exp(), shown.exp() / norm)
+        return torch.where(ordinary, rate, shown.exp() / norm)
 
 
 def _softplus_gain(before: Tensor, after: Tensor) -> Tensor:

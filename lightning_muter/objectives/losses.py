@@ -70,8 +70,14 @@ def _class_odds(outputs: Tensor, targets: Tensor) -> Tensor:
 
 def _sign_odds(outputs: Tensor, targets: Tensor) -> Tensor:
     """The log-odds of the other label of two, from one logit."""
+    return _sign_rise(outputs, targets)[0]
+
+
+def _sign_rise(outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """`_sign_odds` and their derivative (n, 1)."""
     logits = _single_precision(outputs.reshape(len(outputs)))
-    return -_signs(logits, targets) * logits
+    wrong = -_signs(logits, targets)
+    return wrong * logits, wrong.unsqueeze(1)
 
 
 def _log_odds(outputs: Tensor, targets: Tensor) -> Tensor:
@@ -90,14 +96,21 @@ def _cross_entropy_derivatives(z: Tensor, y: Tensor) -> tuple[Tensor, OutputCurv
 
 def _logistic_derivatives(z: Tensor, y: Tensor) -> tuple[Tensor, OutputCurvature]:
     logits = z.reshape(-1, 1)
-    sign = _signs(logits.squeeze(1), y).unsqueeze(1)
-    r = -sign * torch.sigmoid(-sign * logits)
-    return r, Diagonal(torch.sigmoid(logits) * torch.sigmoid(-logits))
+    wrong = -_signs(logits.squeeze(1), y).unsqueeze(1)
+    odds = wrong * logits
+    share = torch.sigmoid(odds)  # of the other label
+    return wrong * share, Diagonal(share * torch.sigmoid(-odds))
 
 
 def _squared_derivatives(z: Tensor, y: Tensor) -> tuple[Tensor, OutputCurvature]:
     r = z.reshape(-1, 1) - y.reshape(-1, 1).to(z)
     return r, Diagonal(torch.ones_like(r))
+
+
+def _squared_rise(outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """The loss (n,) and its derivative (n, 1)."""
+    r = _squared_derivatives(outputs, targets)[0]
+    return 0.5 * r.squeeze(1).square(), r
 
 
 @dataclass(frozen=True)
@@ -125,8 +138,8 @@ class PointLoss:
     ``function`` maps outputs (n, C) and targets to losses (n,). ``closed_form`` maps the same to
     r (n, C) and S; without it both come from ``torch.func`` point by point. ``level``
     maps them to what an adversary ascends in the loss's place, and ``link`` that to the loss;
-    without it the loss itself is ascended. ``rising`` is the derivative (n, C) of what is ascended,
-    where it is known. ``classifies``: outputs are logits of classes.
+    without it the loss itself is ascended. ``rising`` maps them to what is ascended
+    and its derivative (n, C), where that is known. ``classifies``: outputs are logits of classes.
     ``target_kind`` says what its targets have to be; points of the class ``ignored`` are no part of
     training's mean, so that no point may have it. ``summed``: training's loss is the sum over a
     batch, not its mean.
@@ -138,7 +151,7 @@ class PointLoss:
     one_output: bool = False
     level: LossFunction | None = None
     link: Link = IDENTITY
-    rising: LossFunction | None = None
+    rising: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
     classifies: bool = True
     target_kind: TargetKind = "numbers"
     ignored: int | None = None
@@ -194,7 +207,7 @@ class PointLoss:
         """
         if self.rising is not None:
             self._check_outputs(outputs)
-            return (self.level or self.function)(outputs, targets), self.rising(outputs, targets)
+            return self.rising(outputs, targets)
         with torch.enable_grad():
             at = outputs.detach().requires_grad_(True)
             if self.level is None:
@@ -232,7 +245,7 @@ LOSSES: dict[str, PointLoss] = {
         one_output=True,
         level=_sign_odds,
         link=SOFTPLUS,
-        rising=lambda z, y: -_signs(z.reshape(len(z)), y).unsqueeze(1),
+        rising=_sign_rise,
         target_kind="binary",
     ),
     "squared": PointLoss(
@@ -240,7 +253,7 @@ LOSSES: dict[str, PointLoss] = {
         _squared,
         _squared_derivatives,
         one_output=True,
-        rising=lambda z, y: _squared_derivatives(z, y)[0],
+        rising=_squared_rise,
         classifies=False,
     ),
 }

@@ -59,22 +59,18 @@ class Constrained:
         inverse = torch.where(shift > 0, geometry.free / shift.clamp(min=1e-300), 0.0)
         # T = P Δ^{-1} P; with a normal Δ is a multiple of the identity on the free coordinates
         normal_scale = torch.linalg.vecdot(geometry.normal * inverse, geometry.normal)
-        base = DiagonalLowRank(
-            inverse, geometry.normal.unsqueeze(1), -normal_scale.unsqueeze(1)
-        ).compressed()
+        base = DiagonalLowRank(inverse, geometry.normal.unsqueeze(1), -normal_scale.unsqueeze(1))
         tv = base.apply(v)
-        values, basis, usable = _bent(v.mT @ tv, s)
-        bend = DiagonalLowRank(inverse, basis.mT @ tv.mT, values).compressed()
-        if bend.factors.shape[1]:
-            base = DiagonalLowRank(
-                inverse,
-                torch.cat([base.factors, bend.factors], dim=1),
-                torch.cat([base.coefficients, bend.coefficients], dim=1),
-            )
+        values, basis, usable = _bent(torch.bmm(v.mT, tv), s)
+        found = DiagonalLowRank(
+            inverse,
+            torch.cat([base.factors, torch.bmm(basis.mT, tv.mT)], dim=1),
+            torch.cat([base.coefficients, values], dim=1),
+        ).compressed()
         if not bool(usable.all()):
             keep = usable.to(s).unsqueeze(1)
-            base = replace(base, diagonal=inverse * keep, coefficients=base.coefficients * keep)
-        return base, usable
+            found = replace(found, diagonal=inverse * keep, coefficients=found.coefficients * keep)
+        return found, usable
 
     def dense(self, geometry: Geometry, h: Tensor) -> tuple[Dense, Tensor]:
         projector = torch.diag_embed(geometry.free)
@@ -120,7 +116,7 @@ def _bent(inner: Tensor, s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     Returns:
         They, and at which points (n,) K is positive definite: all eigenvalues of VᵀTV S below 1.
     """
-    product = inner @ s
+    product = torch.bmm(inner, s)
     eye = torch.eye(s.shape[1], dtype=s.dtype, device=s.device)
     if s.shape[1] == 1:  # numbers: eigenvalues need no iteration
         usable = product[:, 0, 0] < 1 - 1e-8

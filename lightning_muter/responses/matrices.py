@@ -24,7 +24,7 @@ class DiagonalLowRank:
 
     def apply(self, vectors: Tensor) -> Tensor:
         """Products with vectors (n, d, c)."""
-        inner = self.coefficients.unsqueeze(2) * (self.factors @ vectors)
+        inner = self.coefficients.unsqueeze(2) * torch.bmm(self.factors, vectors)
         own = self.diagonal.unsqueeze(2) * vectors
         return torch.baddbmm(own, self.factors.mT, inner)
 

@@ -91,20 +91,25 @@ class L2Ball(Threat):
         return delta.new_zeros(len(delta))
 
     def active(self, x: Tensor, delta: Tensor) -> Tensor:
-        return (row_norm(delta).squeeze(1) >= self.eps * (1 - 1e-4)).to(delta)
+        return self._reached(row_norm(delta)).squeeze(1)
+
+    def _reached(self, length: Tensor) -> Tensor:
+        """1 where a length (n, 1) is the radius, else 0."""
+        return (length >= self.eps * (1 - 1e-4)).to(length)
 
     def geometry(self, x: Tensor, delta: Tensor, grad: Tensor) -> Geometry:
         free, delta_free, grad_free = torch.ones_like(delta), delta, grad
+        length = size = row_norm(delta)
         if self.data_range is not None:
             low, high = self.bounds(x)
             slack = 1e-6 * self.eps
             held = ((delta >= high - slack) & (grad > 0)) | ((delta <= low + slack) & (grad < 0))
             free = (~held).to(delta)
             delta_free, grad_free = delta * free, grad * free
-        on_sphere = self.active(x, delta).unsqueeze(1)
-        norm = row_norm(delta_free)
-        mu = torch.where(norm > 0, row_norm(grad_free) / norm, 0.0) * on_sphere
-        normal = direction(delta_free) * on_sphere
+            length = row_norm(delta_free)
+        on_sphere = self._reached(size)
+        inverse = torch.where(length > 0, on_sphere / length, 0.0)
+        mu, normal = row_norm(grad_free) * inverse, delta_free * inverse
         # a point on the sphere without a gradient has no defined multiplier: it stays
         free = free * ((on_sphere == 0) | (mu > LEAST_MULTIPLIER)).to(free)
         return Geometry(mu.expand_as(delta).contiguous(), free, normal)

@@ -8,7 +8,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from lightning_muter.adversary.maximiser import InnerMaximum, InputGradient, inspect, maximise
+from lightning_muter.adversary.maximiser import (
+    InnerMaximum,
+    InputGradient,
+    Some,
+    inspect,
+    maximise,
+)
 from lightning_muter.adversary.mixture import Mixture, mix
 from lightning_muter.adversary.two_sided import higher, seeded_start
 from lightning_muter.curvature.base import CurvatureSum
@@ -194,24 +200,26 @@ class PointProblem:
     def _sums(self, chunk: Chunk, usable: Tensor) -> Sums:
         at, n = chunk.linearisation, len(chunk.origin)
         gradient, weights = at.gradient_sum(), at.weights
-        stationary = active = tied = gradient.new_zeros(())
+        points = gradient.new_full((), n)
         if chunk.inner is None:
-            losses = at.losses()
-            stationary = stationary + n
+            losses, stationary = at.losses(), points
+            active = tied = torch.zeros_like(points)
         else:
             inner = chunk.inner
             losses = inner.losses + self.threat.merit(inner.delta, inner.grad)
             losses = losses if chunk.value is None else chunk.value
-            stationary, tied = inner.stationary.double().sum(), inner.tied.double().sum()
+            stationary, tied = _count(inner.stationary), _count(inner.tied)
             active = chunk.active.sum()
         if chunk.rival is not None:
             other = chunk.rival.linearisation
             gradient = gradient + other.gradient_sum()
             weights = weights + other.weights
-        points = gradient.new_tensor(float(n))
         loss, weight = (weights * losses).sum(), weights.sum()
-        counted = usable.double().sum()
-        return Sums(gradient, loss, weight, points, stationary, active, counted, tied)
+        return Sums(gradient, loss, weight, points, stationary, active, _count(usable), tied)
+
+
+def _count(flags: Tensor) -> Tensor:
+    return flags.sum(dtype=torch.float64)
 
 
 def _reference(view: ModelView, batch: Batch) -> Tensor:
@@ -233,7 +241,7 @@ def _whole(view: ModelView, batch: Batch, reference: Tensor, found: InnerMaximum
 def _ascent(view: ModelView, batch: Batch, reference: Tensor) -> InputGradient:
     """What the adversary ascends at flat float64 versions of the points."""
 
-    def ascent(points: Tensor, which: Tensor) -> tuple[Tensor, Tensor]:
+    def ascent(points: Tensor, which: Some) -> tuple[Tensor, Tensor]:
         there = view.beside(batch.beside.part(which) if batch.beside else batch.beside)
         return there.ascent(view.scaling.shaped(points, batch.x), reference[which])
 

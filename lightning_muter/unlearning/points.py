@@ -33,10 +33,12 @@ class Batch:
     beside: Beside = NOTHING
 
     def __len__(self) -> int:
-        return len(self.x)
+        return self.x.shape[0]
 
     def part(self, some: slice) -> Batch:
-        """Some of the points."""
+        """Some of the points; the batch itself where they are all."""
+        if some.indices(len(self)) == (0, len(self), 1):
+            return self
         named = None if self.indices is None else self.indices[some]
         beside = self.beside.part(some)
         return Batch(self.x[some], self.targets[some], self.weights[some], named, beside)

@@ -54,13 +54,14 @@ class Outcome:
 class _Gone:
     """What leaves the sums with a request's points.
 
-    ``sums`` are over all processes, ``gradient`` is Σ_S (∇l_i + λω*) (p,), ``remaining`` M_r less
-    their curvature and ``removed`` the factors of it that the memory has to keep; ``decay`` is
-    their λ.
+    ``sums`` are over all processes, ``gradient`` is Σ_S (∇l_i + λω*) (p,) and ``rhs`` that beside
+    G_r, ``remaining`` M_r less their curvature and ``removed`` the factors of it that the memory
+    has to keep; ``decay`` is their λ.
     """
 
     sums: Sums
     gradient: Tensor
+    rhs: Tensor
     remaining: Curvature
     removed: RemovedPoints
     decay: float
@@ -98,9 +99,9 @@ def forget(
     curvature = _curvature(memory)
     if isinstance(curvature, RowsCurvature) and not _by_blocks(memory):
         return forget_rows(memory, indices)
-    decay = _decay(memory, indices)
-    weights = memory.weights[indices].to(x.device)
-    batch = Batch(x, targets, weights, beside=beside).part(group.rows)
+    weights = memory.weights[indices]
+    decay = _decay(memory, weights)
+    batch = Batch(x, targets, weights.to(x.device), beside=beside).part(group.rows)
     with measuring(view.module), view.at(memory.omega_star):
         taken = _take(memory, view, batch)
         sums = taken.sums.reduced(group)
@@ -112,7 +113,7 @@ def forget(
             assert isinstance(curvature, (DenseCurvature, ShardedDense))
             remaining = curvature.without(removed)
         gradient = sums.gradient + decay * memory.omega_star
-        gone = _Gone(sums, gradient, remaining, removed, decay)
+        gone = _Gone(sums, gradient, memory.gradient + gradient, remaining, removed, decay)
         if _by_blocks(memory):
             solution = _solved_by_blocks(memory, taken, gone, view.dtype, group)
         else:
@@ -135,14 +136,15 @@ def forget_rows(memory: UnlearningMemory, indices: list[int]) -> Outcome:
     total = Sums.zero(memory.p, memory.omega_star.device)
     for rows in curvature.rows_of(indices):
         total = total + _sums(rows.on(memory.omega_star.device))
-    sums, decay = total.reduced(curvature.group), _decay(memory, indices)
+    sums, decay = total.reduced(curvature.group), _decay(memory, memory.weights[indices])
     if int(sums.points) != len(indices):
         raise StateError(
             f"the memory keeps rows of {int(sums.points)} of the {len(indices)} points: it was "
             "built by other code, or altered; rebuild it"
         )
     gradient = sums.gradient + decay * memory.omega_star
-    gone = _Gone(sums, gradient, curvature.without(indices), RemovedPoints(), decay)
+    rhs, remaining = memory.gradient + gradient, curvature.without(indices)
+    gone = _Gone(sums, gradient, rhs, remaining, RemovedPoints(), decay)
     return _outcome(memory, indices, gone, _solved(memory, gone), start)
 
 
@@ -152,8 +154,8 @@ def _curvature(memory: UnlearningMemory) -> Curvature:
     return memory.curvature
 
 
-def _decay(memory: UnlearningMemory, indices: list[int]) -> float:
-    return float(memory.weights[indices].sum()) * memory.settings.weight_decay
+def _decay(memory: UnlearningMemory, weights: Tensor) -> float:
+    return float(weights.sum()) * memory.settings.weight_decay
 
 
 def _sums(rows: PointRows) -> Sums:
@@ -174,8 +176,7 @@ def _sums(rows: PointRows) -> Sums:
 
 def _solved(memory: UnlearningMemory, gone: _Gone) -> Solution:
     """Δω (p,) of Stage II."""
-    step = _step(memory, float(gone.sums.weight))
-    return step.solve(_system(memory, gone), memory.gradient + gone.gradient)
+    return _step(memory, gone.sums.weight).solve(_system(memory, gone), gone.rhs)
 
 
 def _system(memory: UnlearningMemory, gone: _Gone) -> Curvature:
@@ -194,16 +195,15 @@ def _solved_by_blocks(
     tol = 1e-10 if dtype == torch.float64 else 1e-6
     shift = memory.settings.damping - less
     blocks = BlockSystem(_curvature(memory), parts, shift, group, _BLOCK_ITERATIONS)
-    return blocks.solve(memory.gradient + gone.gradient, tol)
+    return blocks.solve(gone.rhs, tol)
 
 
 def _outcome(
     memory: UnlearningMemory, indices: list[int], gone: _Gone, solution: Solution, start: float
 ) -> Outcome:
-    rhs = memory.gradient + gone.gradient
     before, system = _curvature(memory).damped(memory.settings.damping), _system(memory, gone)
-    step = _step(memory, float(gone.sums.weight))
-    noise = sketch_noise(system, before, step, rhs, solution.value)
+    step = _step(memory, gone.sums.weight)
+    noise = sketch_noise(system, before, step, gone.rhs, solution.value)
     noise = memory.summary.get("sketch_noise") if noise is None else noise
     entry = {
         "m": len(indices),
@@ -272,12 +272,12 @@ def _distance(memory: UnlearningMemory) -> float:
     return float(memory.summary.get("distance_to_optimum", 0.0))
 
 
-def _step(memory: UnlearningMemory, weight: float) -> Step:
+def _step(memory: UnlearningMemory, weight: Tensor) -> Step:
     """The whole step, or one as long as training was, without points of this weight."""
     start = memory.start
     if start is None:
         return NewtonStep()
     offset = start.initial - memory.omega_star
-    left = float(memory.weights[memory.remaining].sum()) - weight
+    left = float(memory.weights[memory.remaining].sum()) - float(weight)
     times = start.flow.of_remaining(left / float(memory.weights.sum()))
     return FlowStep(times, offset, memory.residual_gradient, start.retraced)
