@@ -142,8 +142,13 @@ class Settings:
 
         Its own loss, where it was named by its attribute, and the entries that forward takes.
         """
-        loss = self.loss.of(module) if isinstance(self.loss, ModuleLoss) else self.loss
-        return replace(self, loss=loss, batch=self.batch.taking(self.logits.takes(module)))
+        loss, batch = self._loss_of(module), self.batch.taking(self.logits.takes(module))
+        known = loss is self.loss and batch == self.batch
+        return self if known else replace(self, loss=loss, batch=batch)
+
+    def _loss_of(self, module: nn.Module) -> Any:
+        """The loss, which is no attribute's name any more."""
+        return self.loss.of(module) if isinstance(self.loss, ModuleLoss) else self.loss
 
     def robust(self) -> Settings:
         """The settings of the robust objective itself: ω* is every method's, its optimum."""
@@ -157,10 +162,9 @@ class Settings:
 
     def view(self, module: nn.Module) -> ModelView:
         """The trained parameters of ``module``."""
-        loss: Any = self.of(module).loss  # no attribute's name any more
         return view_of(
             module,
-            loss,
+            self._loss_of(module),
             self.head,
             self.parameters,
             self.space,

@@ -224,9 +224,10 @@ class HeadTotal(HeadHessian):
         a, u, diagonal = along * r, b.factors * r.unsqueeze(2), b.diagonal
         if points.biased:
             a, u, diagonal = F.pad(a, (0, 1)), F.pad(u, (0, 1)), F.pad(diagonal, (0, 1))
-        u = (u + s.unsqueeze(2) * (b.factors @ w.T) * h.unsqueeze(1)).flatten(0, 1)
+        u = torch.addcmul(u, s.unsqueeze(2) * (b.factors @ w.T), h.unsqueeze(1)).flatten(0, 1)
         slopes, heights = weights * s, (weights * b.coefficients).flatten().unsqueeze(1)
-        other = torch.cat([weights * bent * h + slopes * a, slopes * h, heights * u])
+        first = torch.addcmul(weights * bent * h, slopes, a)
+        other = torch.cat([first, slopes * h, heights * u])
         return (weights * r * r).T[0] @ diagonal, torch.cat([h, a, u]), other
 
     def matvec(self, v: Tensor) -> Tensor:

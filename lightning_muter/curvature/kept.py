@@ -41,8 +41,8 @@ class OfPoints(KeptCurvature, Generic[P]):
     """Curvature that follows from points' factors alone; its ``restore`` makes it of them."""
 
     def __init__(self, points: P, usable: Tensor | None = None) -> None:
-        everyone = usable is None
-        super().__init__(torch.ones_like(points.weights, dtype=torch.bool) if everyone else usable)
+        everyone = torch.ones_like(points.weights, dtype=torch.bool) if usable is None else usable
+        super().__init__(everyone)
         self.points = points
 
     def kept(self) -> Sequence[KeptCurvature]:

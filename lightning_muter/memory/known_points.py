@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -97,12 +98,12 @@ class KnownPoints:
         inside = [(k, i) for k, i in enumerate(positions) if 0 <= i < n]
         if not inside:
             return found
-        at, named = torch.tensor([k for k, _ in inside]), torch.tensor([i for _, i in inside])
-        given = torch.frombuffer(bytearray(b"".join(rows)), dtype=torch.uint8)
-        own = given.reshape(len(rows), DIGEST_BYTES)[at] == self.digests.cpu()[named]
-        same = own.all(dim=1) if fixed is None else own.all(dim=1) & fixed[named]
-        for k, i in zip(at[same].tolist(), named[same].tolist(), strict=True):
-            found[k] = i
+        named = [i for _, i in inside]
+        own = self.digests.cpu().numpy()[named].tobytes()
+        allowed = [True] * len(named) if fixed is None else fixed.cpu().numpy()[named].tolist()
+        for at, ((k, i), free) in enumerate(zip(inside, allowed, strict=True)):
+            if free and own[at * DIGEST_BYTES : (at + 1) * DIGEST_BYTES] == rows[k]:
+                found[k] = i
         return found
 
     def _free(self, wanted: set[bytes], taken: set[int]) -> dict[bytes, list[int] | None]:
@@ -152,9 +153,10 @@ class KnownPoints:
 
     def repeated(self, indices: Sequence[int]) -> bool:
         """Whether a forgotten one among the points has an equal that is left."""
-        gone = self.removed.cpu()[list(indices)]
-        forgotten = self.digests[list(indices)].cpu()[gone].numpy()
-        left = self.match(list({row.tobytes() for row in forgotten})).indices
+        named = np.asarray(indices)
+        forgotten = named[self.removed.cpu().numpy()[named]]
+        gone = {row.tobytes() for row in self.digests.cpu().numpy()[forgotten]}
+        left = self.match(list(gone)).indices
         return any(bool(self.living[i]) for i in left if i is not None)
 
     def places(self, rows: Sequence[bytes]) -> Places:

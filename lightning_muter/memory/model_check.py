@@ -47,9 +47,12 @@ def check_parameters(view: ModelView, *known: Tensor) -> None:
         StateError: with how far away they are.
     """
     now = view.get().to(known[0].device)
-    expected = [one.to(view.kept_as).double() for one in known]
-    if not any(torch.allclose(now, one, rtol=1e-6, atol=1e-8) for one in expected):
-        distance = float(torch.linalg.vector_norm(now - expected[0]))
+
+    def kept(one: Tensor) -> Tensor:
+        return one.to(view.kept_as).double()
+
+    if not any(torch.allclose(now, kept(one), rtol=1e-6, atol=1e-8) for one in known):
+        distance = float(torch.linalg.vector_norm(now - kept(known[0])))
         raise StateError(
             f"the model's parameters are {distance:.3g} away from the memory's: it was trained on "
             "or edited since, or another process served a request meanwhile; put the memory's own "

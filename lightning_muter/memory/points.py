@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -144,8 +145,8 @@ def check_free(indices: Sequence[int], removed: Tensor, weights: Tensor) -> None
     Raises:
         RemovalError: with the offending values.
     """
-    chosen = torch.tensor(list(indices), dtype=torch.long)
-    flags, seen = removed.cpu(), weights.cpu() > 0
+    chosen = np.asarray(indices, dtype=np.int64)
+    flags, seen = removed.cpu().numpy(), weights.cpu().numpy() > 0
     unseen = chosen[~seen[chosen]].tolist()
     if unseen:
         raise RemovalError(

@@ -65,7 +65,8 @@ def evaluating(module: nn.Module) -> Iterator[None]:
     fast = torch.backends.mha.get_fastpath_enabled()
     try:
         torch.backends.mha.set_fastpath_enabled(False)
-        module.eval()
+        if any(training for _, training in modes):
+            module.eval()
         with torch.inference_mode(False), torch.enable_grad():
             if set_stance is None:
                 yield
@@ -74,8 +75,9 @@ def evaluating(module: nn.Module) -> Iterator[None]:
                     yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
-        for m, mode in modes:
-            m.training = mode
+        for m, training in modes:
+            if m.training != training:
+                m.training = training
 
 
 @contextmanager

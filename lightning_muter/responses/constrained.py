@@ -117,11 +117,11 @@ def _bent(inner: Tensor, s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         They, and at which points (n,) K is positive definite: all eigenvalues of VᵀTV S below 1.
     """
     product = torch.bmm(inner, s)
-    eye = torch.eye(s.shape[1], dtype=s.dtype, device=s.device)
     if s.shape[1] == 1:  # numbers: eigenvalues need no iteration
-        usable = product[:, 0, 0] < 1 - 1e-8
-        rest = torch.where(usable[:, None, None], 1 - product, 1.0)
-        return (s / rest).squeeze(2), eye.expand_as(s), usable
+        below = product < 1 - 1e-8
+        rest = torch.where(below, 1 - product, 1.0)
+        return (s / rest).squeeze(2), torch.ones_like(s), below.flatten()
+    eye = torch.eye(s.shape[1], dtype=s.dtype, device=s.device)
     usable = torch.linalg.eigvals(product).real.amax(dim=1) < 1 - 1e-8
     eye_minus = torch.where(usable[:, None, None], eye - product, eye)
     middle = torch.linalg.solve(eye_minus.mT, s.mT).mT
