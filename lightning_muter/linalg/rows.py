@@ -44,7 +44,7 @@ def direction(a: Tensor, length: float = 1.0) -> Tensor:
         a, largest = own_scale(a)
         again: Tensor = torch.linalg.vector_norm(a, dim=1, keepdim=True)
         norm = torch.where(largest > 0, again, 1.0)
-    return a / (norm / length)
+    return a * (length / norm)
 
 
 def _squares_fit(norm: Tensor) -> bool:
