@@ -312,6 +312,20 @@ def main(args: ArgsType = None) -> None:
         sys.exit(1)
 
 
+def _check_verb(words: ArgsType, verbs: list[str]) -> None:
+    """Refuse a first word that is neither an option nor a verb.
+
+    Raises:
+        ConfigurationError: with every verb that there is.
+    """
+    first = words[0] if isinstance(words, list) and words else "-"
+    if not first.startswith("-") and first not in verbs:
+        raise ConfigurationError(
+            f"{first!r} is no verb: give one of {', '.join(verbs)} (lightning-muter VERB --help "
+            "says what each takes)"
+        )
+
+
 def run(args: ArgsType = None) -> None:
     """Lightning's verbs, ``unlearn`` and ``rebase``, or a command of their own.
 
@@ -326,6 +340,7 @@ def run(args: ArgsType = None) -> None:
     if isinstance(words, list) and words and words[0] in commands:
         commands[words[0]](words[1:])
         return
+    _check_verb(words, [*MUterCLI.subcommands(), *commands])
     MUterCLI(
         save_config_kwargs={"config_filename": "muter_config.yaml", "overwrite": True},
         subclass_mode_model=True,

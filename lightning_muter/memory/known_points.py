@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -51,11 +52,13 @@ class KnownPoints:
         digests: of the points (n, 16).
         removed: which of them were forgotten (n,).
         weights: how much each counted in training (n,).
+        ledger: of the memory that knows them; what a rebase erased is no point of it any more.
     """
 
     digests: Tensor
     removed: Tensor
     weights: Tensor
+    ledger: Sequence[Mapping[str, Any]] = ()
 
     @property
     def living(self) -> Tensor:
@@ -134,11 +137,11 @@ class KnownPoints:
         """
         found = self.match(rows, positions)
         if found.unknown and positions:
-            refuse_changed([positions[k] for k in found.unknown])
+            refuse_changed([positions[k] for k in found.unknown], self._erased())
         if found.unknown:
             raise RemovalError(
                 f"point {found.unknown[0]} of the batch was never trained on: no training point "
-                "has its content (same values, dtype and shape)"
+                f"has its content (same values, dtype and shape){self._erased()}"
             )
         if found.surplus:
             k = found.surplus[0]
@@ -150,6 +153,15 @@ class KnownPoints:
                 f"{listing(have)} have its content; name each once"
             )
         return [index for index in found.indices if index is not None]
+
+    def _erased(self) -> str:
+        """What a rebase makes of a point that had been forgotten, for a message."""
+        if all(entry.get("kind") != "rebase" for entry in self.ledger):
+            return ""
+        return (
+            ". A point that was forgotten before a rebase looks the same, since nothing of it is "
+            "kept: such a one needs no request, leave it out"
+        )
 
     def repeated(self, indices: Sequence[int]) -> bool:
         """Whether a forgotten one among the points has an equal that is left."""

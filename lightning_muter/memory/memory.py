@@ -200,7 +200,7 @@ class UnlearningMemory:
     @property
     def known(self) -> KnownPoints:
         """The training points by content."""
-        return KnownPoints(self.digests, self.removed, self.weights)
+        return KnownPoints(self.digests, self.removed, self.weights, self.ledger)
 
     def find(
         self,

@@ -197,8 +197,12 @@ def changed(
     return [i for i, row, found in rows if found != row.tobytes()]
 
 
-def refuse_changed(indices: Sequence[int]) -> None:
+def refuse_changed(indices: Sequence[int], beside: str = "") -> None:
     """Raise where there are points whose content is another one.
+
+    Args:
+        indices: of the points.
+        beside: what else the reason may be.
 
     Raises:
         RemovalError: with the offending indices.
@@ -207,5 +211,5 @@ def refuse_changed(indices: Sequence[int]) -> None:
         raise RemovalError(
             f"points {listing(indices)} are not what the memory was built on: the data set "
             "changed, or the points pass through a random transform; give the points as they were "
-            "trained"
+            f"trained{beside}"
         )

@@ -92,7 +92,11 @@ ERRORS = {
         ["fit", *CONFIG, "-c", "muter_l2", HEAD, "--trainer.devices=0"],
         "not a valid input",
     ),
-    "no verb": (["forget"], "invalid choice: 'forget'"),
+    "no verb": (
+        ["forget"],
+        "'forget' is no verb: give one of fit, validate, test, predict, "
+        "unlearn, rebase, build_memory, evaluate, plot, tables, export, presets, report, verify (",
+    ),
     "no run": (["plot", "nowhere"], "there is no table"),
     "no folder": (["verify"], "required: memory"),
 }

@@ -208,3 +208,21 @@ def test_ids_name_points_after_a_rebase_too(tmp_path: Path) -> None:
     assert result.indices == (6, 7)  # rows 8 and 9, of which two before them are gone
     with pytest.raises(RemovalError, match="person 3"):
         trainer.unlearn(RemovalDataModule(data, ids=["person 3"]))
+
+
+def test_a_point_forgotten_before_a_rebase_is_told_what_it_looks_like() -> None:
+    """The memory keeps nothing of it, so that its row might as well be a changed one."""
+    trainer, _, _, data = fit()
+    changed = Data()
+    changed.dataset.tensors[0][3] += 1
+    trainer.unlearn(RemovalDataModule(data, [3]))
+    with pytest.raises(RemovalError, match="not what the memory was built on") as error:
+        trainer.unlearn(RemovalDataModule(changed, [3]))
+    assert "rebase" not in str(error.value)
+    trainer.rebase(data)
+    for removals in (
+        RemovalDataModule(data, [3]),
+        RemovalDataModule(data, [3]).predict_dataloader(),
+    ):
+        with pytest.raises(RemovalError, match="forgotten before a rebase looks the same"):
+            trainer.unlearn(removals)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sqlite3
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from lightning_muter.curvature.dense import DenseCurvature
 from lightning_muter.curvature.kept import OuterProducts
 from lightning_muter.curvature.removed import RemovedPoints
 from lightning_muter.linalg.lanczos import TimeAverage
+from lightning_muter.memory import database, schema
 from lightning_muter.memory.folder import MemoryStore
 from lightning_muter.memory.start import Start, TrainingFlow
 from lightning_muter.spec import Settings
@@ -212,3 +214,21 @@ def test_what_json_cannot_keep_is_refused_before_a_file_is_touched(tmp_path: Pat
     with pytest.raises(TypeError):
         replace(small_memory(), summary={"x": object()}).save(tmp_path / "new")
     assert [path.name for path in tmp_path.glob("new/*")] == ["memory.lock"]
+
+
+def test_a_folder_from_before_a_memory_kept_its_flow_is_of_another_format(tmp_path: Path) -> None:
+    """It is not damaged: it says what wrote it, and a new memory may take its place."""
+    small_memory().save(tmp_path)
+    connection = sqlite3.connect(tmp_path / schema.NAME)
+    with connection:
+        meta = database.read_meta(connection)
+        facts = {name: one for name, one in json.loads(meta.facts).items() if name != "flow"}
+        database.put(connection, replace(meta, facts=json.dumps(facts)))
+        connection.execute("PRAGMA user_version = 3")
+    connection.close()
+    with pytest.raises(MemoryFormatError, match="version 3, 4 is expected.*rebuild the memory"):
+        UnlearningMemory.load(tmp_path)
+    with pytest.raises(StateError, match="overwrite"):
+        small_memory().save(tmp_path)
+    saved = small_memory().save(tmp_path, overwrite=True)
+    assert same(UnlearningMemory.load(tmp_path), saved)

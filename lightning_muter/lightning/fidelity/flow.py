@@ -98,6 +98,8 @@ class StepWatch:
                 the checkpoint's average was.
         """
         check_rates(trainer.optimizers, parameters)
+        if not trainer.lr_scheduler_configs and state.get("flow_time", 0.0) == 0:
+            _check_moving(trainer.optimizers, parameters)
         slack, _ = tolerances(str(trainer.precision))
         average = None if averaging is None else AverageWatch(averaging, slack)
         if average is not None and state.get("flow_time", 0.0) > 0:
@@ -208,6 +210,21 @@ def check_rates(optimizers: list[Optimizer], parameters: list[nn.Parameter]) -> 
         raise ConfigurationError(
             f"horizon='training' with {names}: it needs torch.optim.SGD of one learning rate, "
             "since others follow no gradient flow; give a number, newton_steps, or horizon=None"
+        )
+
+
+def _check_moving(optimizers: list[Optimizer], parameters: list[nn.Parameter]) -> None:
+    """Refuse a learning rate of 0 that nothing raises: training would take no time of the flow.
+
+    Raises:
+        ConfigurationError: naming the way out.
+    """
+    rates = [flow_rate(one, parameters) for one in optimizers if holds(one, parameters)]
+    if rates and not any(rates):
+        raise ConfigurationError(
+            "horizon='training' with SGD's lr=0 and no scheduler that would raise it: such a "
+            "training goes nowhere, and so would a request; give a learning rate above 0, or "
+            "newton_steps=... in the place of the horizon"
         )
 
 

@@ -44,6 +44,33 @@ def test_clipping_is_refused_with_the_horizon_of_training() -> None:
     train(Sgd(), horizon="training", trainer={"gradient_clip_val": 1e3})  # never clips
 
 
+class Counted(Sgd):
+    """It counts the batches that it was trained on."""
+
+    steps = 0
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        self.steps += 1
+        return super().training_step(batch, batch_idx)
+
+
+def test_a_learning_rate_of_0_is_refused_before_the_first_batch() -> None:
+    model = Counted(lr=0.0)
+    with pytest.raises(ConfigurationError, match="lr=0 and no scheduler"):
+        train(model, horizon="training", trainer={"max_epochs": 4})
+    assert model.steps == 0
+
+
+def test_a_scheduler_may_start_at_a_learning_rate_of_0() -> None:
+    class Warmup(Sgd):
+        def configure_optimizers(self) -> Any:
+            sgd = super().configure_optimizers()
+            warmup = torch.optim.lr_scheduler.LambdaLR(sgd, lambda epoch: min(epoch / 2, 1.0))
+            return [sgd], [warmup]
+
+    train(Warmup(), horizon="training", trainer={"max_epochs": 4})
+
+
 def test_noise_in_the_gradients_and_weights_that_are_set_are_refused() -> None:
     class Noise(Sgd):
         def configure_gradient_clipping(self, *args: Any, **kwargs: Any) -> None:
