@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from enum import Enum
@@ -94,7 +95,7 @@ def relative_residual(residual: Tensor, rhs: Tensor) -> float:
 
 def finite(solution: Solution) -> Solution:
     """The solution itself, or a `SolverError` where it holds NaN or infinity."""
-    if not bool(torch.isfinite(solution.value).all()):
+    if not math.isfinite(float(torch.linalg.vector_norm(solution.value, torch.inf))):
         raise SolverError(
             f"the system gave a solution that is not finite (status {solution.status}); the "
             "memory is singular or damaged: raise damping"
