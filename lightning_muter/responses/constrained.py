@@ -59,18 +59,23 @@ class Constrained:
         inverse = torch.where(shift > 0, geometry.free / shift.clamp(min=1e-300), 0.0)
         # T = P Δ^{-1} P; with a normal Δ is a multiple of the identity on the free coordinates
         normal_scale = torch.linalg.vecdot(geometry.normal * inverse, geometry.normal)
-        base = DiagonalLowRank(inverse, geometry.normal.unsqueeze(1), -normal_scale.unsqueeze(1))
+        some = slice(int(geometry.normal.any()))  # a normal of zero removes nothing
+        base = DiagonalLowRank(
+            inverse, geometry.normal.unsqueeze(1)[:, some], -normal_scale.unsqueeze(1)[:, some]
+        )
         tv = base.apply(v)
         values, basis, usable = _bent(torch.bmm(v.mT, tv), s)
-        found = DiagonalLowRank(
-            inverse,
-            torch.cat([base.factors, torch.bmm(basis.mT, tv.mT)], dim=1),
-            torch.cat([base.coefficients, values], dim=1),
-        ).compressed()
+        bend = DiagonalLowRank(inverse, torch.bmm(basis.mT, tv.mT), values).compressed()
+        if bend.factors.shape[1]:
+            base = DiagonalLowRank(
+                inverse,
+                torch.cat([base.factors, bend.factors], dim=1),
+                torch.cat([base.coefficients, bend.coefficients], dim=1),
+            )
         if not bool(usable.all()):
             keep = usable.to(s).unsqueeze(1)
-            found = replace(found, diagonal=inverse * keep, coefficients=found.coefficients * keep)
-        return found, usable
+            base = replace(base, diagonal=inverse * keep, coefficients=base.coefficients * keep)
+        return base, usable
 
     def dense(self, geometry: Geometry, h: Tensor) -> tuple[Dense, Tensor]:
         projector = torch.diag_embed(geometry.free)
