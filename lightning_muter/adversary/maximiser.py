@@ -21,7 +21,7 @@ Some = Union[Tensor, slice]  # noqa: UP007
 #: (x (m, d), which points they are) -> levels (m,) and their gradient in the input (m, d)
 InputGradient = Callable[[Tensor, Some], tuple[Tensor, Tensor]]
 
-EVERYONE = slice(None)
+_EVERYONE = slice(None)
 
 STATIONARY = 1e-3
 #: two maxima closer than this share of their height: nothing tells which one training would meet
@@ -137,7 +137,7 @@ def inspect(
     input_gradient: InputGradient, x: Tensor, threat: Threat, delta: Tensor, link: Link = IDENTITY
 ) -> InnerMaximum:
     """Perturbations (n, d) of the caller's own, with the evidence of how stationary they are."""
-    level, slope = input_gradient(x + delta, EVERYONE)
+    level, slope = input_gradient(x + delta, _EVERYONE)
     shown = slope * link.weight(level, slope)
     stationarity = threat.stationarity(x, delta, shown)
     alone = torch.full_like(stationarity, torch.inf)
@@ -159,7 +159,7 @@ class _Ascent:
         self.input_gradient, self.x, self.threat, self.link = input_gradient, x, threat, link
         self.slack = 10 * torch.finfo(dtype).eps
         self.delta = torch.zeros_like(x) if start is None else threat.project(x, start)
-        self.level, self.slope = input_gradient(x + self.delta, EVERYONE)
+        self.level, self.slope = input_gradient(x + self.delta, _EVERYONE)
         self.size = torch.full_like(x[:, :1], torch.inf)
         self.weight = self.link.weight(self.level, self.slope)
         self.mapped = threat.ascend(x, self.delta, self.slope * self.weight, self.size)
@@ -185,7 +185,7 @@ class _Ascent:
     def advance(self, todo: Tensor, history: Anderson | None) -> None:
         """Move the points ``todo`` to a candidate each, where it does not lower the objective."""
         threat = self.threat
-        some: Some = EVERYONE if todo.numel() == self.moved.numel() else todo
+        some: Some = _EVERYONE if todo.numel() == self.moved.numel() else todo
         point, now, size = (_of(one, some) for one in (self.x, self.delta, self.size))
         level, slope, weight = (_of(one, some) for one in (self.level, self.slope, self.weight))
         image, shown = _of(self.mapped, some), slope * weight
