@@ -9,6 +9,7 @@ solve a quadratic problem in a box. Source: ours (docs/certificates.md).
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -114,7 +115,9 @@ def boxed_minimum(curve: Tensor, rest: Tensor, start: Tensor, first: Tensor) -> 
         free = torch.nonzero(~stuck).flatten()
         if not len(free) or float(slope[free].abs().max()) <= flat:
             break
-        factor = torch.linalg.cholesky(bend[free][:, free])
+        factor, failed = torch.linalg.cholesky_ex(bend[free][:, free])
+        if bool(failed) or not math.isfinite(now):
+            break  # what it leaves is in the bound
         move = torch.zeros_like(t)
         move[free] = -torch.cholesky_solve(slope[free].unsqueeze(1), factor).squeeze(1)
         move *= min(1.0, 2.0 / float(move.abs().max()))  # where K is singular it has no end

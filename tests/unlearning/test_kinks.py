@@ -91,3 +91,20 @@ def test_a_request_for_a_twentieth_takes_a_few_passes_and_no_new_curvature(seed:
     warm = descend(objective, [begun.omega], lambda c: torch.cholesky_solve(c, factor), 1e-5)
     assert warm.state.bound <= 1e-5 and warm.rebuilds == 0 and warm.corrections <= 8
     assert float((warm.state.omega - cold.state.omega).norm()) <= 1e-5
+
+
+def test_points_that_are_there_three_times_and_a_start_at_zero_are_no_obstacle() -> None:
+    once = ridge(60, 5)
+    x, y = once.points.x.repeat(3, 1), once.points.y.repeat(3)
+    points = LinearPoints(x, y, torch.ones(180).double())
+    objective = LinearRobustObjective(points, Outputs(1, 8, False), Squared(), BallReach(0.2), 1e-2)
+    expected = descend(once, [random(8, seed=9)], lambda columns: columns / 60, 1e-5).state.omega
+    found = descend(objective, [torch.zeros(8).double()], lambda columns: columns / 180, 1e-5)
+    assert found.state.bound <= 1e-5
+    assert float((found.state.omega - expected).norm()) <= 2e-5
+
+
+def test_a_curvature_that_is_no_number_ends_the_step() -> None:
+    nothing = torch.full((2, 2), float("nan"), dtype=torch.float64)
+    sides = torch.ones(2, dtype=torch.float64)
+    assert torch.equal(boxed_minimum(nothing, torch.ones(2).double(), sides, sides), sides)
