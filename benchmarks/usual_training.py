@@ -24,6 +24,7 @@ from lightning_muter import AdversarialTraining, L2Ball, Trainer
 class Trained:
     """Where a training ended, and after how long; checks of its bound are not counted."""
 
+    weights: np.ndarray
     bound: float
     steps: int
     seconds: float
@@ -108,6 +109,8 @@ def trained(
     until = UntilNear(x.numpy(), y.double().numpy(), eps, loss, radius)
     trainer = Trainer(max_epochs=-1, callbacks=[adversary, until], precision="64-true", **QUIET)
     until.cap, until.begun = cap, np.array([time.perf_counter(), time.process_time()])
-    trainer.fit(Usual(x.shape[1], loss), DataLoader(Whole(x, y), batch_size=None))
+    model = Usual(x.shape[1], loss)
+    trainer.fit(model, DataLoader(Whole(x, y), batch_size=None))
     seconds, processor = until.read().tolist()
-    return Trained(until.bound, until.steps, seconds, processor)
+    weights = model.head.weight.detach().numpy()[0]
+    return Trained(weights, until.bound, until.steps, seconds, processor)
