@@ -89,7 +89,7 @@ def test_a_request_for_a_twentieth_takes_a_few_passes_and_no_new_curvature(seed:
     cold = descend(objective, [random(8, seed=8)], lambda columns: columns / 800, 1e-6)
     factor = torch.linalg.cholesky(everyone.hessian(begun))
     warm = descend(objective, [begun.omega], lambda c: torch.cholesky_solve(c, factor), 1e-5)
-    assert warm.state.bound <= 1e-5 and warm.rebuilds == 0 and warm.corrections <= 8
+    assert warm.state.bound <= 1e-5 and warm.rebuilds == 0 and warm.corrections <= 5
     assert float((warm.state.omega - cold.state.omega).norm()) <= 1e-5
 
 
