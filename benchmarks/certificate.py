@@ -125,8 +125,11 @@ def setting(
     xs, ys = x.numpy(), targets.double().numpy()
     optimum = newton_optimum if loss == "logistic" else barrier_optimum
     near = optimum(begun.omega_star.numpy(), xs[1:], ys[1:], eps)
-    rows = []
+    rows: list[dict[str, Any]] = []
+    table, begin = Table(Path(given.output) / f"{name.replace(' ', '_')}.csv"), time.perf_counter()
     for k in range(given.requests):
+        if k >= len(sizes) and time.perf_counter() - begin > 60 * given.minutes:
+            break
         muter.memory = begun
         model.load_state_dict(state)
         order = 1 + torch.randperm(len(x) - 1, generator=generator)
@@ -159,13 +162,12 @@ def setting(
                 "noise": float((muter.memory.omega - muter.memory.private).norm()),
             }
         )
-    table = Table(Path(given.output) / f"{name.replace(' ', '_')}.csv")
-    table.add(
-        Cell(k, row["m"], row["m"] / len(x), loss, metric, float(value))
-        for k, row in enumerate(rows, 1000 * given.seed)
-        for metric, value in row.items()
-        if metric != "m"
-    )
+        row, seed = rows[-1], 1000 * given.seed + k
+        table.add(
+            Cell(seed, row["m"], row["m"] / len(x), loss, metric, float(value))
+            for metric, value in row.items()
+            if metric != "m"
+        )
     other, least, lbfgs = closed_form_lbfgs(xs[1:], ys[1:], eps, loss, RADIUS[loss])
     worst = max(row["distance"] / RADIUS[loss] for row in rows)
     median = statistics.median(row["seconds"] for row in rows)
@@ -223,6 +225,7 @@ def main() -> None:
     parser = arguments(__doc__ or "")
     parser.add_argument("--requests", type=int, default=75, help="a setting; four settings")
     parser.add_argument("--seed", type=int, default=0, help="of the requests")
+    parser.add_argument("--minutes", type=float, default=60.0, help="of a setting's requests")
     parser.add_argument("--cap", type=float, default=120.0, help="seconds of the usual training")
     parser.add_argument("--settings", default="mnist,covtype")
     parser.add_argument("--losses", default="logistic,squared")
