@@ -157,14 +157,15 @@ class TrainingPoints:
         Raises:
             RemovalError: with the offending values.
         """
-        outside = [i for i in indices if not 0 <= i < len(self)]
+        n = len(self)
+        outside = [i for i in indices if not 0 <= i < n]
         if outside:
             whose = ""
             if isinstance(self.dataset, Subset):
                 whose = " (positions in the Subset that was given, not in its base data set)"
             raise RemovalError(
-                f"indices {listing(outside)} are out of range: the data set has {len(self)} "
-                f"points, 0 to {len(self) - 1}{whose}"
+                f"indices {listing(outside)} are out of range: the data set has {n} "
+                f"points, 0 to {n - 1}{whose}"
             )
 
     def check(self) -> None:

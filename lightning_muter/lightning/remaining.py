@@ -23,6 +23,8 @@ from lightning_muter.unlearning.rebase import Remaining
 __all__ = ["RemainingPoints", "places_of", "read_once"]
 
 _BATCH = 512
+#: of a reading that keeps all rows
+_READ = 2048
 
 
 def places_of(memory: UnlearningMemory, points: TrainingPoints, bar: Bar) -> Tensor:
@@ -46,16 +48,16 @@ def read_once(
         RemovalError: a point that is left has no row; all of them are named.
     """
     place, dtype, digests, kept = view.device, view.parameters[0].dtype, [], []
-    for block in bar(blocks(range(len(points)), _BATCH), "the points", len(points), len):
+    for block in bar(blocks(range(len(points)), _READ), "the points", len(points), len):
         with torch.inference_mode(False):
             x, targets, beside = points.batch(block)
         digests += digests_of(memory.key, x, targets, beside)
         kept.append((x.to(place, dtype), targets.to(place), beside.to(place, dtype)))
     owners = torch.full((len(points),), -1, dtype=torch.long)
-    rows, left = _rows(memory, digests), torch.tensor(memory.remaining)
+    rows, left = _rows(memory, digests), torch.nonzero(memory.known.living).flatten()
     owners[rows[left]] = left
     batches = []
-    for (x, targets, beside), named in zip(kept, torch.split(owners, _BATCH), strict=True):
+    for (x, targets, beside), named in zip(kept, torch.split(owners, _READ), strict=True):
         own = named >= 0
         if not bool(own.all()):
             where = own.to(x.device)
@@ -69,9 +71,8 @@ def read_once(
 def _rows(memory: UnlearningMemory, digests: list[bytes]) -> Tensor:
     """The row (n,) of each training point in a data set of these digests."""
     places = memory.known.places(digests)
-    left = memory.remaining
-    found = places.rows.tolist()
-    refuse_missing([i for i in left if found[i] < 0], len(left), "left")
+    left = torch.nonzero(memory.known.living).flatten()
+    refuse_missing(left[places.rows[left] < 0].tolist(), len(left), "left")
     if places.new:
         warnings.warn(
             f"{places.new} rows of the data set are new since training: the memory does not know "

@@ -78,55 +78,75 @@ class KnownPoints:
             positions: of the rows in their data set; they say nothing where there are none.
             fixed: which points (n,) a position can name; all by default.
         """
+        found, unknown, surplus = self._matched(rows, positions, fixed)
+        indices = [None if index < 0 else index for index in found.tolist()]
+        return Match(indices, unknown, surplus)
+
+    def _matched(
+        self, rows: Sequence[bytes], positions: Sequence[int], fixed: Tensor | None
+    ) -> tuple[Tensor, list[int], list[int]]:
+        """The training point (m,) of each row or -1, and what `Match` says of the others."""
         found = self._in_place(rows, positions, fixed)
-        others = [k for k, index in enumerate(found) if index is None]
-        taken = {index for index in found if index is not None}
+        others = torch.nonzero(found < 0).flatten().tolist()
+        unknown: list[int] = []
+        surplus: list[int] = []
+        if not others:
+            return found, unknown, surplus
+        taken = torch.zeros(len(self.digests), dtype=torch.bool)
+        taken[found[found >= 0]] = True
         free = self._free({rows[k] for k in others}, taken)
-        unknown, surplus = [], []
+        chosen: dict[int, int] = {}
         for k in others:
             same = free[rows[k]]
             if same is None:
                 unknown.append(k)
             elif same:
-                found[k] = same.pop()
+                chosen[k] = same.pop()
             else:
                 surplus.append(k)
-        return Match(found, unknown, surplus)
+        found[list(chosen)] = torch.tensor(list(chosen.values()), dtype=torch.long)
+        return found, unknown, surplus
 
     def _in_place(
         self, rows: Sequence[bytes], positions: Sequence[int], fixed: Tensor | None
-    ) -> list[int | None]:
-        found: list[int | None] = [None] * len(rows)
-        n = len(self.digests)
-        inside = [(k, i) for k, i in enumerate(positions) if 0 <= i < n]
-        if not inside:
-            return found
-        named = [i for _, i in inside]
-        own = self.digests.cpu().numpy()[named].tobytes()
-        allowed = [True] * len(named) if fixed is None else fixed.cpu().numpy()[named].tolist()
-        for at, ((k, i), free) in enumerate(zip(inside, allowed, strict=True)):
-            if free and own[at * DIGEST_BYTES : (at + 1) * DIGEST_BYTES] == rows[k]:
-                found[k] = i
-        return found
+    ) -> Tensor:
+        """Where the row at position i has the content of point i: that point (m,); else -1."""
+        found = np.full(len(rows), -1)
+        if len(positions) and len(rows):
+            named = np.asarray(positions, dtype=np.int64)
+            inside = np.flatnonzero((named >= 0) & (named < len(self.digests)))
+            named = named[inside]
+            known = self.digests.cpu().contiguous().numpy().view(np.int64)[named]
+            same = (_words(b"".join(rows))[inside] == known).all(axis=1)
+            if fixed is not None:
+                same &= fixed.cpu().numpy()[named]
+            found[inside[same]] = named[same]
+        return torch.from_numpy(found)
 
-    def _free(self, wanted: set[bytes], taken: set[int]) -> dict[bytes, list[int] | None]:
+    def _free(self, wanted: set[bytes], taken: Tensor) -> dict[bytes, list[int] | None]:
         """The points of some contents that are not taken, the first choice at the end."""
         free: dict[bytes, list[int] | None] = dict.fromkeys(wanted)
         if not wanted:
             return free
-        stored = self.digests.cpu().contiguous().numpy().tobytes()
-        for i in range(len(self.digests)):
-            one = stored[i * DIGEST_BYTES : (i + 1) * DIGEST_BYTES]
-            if one in free:
-                same = free[one] or []
-                free[one] = same
-                if i not in taken:
-                    same.append(i)
-        trained = (self.weights.cpu() > 0).long()
-        rank = (trained + trained * ~self.removed.cpu()).tolist()  # never trained on: 0, left: 2
+        known, asked = self.digests.cpu().contiguous(), _words(b"".join(wanted))
+        first = torch.from_numpy(asked[:, 0])
+        likely = torch.nonzero(torch.isin(known.view(torch.int64)[:, 0], first)).flatten()
+        stored, trained = known[likely].numpy().tobytes(), (self.weights.cpu() > 0).long()
+        rank = trained + trained * ~self.removed.cpu()  # never trained on: 0, left: 2
+        choices = zip(likely.tolist(), rank[likely].tolist(), taken[likely].tolist(), strict=True)
+        order: dict[int, tuple[int, int]] = {}
+        for at, (i, good, gone) in enumerate(choices):
+            one = stored[at * DIGEST_BYTES : (at + 1) * DIGEST_BYTES]
+            if one not in free:
+                continue
+            same = free[one] or []
+            free[one] = same
+            if not gone:
+                same.append(i)
+                order[i] = (good, -i)
         for same_or_none in free.values():
             if same_or_none is not None:
-                same_or_none.sort(key=lambda i: (rank[i], -i))
+                same_or_none.sort(key=order.__getitem__)
         return free
 
     def named(self, rows: Sequence[bytes], positions: Sequence[int] = ()) -> list[int]:
@@ -173,8 +193,13 @@ class KnownPoints:
 
     def places(self, rows: Sequence[bytes]) -> Places:
         """Where the points lie in a data set of these rows, those that are left first of all."""
-        found = self.match(rows, range(len(rows)), fixed=self.living)
+        found, unknown, surplus = self._matched(rows, range(len(rows)), self.living)
         where = torch.full((len(self.digests),), -1, dtype=torch.long)
-        held = [row for row, i in enumerate(found.indices) if i is not None]
-        where[[i for i in found.indices if i is not None]] = torch.tensor(held, dtype=torch.long)
-        return Places(where, len(found.unknown) + len(found.surplus))
+        held = torch.nonzero(found >= 0).flatten()
+        where[found[held]] = held
+        return Places(where, len(unknown) + len(surplus))
+
+
+def _words(digests: bytes) -> np.ndarray[Any, Any]:
+    """Digests one after the other as two numbers each (m, 2)."""
+    return np.frombuffer(bytearray(digests), dtype=np.int64).reshape(-1, DIGEST_BYTES // 8)

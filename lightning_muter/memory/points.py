@@ -48,16 +48,21 @@ def digests_of(key: bytes, x: Tensor, targets: Tensor, beside: Beside = NOTHING)
     fresh = hashlib.blake2b(key=key, digest_size=DIGEST_BYTES)
     head, points = _serialised(x)
     fresh.update(head)  # of all points alike
-    columns = [_serialised(column) for column in (targets, *beside.rows.values())]
-    rest = [[tail + value for value in values] for tail, values in columns]
-    found = []
-    for point, *others in zip(points, *rest, strict=True):
-        state = fresh.copy()
+    found, copied = [], fresh.copy
+    for point, other in zip(points, _joined(targets, *beside.rows.values()), strict=True):
+        state = copied()
         state.update(point)
-        for other in others:
-            state.update(other)
+        state.update(other)
         found.append(state.digest())
     return found
+
+
+def _joined(*columns: Tensor | Sequence[Any]) -> list[bytes]:
+    """What each point has in all columns, one after the other, as bytes."""
+    first, *more = [
+        [tail + value for value in values] for tail, values in map(_serialised, columns)
+    ]
+    return [b"".join(parts) for parts in zip(first, *more, strict=True)] if more else first
 
 
 def _serialised(tensor: Tensor | Sequence[Any]) -> tuple[bytes, list[memoryview]]:

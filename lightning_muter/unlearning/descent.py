@@ -9,18 +9,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from lightning_muter.unlearning.kinks import Kinks, Solve, kinked_step
 from lightning_muter.unlearning.linear_objective import LinearRobustObjective, State
 from lightning_muter.unlearning.objective import HALVINGS, PAYS
 
 __all__ = ["Descent", "Solve", "descend"]
 
-#: columns G (p, k) -> H⁻¹ G of some curvature H
-Solve = Callable[[Tensor], Tensor]
-
 #: passes in a row that do not pay, while the set of points on their kink settles
 _PATIENCE = 4
-#: the most points that are held on their kink: where more cross it, the step was a long one
-_HELD = 256
 #: a point of the smoothed problem whose mixture is this near to an end is off its kink
 _OFF = 0.95
 #: a bias is at most this, and as many halvings find it to rounding
@@ -79,10 +75,7 @@ def descend(
         return _held_step(objective, state, solve)
 
     def newton(state: State) -> State:
-        solve = _factor(objective.hessian(state))
-        if objective.loss.kinked:  # F may rise for a step, while the held points settle
-            return _held_step(objective, state, solve)
-        return _searched(objective, state, solve)
+        return _searched(objective, state, _factor(objective.hessian(state)))
 
     best, last, passes = _while_it_pays(correct, begun, begun, radius, corrections)
     if len(best.omega) > _FACTORED:
@@ -195,36 +188,32 @@ def _searched(objective: LinearRobustObjective, state: State, solve: Solve) -> S
 def _held_step(
     objective: LinearRobustObjective, state: State, solve: Solve, scale: float = 1.0
 ) -> State:
-    """ω ← ω - H⁻¹ g - Z Δt, which leaves the points that are held at a residual of zero.
+    """ω less a share of the step to the minimum of a model with curvature H, kinks and all.
 
-    Z = H⁻¹ C has the columns of the held points, C_i = w_i u_i x_i, and their mixtures move by the
-    Δt for which X (H⁻¹ g + Z Δt) = r. Where H is singular along them the shortest Δt serves.
+    Points that end on their kink are held there by their mixture after a whole step.
     """
-    step, mixing = solve(state.gradient.unsqueeze(1)).squeeze(1), state.mixing
     if not objective.loss.kinked:
-        return objective.at(state.omega - scale * step)
-    held = torch.nonzero(mixing.abs() < 1).flatten()
-    if len(held):
-        points = objective.points
-        rows = objective.outputs.back(points.x[held], torch.ones_like(points.y[held]))
-        size = points.weights[held] * objective.scale * state.reach[held]
-        columns = solve((rows * size.unsqueeze(1)).T)
-        rest = state.side[held] * state.level[held] - rows @ step
-        system = torch.linalg.lstsq(rows @ columns, rest.unsqueeze(1), driver="gelsd")
-        moved = system.solution.squeeze(1)
-        step = step + columns @ moved
-        mixing = mixing.index_add(0, held, scale * moved)
-    return _crossed(objective, state, state.omega - scale * step, mixing)
+        return objective.at(state.omega - scale * solve(state.gradient.unsqueeze(1)).squeeze(1))
+    step, mixing = kinked_step(_kinks(objective, state), state.gradient, solve)
+    if scale < 1:
+        return _started(objective, state.omega - scale * step)
+    return objective.at(state.omega - step, mixing)
 
 
-def _crossed(
-    objective: LinearRobustObjective, before: State, omega: Tensor, mixing: Tensor
-) -> State:
-    """The state at ω, where points whose residual changed its sign are held from now on."""
-    w, b = objective.outputs.seen(omega)
-    residual = objective.points.x @ w + b - objective.points.y
-    free = before.mixing.abs() >= 1
-    crossed = free & (residual * before.mixing < 0)
-    held = int((crossed | (mixing.abs() < 1)).sum())
-    inside = before.mixing * (1 - 1e-9 if held <= _HELD else -1)
-    return objective.at(omega, torch.where(crossed, inside, mixing).clamp(-1, 1))
+def _kinks(objective: LinearRobustObjective, state: State) -> Kinks:
+    points, outputs = objective.points, objective.outputs
+
+    def rows(some: Tensor) -> Tensor:
+        return outputs.back(points.x[some], torch.ones_like(points.y[some]))
+
+    def moved(step: Tensor) -> Tensor:
+        w, b = outputs.seen(step)
+        return points.x @ w + b
+
+    return Kinks(
+        rows=rows,
+        residual=state.side * state.level,
+        size=points.weights * objective.scale * state.reach,
+        mixing=state.mixing,
+        moved=moved,
+    )
