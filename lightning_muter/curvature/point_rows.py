@@ -13,6 +13,7 @@ from lightning_muter.curvature.head import HeadHessian, HeadPoints, HeadTotal
 from lightning_muter.curvature.paired import PairedHessian, PairedPoints, PairedTotal
 from lightning_muter.curvature.point import PointCurvature
 from lightning_muter.errors import ConfigurationError, MemoryFormatError
+from lightning_muter.linalg.rows import row_norm
 from lightning_muter.objectives.output_curvature import restored_output
 from lightning_muter.responses import DiagonalLowRank
 from lightning_muter.responses.probes import mixed
@@ -220,6 +221,26 @@ class PointRows:
         twice = self.coefficients * coins.to(self.dtype).repeat(1, vectors)
         return replace(self, coefficients=twice)
 
+    def probe_sizes(self) -> Tensor:
+        """At the most w_i c_ik ‖v_ik‖² (n, K), float64."""
+        points = self.points
+        lengths = row_norm(points.r) * torch.linalg.vector_norm(self.factors, dim=2)
+        slopes = self.slopes.unflatten(2, (len(points.sides), -1))
+        for j, h in enumerate(points.sides):
+            lengths = lengths + row_norm(h) * torch.linalg.vector_norm(slopes[:, :, j], dim=2)
+        weights = points.weights.unsqueeze(1) * self.coefficients.double()
+        return weights * lengths.double().square()
+
+    def probes(self, which: Tensor) -> PointRows:
+        """Some of the probes (n, K), rows of one probe each."""
+        at, number = which.nonzero(as_tuple=True)
+        own = {name: getattr(self, name)[at, number].unsqueeze(1) for name in _FACTORS}
+        return replace(self[at], **own)
+
+    def without_probes(self, which: Tensor) -> PointRows:
+        """The rows without some of the probes (n, K)."""
+        return replace(self, coefficients=self.coefficients.masked_fill(which, 0.0))
+
     # --- what they are for --------------------------------------------------------------------
 
     @property
@@ -289,7 +310,7 @@ class PointRows:
         h, w = points.features, points.weights.to(self.dtype)
         own = [h * (w * points.entries(c)[:, 0, 0].clamp(min=0)).sqrt().unsqueeze(1)]
         for k in range(self.coefficients.shape[1]):
-            v = self._probe(k, c)
+            v = self.probe(k, c)
             own.append(v * (w * self.coefficients[:, k]).sqrt().unsqueeze(1))
         return torch.cat(own)
 
@@ -306,7 +327,7 @@ class PointRows:
             for k, right in enumerate(sides):
                 block += left.T @ (right * (w * pairs[:, j, k]).unsqueeze(1))
         for k in range(self.coefficients.shape[1]):
-            v = self._probe(k, c)
+            v = self.probe(k, c)
             block += v.T @ (v * (w * self.coefficients[:, k]).unsqueeze(1))
         if rho is None or g is None:
             return block
@@ -318,7 +339,7 @@ class PointRows:
         block.diagonal()[:f] += (w.unsqueeze(1) * r.square() * rho).sum(dim=0)
         return block
 
-    def _probe(self, k: int, c: int) -> Tensor:
+    def probe(self, k: int, c: int) -> Tensor:
         """The part of class c in v_k (n, F̃)."""
         points, (classes, f) = self.points, self.points.weight.shape
         own = self.slopes[:, k, c::classes]  # of every side

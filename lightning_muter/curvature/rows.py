@@ -285,7 +285,7 @@ class RowsCurvature(Curvature):
                 self.blocks, self.shift, self.group, self.options.budget, device
             )
             self._inverses[self.damping] = (self.points, blocks)
-        return replace(blocks, shift=self.shift)
+        return blocks.now(self.blocks, self.shift)
 
     def estimate(self, rhs: Tensor, tol: float = 1e-3) -> Solution:
         return RowsSolver(self, tol).solve(rhs)
