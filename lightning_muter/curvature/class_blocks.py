@@ -128,24 +128,27 @@ class ClassBlocks:
         return len(self.factors) == len(self.groups)
 
     def apply(self, v: Tensor) -> Tensor:
-        """An approximation of M⁻¹ v (p,)."""
-        matrix = self.points.points.matrix_form(v)
-        mean = matrix.mean(dim=0, keepdim=True) if self.centred else torch.zeros_like(matrix[:1])
+        """An approximation of M⁻¹ v (..., p)."""
+        form = self.points.points
+        matrix = torch.vmap(form.matrix_form)(v.reshape(-1, v.shape[-1]))
+        mean = matrix.mean(dim=1, keepdim=True) if self.centred else torch.zeros_like(matrix[:, :1])
         half = self._of_blocks(matrix - mean, lambda factor, some: factor.halved(some))
         if self.heavy is not None:
-            half = self.heavy.apply(half.reshape(-1)).reshape(matrix.shape)
+            half = self.heavy.apply(half.flatten(1)).reshape(matrix.shape)
         solved = self._of_blocks(half, lambda factor, some: factor.whole(some))
         if self.centred:
             rest = mean / self.shift if self.shift > 0 else 0.0  # there M has nothing else
-            solved = solved - solved.mean(dim=0, keepdim=True) + rest
-        return self.points.points.vector_form(solved)
+            solved = solved - solved.mean(dim=1, keepdim=True) + rest
+        return torch.vmap(form.vector_form)(solved).reshape(v.shape)
 
     def _of_blocks(self, matrix: Tensor, act: Callable[[ClassFactor, Tensor], Tensor]) -> Tensor:
-        """Each class's own factor at row c of a matrix (C, F̃)."""
+        """Each class's own factor at row c of matrices (k, C, F̃)."""
         found = torch.empty_like(matrix)
-        for g, factor in enumerate(self.factors):
-            some = self.groups == g
-            found[some] = act(factor, matrix[some] / self.scales[some].sqrt().unsqueeze(1))
+        scaled = matrix / self.scales.sqrt().unsqueeze(1)
+        order = self.groups.argsort(stable=True)
+        members = torch.split(order, self.groups.bincount().tolist())
+        for factor, some in zip(self.factors, members, strict=True):
+            found[:, some] = act(factor, scaled[:, some])
         return found
 
     def _halved_rows(self, c: int, rows: Tensor) -> Tensor:

@@ -53,13 +53,13 @@ class HeavyProbes:
         if classes == 1:  # its block is the sum
             return 0
         probes = sum(one.coefficients.numel() for one in blocks)
-        return min(_MOST, probes // _SHARE, room // (4 * classes * width))
+        return min(_MOST, probes // _SHARE, room // (4 * classes * width + 16 * _MOST))
 
     @staticmethod
     def bytes_of(blocks: Sequence[PointRows], count: int) -> int:
         """What ``count`` probes take."""
         some = blocks[0].points
-        return 4 * count * some.r.shape[1] * some.features.shape[1]
+        return count * (4 * some.r.shape[1] * some.features.shape[1] + 16 * count)
 
     @classmethod
     def split(
@@ -74,7 +74,7 @@ class HeavyProbes:
         sizes = torch.cat([one.probe_sizes().flatten().cpu() for one in blocks])
         heavy = torch.zeros(len(sizes), dtype=torch.bool)
         heavy[sizes.topk(count).indices] = True
-        parts = heavy.split([one.coefficients.numel() for one in blocks])
+        parts = torch.split(heavy, [one.coefficients.numel() for one in blocks])
         alone, numbers, others = [], [], []
         for part, one in zip(parts, blocks, strict=True):
             which = part.reshape(one.coefficients.shape).to(one.device)
@@ -118,11 +118,11 @@ class HeavyProbes:
         return self.weighing(probes_weights(blocks, self.points, self.numbers))
 
     def apply(self, v: Tensor) -> Tensor:
-        """(I + U D Uᵀ)⁻¹ v (p,)."""
-        root = self.weights.sqrt()
-        inner = root * (self.rows @ v.to(self.rows.dtype)).double()
-        inner = root * torch.cholesky_solve(inner.unsqueeze(1), self.factor).squeeze(1)
-        return v - (inner.to(self.rows.dtype) @ self.rows).to(v.dtype)
+        """(I + U D Uᵀ)⁻¹ v for rows v (k, p)."""
+        root = self.weights.sqrt().unsqueeze(1)
+        inner = root * (self.rows @ v.to(self.rows.dtype).T).double()
+        inner = root * torch.cholesky_solve(inner, self.factor)
+        return v - (inner.T.to(self.rows.dtype) @ self.rows).to(v.dtype)
 
 
 def probes_weights(blocks: Sequence[PointRows], points: Tensor, numbers: Tensor) -> Tensor:

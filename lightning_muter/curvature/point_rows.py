@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -172,6 +173,11 @@ class PointRows:
         found = {n: t if n in kept else t.to(dtype) for n, t in self.tensors().items()}
         return self._made(found, self.points.weight.to(dtype))
 
+    @cached_property
+    def single(self) -> PointRows:
+        """A copy in float32, kept with the rows."""
+        return self.converted(torch.float32)
+
     def on(self, device: torch.device | str) -> PointRows:
         """The rows on another device; themselves on their own."""
         if self.device == torch.device(device):
@@ -225,11 +231,12 @@ class PointRows:
         """At the most w_i c_ik ‖v_ik‖² (n, K), float64."""
         points = self.points
         lengths = row_norm(points.r) * torch.linalg.vector_norm(self.factors, dim=2)
-        slopes = self.slopes.unflatten(2, (len(points.sides), -1))
+        slopes = self.slopes.reshape(*self.slopes.shape[:2], len(points.sides), -1)
         for j, h in enumerate(points.sides):
             lengths = lengths + row_norm(h) * torch.linalg.vector_norm(slopes[:, :, j], dim=2)
         weights = points.weights.unsqueeze(1) * self.coefficients.double()
-        return weights * lengths.double().square()
+        sizes: Tensor = weights * lengths.double().square()
+        return sizes
 
     def probes(self, which: Tensor) -> PointRows:
         """Some of the probes (n, K), rows of one probe each."""
@@ -251,42 +258,45 @@ class PointRows:
     def gradient(self) -> Tensor:
         """Σ w_i ∇_ω l_i (p,), float64."""
         weighted = self.points.slopes.double() * self.points.weights.unsqueeze(1)
-        return self.points.vector_form(self._gathered(weighted))
+        return self.points.vector_form(self._gathered(weighted.unsqueeze(1))[0])
 
     def _gathered(self, slopes: Tensor) -> Tensor:
-        """Σ_i t_i h̃_iᵀ (C, F̃) over all sides, for t (n, C) of every side in one row."""
-        sides = self.points.sides
-        parts = zip(slopes.chunk(len(sides), dim=1), sides, strict=True)
-        found = [own.T @ h.to(slopes.dtype) for own, h in parts]
-        return found[0] if len(found) == 1 else found[0] + found[1]
+        """Σ_i t_i h̃_iᵀ (k, C, F̃) over all sides, for t (n, k, C) of every side in one row."""
+        sides, (n, k, _) = self.points.sides, slopes.shape
+        parts = zip(slopes.chunk(len(sides), dim=2), sides, strict=True)
+        found = [own.reshape(n, -1).T @ h.to(slopes.dtype) for own, h in parts]
+        total = found[0] if len(found) == 1 else found[0] + found[1]
+        return total.reshape(k, -1, total.shape[1])
 
     def matvec(self, v: Tensor) -> Tensor:
-        """Σ w_i D_i v (p,), computed in the rows' dtype, for v in float64; the same device."""
+        """Σ w_i D_i v (..., p), computed in the rows' dtype, for v in float64; the same device."""
         points, (c, f) = self.points, self.points.weight.shape
-        matrix = points.matrix_form(v.to(self.dtype))
-        weights = points.weights.to(self.dtype).unsqueeze(1)
-        u = torch.cat([h @ matrix.T for h in points.sides], dim=1)  # V h̃ (n, C) of every side
+        matrix = torch.vmap(points.matrix_form)(v.to(self.dtype).reshape(-1, v.shape[-1]))
+        n, k, flat = len(self), len(matrix), matrix.flatten(0, 1)
+        weights = points.weights.to(self.dtype)[:, None, None]
+        # V h̃ (n, k, C) of every side, for all k vectors in one product
+        u = torch.cat([(h @ flat.T).reshape(n, k, c) for h in points.sides], dim=2)
+        bend = torch.vmap(points.bend, in_dims=1, out_dims=1)
         along_s = u
-        moved = None  # what the response makes of Gᵀ V (n, F)
+        moved = None  # what the response makes of Gᵀ V (n, k, F)
         if self.diagonal is not None:
-            last = points.bend(u)[:, -c:]
-            moved = self.diagonal * (points.r @ matrix[:, :f] + last @ points.weight)
+            along = (points.r @ matrix[:, :, :f].transpose(0, 1).reshape(c, -1)).reshape(n, k, f)
+            moved = self.diagonal.unsqueeze(1) * (along + bend(u)[:, :, -c:] @ points.weight)
             along_s = u.clone()
-            along_s[:, -c:] += moved @ points.weight.T
-        out = points.bend(along_s)
+            along_s[:, :, -c:] += moved @ points.weight.T
+        out = bend(along_s)
         if self.coefficients.shape[1]:
-            pushed = (self.factors.reshape(-1, f) @ matrix[:, :f].T).reshape(
-                *self.factors.shape[:2], c
-            )
-            a = (pushed @ points.r.unsqueeze(2)).squeeze(2)
-            a = self.coefficients * (a + (self.slopes @ u.unsqueeze(2)).squeeze(2))
-            out = out + (a.unsqueeze(1) @ self.slopes).squeeze(1)
-            spread = (a.unsqueeze(1) @ self.factors).squeeze(1)
+            pushed = (self.factors.reshape(-1, f) @ flat[:, :f].T).reshape(n, -1, k, c)
+            a = (pushed @ points.r[:, None, :, None]).squeeze(3)  # (n, K, k)
+            a = self.coefficients.unsqueeze(2) * (a + self.slopes @ u.mT)
+            out = out + a.mT @ self.slopes
+            spread = a.mT @ self.factors
             moved = spread if moved is None else moved + spread
         total = self._gathered(weights * out)
         if moved is not None:
-            total[:, :f] += (weights * points.r).T @ moved
-        return points.vector_form(total).double()
+            pushed = (weights[:, 0] * points.r).T @ moved.reshape(n, -1)
+            total[:, :, :f] += pushed.reshape(c, k, f).transpose(0, 1)
+        return torch.vmap(points.vector_form)(total).double().reshape(v.shape)
 
     def heaviest(self, c: int, share: float) -> PointRows:
         """The fewest points that hold a share of class c's weight Σ w (S_cc + r_c²)."""
