@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -145,11 +146,17 @@ class ClassBlocks:
         """Each class's own factor at row c of matrices (k, C, F̃)."""
         found = torch.empty_like(matrix)
         scaled = matrix / self.scales.sqrt().unsqueeze(1)
-        order = self.groups.argsort(stable=True)
-        members = torch.split(order, self.groups.bincount().tolist())
-        for factor, some in zip(self.factors, members, strict=True):
+        for factor, some in zip(self.factors, self._members, strict=True):
             found[:, some] = act(factor, scaled[:, some])
         return found
+
+    @cached_property
+    def _members(self) -> Sequence[Tensor | slice]:
+        """The classes of each factor, in the order of the factors."""
+        if self.exact:
+            return [slice(c, c + 1) for c in range(len(self.groups))]
+        order = self.groups.argsort(stable=True)
+        return torch.split(order, self.groups.bincount().tolist())
 
     def _halved_rows(self, c: int, rows: Tensor) -> Tensor:
         """K of class c at rows (m, F̃)."""

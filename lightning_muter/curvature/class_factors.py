@@ -68,7 +68,7 @@ class ThinFactor:
 
     Attributes:
         basis: Qᵀ (k, F̃).
-        half: L⁻¹ (k, k).
+        half: L⁻¹ - I / √σ (k, k), what A adds to σI.
         shift: σ, positive.
     """
 
@@ -84,8 +84,9 @@ class ThinFactor:
         basis, upper = torch.linalg.qr(rows.T)
         gram = upper.double() @ upper.double().T
         gram.diagonal().add_(shift)
-        half = _inverse(torch.linalg.cholesky(gram)).to(rows.dtype)
-        return cls(basis.T.contiguous(), half, shift)
+        half = _inverse(torch.linalg.cholesky(gram))
+        half.diagonal().sub_(shift**-0.5)
+        return cls(basis.T.contiguous(), half.to(rows.dtype), shift)
 
     @property
     def nbytes(self) -> int:
@@ -99,8 +100,8 @@ class ThinFactor:
 
     def _with(self, v: Tensor, half: Tensor) -> Tensor:
         inner = v.to(self.basis.dtype) @ self.basis.T
-        moved = inner @ half - inner / self.shift**0.5
-        return v / self.shift**0.5 + (moved @ self.basis).to(v.dtype)
+        found: Tensor = v / self.shift**0.5 + (inner @ half @ self.basis).to(v.dtype)
+        return found
 
 
 def _inverse(factor: Tensor) -> Tensor:

@@ -286,8 +286,8 @@ class PointRows:
             along_s[:, :, -c:] += moved @ points.weight.T
         out = bend(along_s)
         if self.coefficients.shape[1]:
-            pushed = (self.factors.reshape(-1, f) @ flat[:, :f].T).reshape(n, -1, k, c)
-            a = (pushed @ points.r[:, None, :, None]).squeeze(3)  # (n, K, k)
+            pushed = (self.factors.reshape(-1, f) @ flat[:, :f].T).reshape(n, -1, c)
+            a = (pushed @ points.r.unsqueeze(2)).reshape(n, -1, k)
             a = self.coefficients.unsqueeze(2) * (a + self.slopes @ u.mT)
             out = out + a.mT @ self.slopes
             spread = a.mT @ self.factors
