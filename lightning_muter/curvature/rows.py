@@ -9,9 +9,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from lightning_muter.curvature.base import Curvature, PointFacts
+from lightning_muter.curvature.base import Curvature
 from lightning_muter.curvature.class_blocks import ClassBlocks
-from lightning_muter.curvature.point import PointCurvature
 from lightning_muter.curvature.point_rows import PointRows
 from lightning_muter.linalg.cg import conjugate_gradients, iterate
 from lightning_muter.linalg.lanczos import Krylov
@@ -25,10 +24,9 @@ from lightning_muter.linalg.solution import (
 )
 from lightning_muter.parallel import Group
 
-__all__ = ["RowsCurvature", "RowsOptions", "RowsSolver", "RowsSum"]
+__all__ = ["RowsCurvature", "RowsOptions", "RowsSolver"]
 
 _PREFIX = "rows."  # of the names of tensors that are kept
-_BLOCK = 4096  # points that are kept together
 _LANCZOS = 20  # steps that estimate the extreme eigenvalues
 _SAMPLE = 16  # points of a typical request
 _RESIDENT = 0.6  # of an accelerator's free memory that rows take at the most; else the host's
@@ -63,53 +61,6 @@ class RowsOptions:
     def tolerance(self) -> float:
         """The residual that is asked."""
         return _TOLERANCE[self.dtype] if self.tol is None else self.tol
-
-
-@dataclass
-class RowsSum:
-    """The rows of a sum on its way.
-
-    Attributes:
-        options: how they are kept.
-        p: parameters.
-    """
-
-    options: RowsOptions
-    p: int
-    _blocks: list[PointRows] = field(default_factory=list)
-    _open: list[PointRows] = field(default_factory=list)
-    _seen: int = 0
-
-    def add(self, part: PointCurvature, facts: PointFacts | None = None) -> None:
-        """Add the rows of some points; without ``facts`` they are counted as they come.
-
-        Raises:
-            ConfigurationError: a curvature that has no rows.
-        """
-        rows = PointRows.of(part, facts or _counted(self._seen, part.usable), self.options.dtype)
-        self._seen += len(rows)
-        if self._open and self._open[0].structure != rows.structure:
-            self._close()
-        self._open.append(rows)
-        if sum(map(len, self._open)) >= _BLOCK:
-            self._close()
-
-    def _close(self) -> None:
-        if self._open:
-            self._blocks.append(PointRows.cat(self._open))
-        self._open = []
-
-    def finished(self, group: Group, weight: float, decay: float) -> RowsCurvature:
-        """The rows of this process's points; their products sum over processes."""
-        self._close()
-        return RowsCurvature(tuple(self._blocks), self.p, decay, self.options, group=group)
-
-
-def _counted(first: int, usable: Tensor) -> PointFacts:
-    indices = torch.arange(first, first + len(usable), device=usable.device)
-    return PointFacts(
-        indices, torch.ones_like(usable), torch.zeros_like(indices, dtype=torch.float64)
-    )
 
 
 @dataclass(frozen=True, repr=False)
@@ -276,13 +227,18 @@ class RowsCurvature(Curvature):
             return self.matvec(v)
         return self._summed(lambda one: one.converted(torch.float64).matvec(v), v) + self.shift * v
 
-    def single(self, device: torch.device) -> RowsCurvature | None:
-        """The sum by rows in float32, which is rough and fast; None where rows are few or away."""
+    def single(self, device: torch.device, room: int) -> RowsCurvature | None:
+        """The sum by rows in float32, which is rough and fast; None where rows are few or away.
+
+        Args:
+            device: where products are wanted.
+            room: bytes in which copies are kept for the next system.
+        """
         if self.options.dtype == torch.float32:
             return self
         if self.nbytes < _LARGE or any(one.device != device for one in self.blocks):
             return None
-        keeps = self.nbytes < self.options.budget
+        keeps = self.nbytes / 2 <= room
         blocks = (one.single if keeps else one.converted(torch.float32) for one in self.blocks)
         return replace(self, blocks=tuple(blocks))
 
@@ -351,10 +307,11 @@ class RowsSolver:
             SolverError: the solution is not finite.
         """
         curvature, tol = self.curvature, self.tol
-        inverse = curvature.preconditioner(rhs.device).apply
-        found = self._in_float32(rhs, inverse)
+        blocks = curvature.preconditioner(rhs.device)
+        single = curvature.single(rhs.device, curvature.options.budget - blocks.nbytes)
+        found = self._in_float32(rhs, blocks.apply, single)
         if found.status is not Status.CONVERGED:
-            found = self._iterated(rhs, inverse, found)
+            found = self._iterated(rhs, blocks.apply, found)
         if found.status is Status.INDEFINITE:
             again = self._by_minres(rhs)
             return replace(again, iterations=found.iterations + again.iterations, tol=tol)
@@ -391,12 +348,12 @@ class RowsSolver:
                 break
         return found
 
-    def _in_float32(self, rhs: Tensor, inverse: Operator) -> Solution:
+    def _in_float32(self, rhs: Tensor, inverse: Operator, single: RowsCurvature | None) -> Solution:
         """X by products in float32, as far as those lead; 0 where the rows are few.
 
         Each round solves for what is left of B by all digits (iterative refinement).
         """
-        curvature, single = self.curvature, self.curvature.single(rhs.device)
+        curvature = self.curvature
         x, rest, products = torch.zeros_like(rhs), rhs, 0
         goal = self.tol * torch.linalg.vector_norm(rhs, dim=-1, keepdim=True)
         for _ in range(_REFINED):
