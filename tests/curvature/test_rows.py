@@ -373,6 +373,17 @@ def test_heavy_probes_beside_the_blocks_save_products(monkeypatch: pytest.Monkey
     torch.testing.assert_close(found.value, blocks_alone.value, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize("loss", LOSSES)
+def test_heavy_probes_cost_no_products_where_none_weighs_much(
+    loss: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = rows_of(built(loss, "l2", "muter", "rows"))
+    rhs = torch.randn(rows.p, generator=torch.Generator().manual_seed(0)).double()
+    found = replace(rows, _inverses={}).solver().solve(rhs)
+    monkeypatch.setattr("lightning_muter.curvature.heavy_probes._MOST", 0)
+    assert found.iterations <= replace(rows, _inverses={}).solver().solve(rhs).iterations
+
+
 def test_the_preconditioner_is_the_inverse_of_blocks_and_heavy_probes() -> None:
     rows, cpu = coupled(), torch.device("cpu")
     blocks = ClassBlocks.of(rows.blocks, rows.shift, Group(), 10**9, cpu)
