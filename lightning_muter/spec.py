@@ -13,7 +13,8 @@ from torch import nn
 from lightning_muter.arguments import number, optional, whole
 from lightning_muter.curvature.base import CurvatureSum
 from lightning_muter.curvature.dense import DenseCurvature
-from lightning_muter.curvature.rows import RowsOptions, RowsSum
+from lightning_muter.curvature.rows import RowsOptions
+from lightning_muter.curvature.rows_sum import RowsSum
 from lightning_muter.curvature.sharded import ShardedSum
 from lightning_muter.errors import ConfigurationError, MemoryFormatError
 from lightning_muter.identity import fingerprint_of, identify, import_path

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from lightning_muter.curvature.class_factors import ClassFactor, FullFactor, ThinFactor
+from lightning_muter.curvature.heavy_probes import HeavyProbes
 from lightning_muter.curvature.point_rows import PointRows
 from lightning_muter.linalg.rows import row_norm
 from lightning_muter.parallel import Group
@@ -19,6 +21,8 @@ __all__ = ["ClassBlocks", "block_bytes"]
 _LARGE = 1 << 26
 #: of a class's weight over the points: the others' part of its block is left out
 _SHARE = 0.999
+#: of the bytes, for the probes that weigh most
+_PROBES = 8
 
 
 def block_bytes(classes: int, width: int, dtype: torch.dtype) -> int:
@@ -33,12 +37,13 @@ def block_bytes(classes: int, width: int, dtype: torch.dtype) -> int:
 
 @dataclass(frozen=True)
 class ClassBlocks:
-    """z = Π diag(A_c)⁻¹ Π v + (I - Π) v / shift, A_c the (F̃, F̃) block of class c. Source: ours.
+    """z = Π (diag(A_c) + VDVᵀ)⁻¹ Π v + (I - Π) v / shift, A_c the block of class c. Source: ours.
 
     Where the losses' outputs are known up to a shift of all classes, as a softmax's are, the sum of
     the points is zero on the vectors that are equal for every class: Π subtracts the class mean
     and the rest is the identity times ``shift``. A class of few points has a block of few rows.
-    Classes may share a block, for want of memory.
+    Classes may share a block, for want of memory. V are the probes that weigh most: the blocks are
+    of all the others, as they know nothing of what a probe does to several classes.
 
     Attributes:
         factors: of the blocks, one a group of classes.
@@ -47,6 +52,7 @@ class ClassBlocks:
         shift: the sum's multiple of the identity; at 0 nothing is moved where the sum is zero.
         centred: whether Π is there.
         points: rows that give a vector its matrix form.
+        heavy: the probes; None without any, and where processes share the rows.
     """
 
     factors: Sequence[ClassFactor]
@@ -55,6 +61,7 @@ class ClassBlocks:
     shift: float
     centred: bool
     points: PointRows
+    heavy: HeavyProbes | None = None
 
     @classmethod
     def of(
@@ -74,6 +81,26 @@ class ClassBlocks:
             budget: bytes; one block is made whatever it takes.
             device: where the blocks are to lie.
         """
+        count = HeavyProbes.count(rows, budget // _PROBES) if group.size == 1 else 0
+        if count == 0:
+            return cls._plain(rows, shift, group, budget, device)
+        probes, numbers, others = HeavyProbes.split(rows, count)
+        budget -= HeavyProbes.bytes_of(rows, count)
+        blocks = cls._plain(others, shift, group, budget, device)
+        here = [one.on(device) for one in probes]
+        heavy = HeavyProbes.of(here, numbers.to(device), blocks._halved_rows)
+        return replace(blocks, heavy=heavy)
+
+    @classmethod
+    def _plain(
+        cls,
+        rows: Sequence[PointRows],
+        shift: float,
+        group: Group,
+        budget: int,
+        device: torch.device,
+    ) -> ClassBlocks:
+        """The blocks alone, with all probes in them."""
         c = rows[0].points.r.shape[1]
         groups = torch.arange(c, device=device)
         scales = torch.ones(c, dtype=torch.float64, device=device)
@@ -85,10 +112,16 @@ class ClassBlocks:
         centred = all(one.points.s.sums_to_zero for one in rows)
         return cls(factors, groups, scales, shift, centred, rows[0][:1].on(device))
 
+    def now(self, rows: Sequence[PointRows], shift: float) -> ClassBlocks:
+        """The same blocks, with what probes weigh in some rows, and another shift."""
+        heavy = None if self.heavy is None else self.heavy.now(rows)
+        return replace(self, shift=shift, heavy=heavy)
+
     @property
     def nbytes(self) -> int:
-        """Bytes that the blocks take."""
-        return sum(one.nbytes for one in self.factors)
+        """Bytes that the blocks and the probes take."""
+        probes = 0 if self.heavy is None else self.heavy.nbytes
+        return probes + sum(one.nbytes for one in self.factors)
 
     @property
     def exact(self) -> bool:
@@ -96,22 +129,38 @@ class ClassBlocks:
         return len(self.factors) == len(self.groups)
 
     def apply(self, v: Tensor) -> Tensor:
-        """An approximation of M⁻¹ v (p,)."""
-        matrix = self.points.points.matrix_form(v)
-        mean = matrix.mean(dim=0, keepdim=True) if self.centred else torch.zeros_like(matrix[:1])
-        solved = self._solved(matrix - mean)
+        """An approximation of M⁻¹ v (..., p)."""
+        form = self.points.points
+        matrix = torch.vmap(form.matrix_form)(v.reshape(-1, v.shape[-1]))
+        mean = matrix.mean(dim=1, keepdim=True) if self.centred else torch.zeros_like(matrix[:, :1])
+        half = self._of_blocks(matrix - mean, lambda factor, some: factor.halved(some))
+        if self.heavy is not None:
+            half = self.heavy.apply(half.flatten(1)).reshape(matrix.shape)
+        solved = self._of_blocks(half, lambda factor, some: factor.whole(some))
         if self.centred:
             rest = mean / self.shift if self.shift > 0 else 0.0  # there M has nothing else
-            solved = solved - solved.mean(dim=0, keepdim=True) + rest
-        return self.points.points.vector_form(solved)
+            solved = solved - solved.mean(dim=1, keepdim=True) + rest
+        return torch.vmap(form.vector_form)(solved).reshape(v.shape)
 
-    def _solved(self, matrix: Tensor) -> Tensor:
-        """A_c⁻¹ times row c of a matrix (C, F̃)."""
+    def _of_blocks(self, matrix: Tensor, act: Callable[[ClassFactor, Tensor], Tensor]) -> Tensor:
+        """Each class's own factor at row c of matrices (k, C, F̃)."""
         found = torch.empty_like(matrix)
-        for g, factor in enumerate(self.factors):
-            some = self.groups == g
-            found[some] = factor.solve(matrix[some] / self.scales[some].unsqueeze(1))
+        scaled = matrix / self.scales.sqrt().unsqueeze(1)
+        for factor, some in zip(self.factors, self._members, strict=True):
+            found[:, some] = act(factor, scaled[:, some])
         return found
+
+    @cached_property
+    def _members(self) -> Sequence[Tensor | slice]:
+        """The classes of each factor, in the order of the factors."""
+        if self.exact:
+            return [slice(c, c + 1) for c in range(len(self.groups))]
+        order = self.groups.argsort(stable=True)
+        return torch.split(order, self.groups.bincount().tolist())
+
+    def _halved_rows(self, c: int, rows: Tensor) -> Tensor:
+        """K of class c at rows (m, F̃)."""
+        return self.factors[int(self.groups[c])].halved(rows / float(self.scales[c]) ** 0.5)
 
 
 def _thin(

@@ -17,19 +17,22 @@ _APART = 1e5
 
 
 class ClassFactor(Protocol):
-    """What solves A x = v for one symmetric positive definite A (F̃, F̃)."""
+    """K with KᵀK = A⁻¹, for one symmetric positive definite A (F̃, F̃)."""
 
     @property
     def nbytes(self) -> int:
         """Bytes that it takes."""
 
-    def solve(self, v: Tensor) -> Tensor:
-        """A⁻¹ v (m, F̃) for rows v (m, F̃)."""
+    def halved(self, v: Tensor) -> Tensor:
+        """K x (m, F̃) for rows v (m, F̃)."""
+
+    def whole(self, v: Tensor) -> Tensor:
+        """Kᵀ x (m, F̃) for rows v (m, F̃), which ends what `halved` began: A⁻¹ = KᵀK."""
 
 
 @dataclass(frozen=True)
 class FullFactor:
-    """L⁻¹ of A = L Lᵀ.
+    """K = L⁻¹ of A = L Lᵀ.
 
     Attributes:
         half: L⁻¹ (F̃, F̃).
@@ -50,43 +53,55 @@ class FullFactor:
     def nbytes(self) -> int:
         return self.half.numel() * self.half.element_size()
 
-    def solve(self, v: Tensor) -> Tensor:
-        found: Tensor = v.to(self.half.dtype) @ self.half.T @ self.half
-        return found.to(v.dtype)
+    def halved(self, v: Tensor) -> Tensor:
+        return (v.to(self.half.dtype) @ self.half.T).to(v.dtype)
+
+    def whole(self, v: Tensor) -> Tensor:
+        return (v.to(self.half.dtype) @ self.half).to(v.dtype)
 
 
 @dataclass(frozen=True)
 class ThinFactor:
-    """A = Uᵀ U + σ I by its k < F̃ rows U: A⁻¹ v = (v - Uᵀ (σ I + U Uᵀ)⁻¹ U v) / σ.
+    """K = Q L⁻¹ Qᵀ + (I - QQᵀ) / √σ of A = UᵀU + σI by its k < F̃ rows U.
+
+    Q is an orthonormal basis of the rows, UᵀU = Q (L Lᵀ - σI) Qᵀ.
 
     Attributes:
-        rows: U (k, F̃).
-        half: L⁻¹ of σ I + U Uᵀ = L Lᵀ (k, k).
+        basis: Qᵀ (k, F̃).
+        half: L⁻¹ - I / √σ (k, k), what A adds to σI.
         shift: σ, positive.
     """
 
-    rows: Tensor
+    basis: Tensor
     half: Tensor
     shift: float
 
     @classmethod
     def of(cls, rows: Tensor, shift: float) -> ThinFactor:
         """The factor of some rows, in float64 where float32 would cancel."""
-        gram = (rows @ rows.T).double()
-        if float(gram.diagonal().sum()) > _APART * shift:
+        if float(rows.double().square().sum()) > _APART * shift:
             rows = rows.double()
-            gram = rows @ rows.T
+        basis, upper = torch.linalg.qr(rows.T)
+        gram = upper.double() @ upper.double().T
         gram.diagonal().add_(shift)
-        return cls(rows, _inverse(torch.linalg.cholesky(gram)).to(rows.dtype), shift)
+        half = _inverse(torch.linalg.cholesky(gram))
+        half.diagonal().sub_(shift**-0.5)
+        return cls(basis.T.contiguous(), half.to(rows.dtype), shift)
 
     @property
     def nbytes(self) -> int:
-        return (self.rows.numel() + self.half.numel()) * self.rows.element_size()
+        return (self.basis.numel() + self.half.numel()) * self.basis.element_size()
 
-    def solve(self, v: Tensor) -> Tensor:
-        inner = v.to(self.rows.dtype) @ self.rows.T
-        back = inner @ self.half.T @ self.half @ self.rows
-        return (v - back.to(v.dtype)) / self.shift
+    def halved(self, v: Tensor) -> Tensor:
+        return self._with(v, self.half.T)
+
+    def whole(self, v: Tensor) -> Tensor:
+        return self._with(v, self.half)
+
+    def _with(self, v: Tensor, half: Tensor) -> Tensor:
+        inner = v.to(self.basis.dtype) @ self.basis.T
+        found: Tensor = v / self.shift**0.5 + (inner @ half @ self.basis).to(v.dtype)
+        return found
 
 
 def _inverse(factor: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from lightning_muter.curvature.head import HeadHessian, HeadPoints, HeadTotal
 from lightning_muter.curvature.paired import PairedHessian, PairedPoints, PairedTotal
 from lightning_muter.curvature.point import PointCurvature
 from lightning_muter.errors import ConfigurationError, MemoryFormatError
+from lightning_muter.linalg.rows import row_norm
 from lightning_muter.objectives.output_curvature import restored_output
 from lightning_muter.responses import DiagonalLowRank
 from lightning_muter.responses.probes import mixed
@@ -171,6 +173,11 @@ class PointRows:
         found = {n: t if n in kept else t.to(dtype) for n, t in self.tensors().items()}
         return self._made(found, self.points.weight.to(dtype))
 
+    @cached_property
+    def single(self) -> PointRows:
+        """A copy in float32, kept with the rows."""
+        return self.converted(torch.float32)
+
     def on(self, device: torch.device | str) -> PointRows:
         """The rows on another device; themselves on their own."""
         if self.device == torch.device(device):
@@ -220,6 +227,27 @@ class PointRows:
         twice = self.coefficients * coins.to(self.dtype).repeat(1, vectors)
         return replace(self, coefficients=twice)
 
+    def probe_sizes(self) -> Tensor:
+        """At the most w_i c_ik ‖v_ik‖² (n, K), float64."""
+        points = self.points
+        lengths = row_norm(points.r) * torch.linalg.vector_norm(self.factors, dim=2)
+        slopes = self.slopes.reshape(*self.slopes.shape[:2], len(points.sides), -1)
+        for j, h in enumerate(points.sides):
+            lengths = lengths + row_norm(h) * torch.linalg.vector_norm(slopes[:, :, j], dim=2)
+        weights = points.weights.unsqueeze(1) * self.coefficients.double()
+        sizes: Tensor = weights * lengths.double().square()
+        return sizes
+
+    def probes(self, which: Tensor) -> PointRows:
+        """Some of the probes (n, K), rows of one probe each."""
+        at, number = which.nonzero(as_tuple=True)
+        own = {name: getattr(self, name)[at, number].unsqueeze(1) for name in _FACTORS}
+        return replace(self[at], **own)
+
+    def without_probes(self, which: Tensor) -> PointRows:
+        """The rows without some of the probes (n, K)."""
+        return replace(self, coefficients=self.coefficients.masked_fill(which, 0.0))
+
     # --- what they are for --------------------------------------------------------------------
 
     @property
@@ -230,42 +258,45 @@ class PointRows:
     def gradient(self) -> Tensor:
         """Σ w_i ∇_ω l_i (p,), float64."""
         weighted = self.points.slopes.double() * self.points.weights.unsqueeze(1)
-        return self.points.vector_form(self._gathered(weighted))
+        return self.points.vector_form(self._gathered(weighted.unsqueeze(1))[0])
 
     def _gathered(self, slopes: Tensor) -> Tensor:
-        """Σ_i t_i h̃_iᵀ (C, F̃) over all sides, for t (n, C) of every side in one row."""
-        sides = self.points.sides
-        parts = zip(slopes.chunk(len(sides), dim=1), sides, strict=True)
-        found = [own.T @ h.to(slopes.dtype) for own, h in parts]
-        return found[0] if len(found) == 1 else found[0] + found[1]
+        """Σ_i t_i h̃_iᵀ (k, C, F̃) over all sides, for t (n, k, C) of every side in one row."""
+        sides, (n, k, _) = self.points.sides, slopes.shape
+        parts = zip(slopes.chunk(len(sides), dim=2), sides, strict=True)
+        found = [own.reshape(n, -1).T @ h.to(slopes.dtype) for own, h in parts]
+        total = found[0] if len(found) == 1 else found[0] + found[1]
+        return total.reshape(k, -1, total.shape[1])
 
     def matvec(self, v: Tensor) -> Tensor:
-        """Σ w_i D_i v (p,), computed in the rows' dtype, for v in float64; the same device."""
+        """Σ w_i D_i v (..., p), computed in the rows' dtype, for v in float64; the same device."""
         points, (c, f) = self.points, self.points.weight.shape
-        matrix = points.matrix_form(v.to(self.dtype))
-        weights = points.weights.to(self.dtype).unsqueeze(1)
-        u = torch.cat([h @ matrix.T for h in points.sides], dim=1)  # V h̃ (n, C) of every side
+        matrix = torch.vmap(points.matrix_form)(v.to(self.dtype).reshape(-1, v.shape[-1]))
+        n, k, flat = len(self), len(matrix), matrix.flatten(0, 1)
+        weights = points.weights.to(self.dtype)[:, None, None]
+        # V h̃ (n, k, C) of every side, for all k vectors in one product
+        u = torch.cat([(h @ flat.T).reshape(n, k, c) for h in points.sides], dim=2)
+        bend = torch.vmap(points.bend, in_dims=1, out_dims=1)
         along_s = u
-        moved = None  # what the response makes of Gᵀ V (n, F)
+        moved = None  # what the response makes of Gᵀ V (n, k, F)
         if self.diagonal is not None:
-            last = points.bend(u)[:, -c:]
-            moved = self.diagonal * (points.r @ matrix[:, :f] + last @ points.weight)
+            along = (points.r @ matrix[:, :, :f].transpose(0, 1).reshape(c, -1)).reshape(n, k, f)
+            moved = self.diagonal.unsqueeze(1) * (along + bend(u)[:, :, -c:] @ points.weight)
             along_s = u.clone()
-            along_s[:, -c:] += moved @ points.weight.T
-        out = points.bend(along_s)
+            along_s[:, :, -c:] += moved @ points.weight.T
+        out = bend(along_s)
         if self.coefficients.shape[1]:
-            pushed = (self.factors.reshape(-1, f) @ matrix[:, :f].T).reshape(
-                *self.factors.shape[:2], c
-            )
-            a = (pushed @ points.r.unsqueeze(2)).squeeze(2)
-            a = self.coefficients * (a + (self.slopes @ u.unsqueeze(2)).squeeze(2))
-            out = out + (a.unsqueeze(1) @ self.slopes).squeeze(1)
-            spread = (a.unsqueeze(1) @ self.factors).squeeze(1)
+            pushed = (self.factors.reshape(-1, f) @ flat[:, :f].T).reshape(n, -1, c)
+            a = (pushed @ points.r.unsqueeze(2)).reshape(n, -1, k)
+            a = self.coefficients.unsqueeze(2) * (a + self.slopes @ u.mT)
+            out = out + a.mT @ self.slopes
+            spread = a.mT @ self.factors
             moved = spread if moved is None else moved + spread
         total = self._gathered(weights * out)
         if moved is not None:
-            total[:, :f] += (weights * points.r).T @ moved
-        return points.vector_form(total).double()
+            pushed = (weights[:, 0] * points.r).T @ moved.reshape(n, -1)
+            total[:, :, :f] += pushed.reshape(c, k, f).transpose(0, 1)
+        return torch.vmap(points.vector_form)(total).double().reshape(v.shape)
 
     def heaviest(self, c: int, share: float) -> PointRows:
         """The fewest points that hold a share of class c's weight Σ w (S_cc + r_c²)."""
@@ -289,7 +320,7 @@ class PointRows:
         h, w = points.features, points.weights.to(self.dtype)
         own = [h * (w * points.entries(c)[:, 0, 0].clamp(min=0)).sqrt().unsqueeze(1)]
         for k in range(self.coefficients.shape[1]):
-            v = self._probe(k, c)
+            v = self.probe(k, c)
             own.append(v * (w * self.coefficients[:, k]).sqrt().unsqueeze(1))
         return torch.cat(own)
 
@@ -306,7 +337,7 @@ class PointRows:
             for k, right in enumerate(sides):
                 block += left.T @ (right * (w * pairs[:, j, k]).unsqueeze(1))
         for k in range(self.coefficients.shape[1]):
-            v = self._probe(k, c)
+            v = self.probe(k, c)
             block += v.T @ (v * (w * self.coefficients[:, k]).unsqueeze(1))
         if rho is None or g is None:
             return block
@@ -318,7 +349,7 @@ class PointRows:
         block.diagonal()[:f] += (w.unsqueeze(1) * r.square() * rho).sum(dim=0)
         return block
 
-    def _probe(self, k: int, c: int) -> Tensor:
+    def probe(self, k: int, c: int) -> Tensor:
         """The part of class c in v_k (n, F̃)."""
         points, (classes, f) = self.points, self.points.weight.shape
         own = self.slopes[:, k, c::classes]  # of every side

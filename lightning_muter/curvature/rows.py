@@ -9,20 +9,24 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from lightning_muter.curvature.base import Curvature, PointFacts
+from lightning_muter.curvature.base import Curvature
 from lightning_muter.curvature.class_blocks import ClassBlocks
-from lightning_muter.curvature.point import PointCurvature
 from lightning_muter.curvature.point_rows import PointRows
 from lightning_muter.linalg.cg import conjugate_gradients, iterate
 from lightning_muter.linalg.lanczos import Krylov
 from lightning_muter.linalg.minres import minres
-from lightning_muter.linalg.solution import Operator, Solution, Status
+from lightning_muter.linalg.solution import (
+    Operator,
+    Solution,
+    Status,
+    finite,
+    relative_residual,
+)
 from lightning_muter.parallel import Group
 
-__all__ = ["RowsCurvature", "RowsOptions", "RowsSolver", "RowsSum"]
+__all__ = ["RowsCurvature", "RowsOptions", "RowsSolver"]
 
 _PREFIX = "rows."  # of the names of tensors that are kept
-_BLOCK = 4096  # points that are kept together
 _LANCZOS = 20  # steps that estimate the extreme eigenvalues
 _SAMPLE = 16  # points of a typical request
 _RESIDENT = 0.6  # of an accelerator's free memory that rows take at the most; else the host's
@@ -57,53 +61,6 @@ class RowsOptions:
     def tolerance(self) -> float:
         """The residual that is asked."""
         return _TOLERANCE[self.dtype] if self.tol is None else self.tol
-
-
-@dataclass
-class RowsSum:
-    """The rows of a sum on its way.
-
-    Attributes:
-        options: how they are kept.
-        p: parameters.
-    """
-
-    options: RowsOptions
-    p: int
-    _blocks: list[PointRows] = field(default_factory=list)
-    _open: list[PointRows] = field(default_factory=list)
-    _seen: int = 0
-
-    def add(self, part: PointCurvature, facts: PointFacts | None = None) -> None:
-        """Add the rows of some points; without ``facts`` they are counted as they come.
-
-        Raises:
-            ConfigurationError: a curvature that has no rows.
-        """
-        rows = PointRows.of(part, facts or _counted(self._seen, part.usable), self.options.dtype)
-        self._seen += len(rows)
-        if self._open and self._open[0].structure != rows.structure:
-            self._close()
-        self._open.append(rows)
-        if sum(map(len, self._open)) >= _BLOCK:
-            self._close()
-
-    def _close(self) -> None:
-        if self._open:
-            self._blocks.append(PointRows.cat(self._open))
-        self._open = []
-
-    def finished(self, group: Group, weight: float, decay: float) -> RowsCurvature:
-        """The rows of this process's points; their products sum over processes."""
-        self._close()
-        return RowsCurvature(tuple(self._blocks), self.p, decay, self.options, group=group)
-
-
-def _counted(first: int, usable: Tensor) -> PointFacts:
-    indices = torch.arange(first, first + len(usable), device=usable.device)
-    return PointFacts(
-        indices, torch.ones_like(usable), torch.zeros_like(indices, dtype=torch.float64)
-    )
 
 
 @dataclass(frozen=True, repr=False)
@@ -264,6 +221,27 @@ class RowsCurvature(Curvature):
     def matvec(self, v: Tensor) -> Tensor:
         return self._summed(lambda one: one.matvec(v), v) + self.shift * v
 
+    def exactly(self, v: Tensor) -> Tensor:
+        """M v (..., p) in float64, whatever the rows' dtype."""
+        if self.options.dtype == torch.float64:
+            return self.matvec(v)
+        return self._summed(lambda one: one.converted(torch.float64).matvec(v), v) + self.shift * v
+
+    def single(self, device: torch.device, room: int) -> RowsCurvature | None:
+        """The sum by rows in float32, which is rough and fast; None where rows are few or away.
+
+        Args:
+            device: where products are wanted.
+            room: bytes in which copies are kept for the next system.
+        """
+        if self.options.dtype == torch.float32:
+            return self
+        if self.nbytes < _LARGE or any(one.device != device for one in self.blocks):
+            return None
+        keeps = self.nbytes / 2 <= room
+        blocks = (one.single if keeps else one.converted(torch.float32) for one in self.blocks)
+        return replace(self, blocks=tuple(blocks))
+
     def base_diagonal(self) -> Tensor:
         like = torch.zeros(self.p, dtype=torch.float64, device=self.blocks[0].device)
         return self._summed(PointRows.diagonal_of_sum, like) + self.shift
@@ -285,7 +263,7 @@ class RowsCurvature(Curvature):
                 self.blocks, self.shift, self.group, self.options.budget, device
             )
             self._inverses[self.damping] = (self.points, blocks)
-        return replace(blocks, shift=self.shift)
+        return blocks.now(self.blocks, self.shift)
 
     def estimate(self, rhs: Tensor, tol: float = 1e-3) -> Solution:
         return RowsSolver(self, tol).solve(rhs)
@@ -306,13 +284,13 @@ class RowsCurvature(Curvature):
 
 
 class RowsSolver:
-    """Solves M x = b by conjugate gradients on products with rows.
+    """Solves M X = B by conjugate gradients on products with rows, all right-hand sides at once.
 
-    The classes' blocks precondition (`ClassBlocks`). Many rows in float64 iterate on a copy in
-    float32, which takes half the time, and what that leaves by all digits is solved again. Where M
-    is indefinite minimum residuals take over and the status says so; without weight decay and
-    damping the solution is the shortest one for losses that a shift of all outputs leaves as they
-    are.
+    The classes' blocks precondition (`ClassBlocks`). Rows in float32, and many rows in float64 by a
+    copy, iterate in float32, which takes half the time; what that leaves by all digits is solved
+    again. Where M is indefinite minimum residuals take over and the status says so; without weight
+    decay and damping the solution is the shortest one for losses that a shift of all outputs
+    leaves as they are.
 
     Args:
         curvature: M.
@@ -323,64 +301,72 @@ class RowsSolver:
         self.curvature, self.tol = curvature, tol
 
     def solve(self, rhs: Tensor) -> Solution:
-        """x (p,) for b (p,), with its residual and status.
+        """X (..., p) for B (..., p), with the residual and the status of the worst of them.
 
         Raises:
             SolverError: the solution is not finite.
         """
         curvature, tol = self.curvature, self.tol
-        inverse, limit = curvature.preconditioner(rhs.device), curvature.options.max_iter
-        start, before = self._in_float32(rhs, inverse.apply)
-        found = self._iterated(rhs, inverse.apply, limit - before, start)
-        found = replace(found, iterations=before + found.iterations)
+        blocks = curvature.preconditioner(rhs.device)
+        single = curvature.single(rhs.device, curvature.options.budget - blocks.nbytes)
+        found = self._in_float32(rhs, blocks.apply, single)
+        if found.status is not Status.CONVERGED:
+            found = self._iterated(rhs, blocks.apply, found)
         if found.status is Status.INDEFINITE:
-            again = minres(curvature.matvec, rhs, tol, limit)
+            again = self._by_minres(rhs)
             return replace(again, iterations=found.iterations + again.iterations, tol=tol)
         status = found.status
         if status is Status.CONVERGED and curvature.centred and curvature.shift == 0:
             status = Status.MINIMUM_NORM
-        if found.residual > tol:  # as far as rounding in the rows' dtype lets it come
+        if not found.residual <= tol:  # as far as rounding lets it come
             status = Status.MAX_ITERATIONS
-        return replace(found, status=status, tol=tol)
+        return replace(finite(found), status=status, tol=tol)
 
-    def _iterated(
-        self, rhs: Tensor, inverse: Operator, limit: int, start: Tensor | None
-    ) -> Solution:
-        """Conjugate gradients, begun anew where their residual is less than x's own."""
-        matvec, tol = self.curvature.matvec, self.tol
-        found = conjugate_gradients(matvec, rhs, inverse, tol, limit, start=start)
-        for _ in range(_REFINED):
-            left = limit - found.iterations
-            if found.status is not Status.CONVERGED or found.residual <= tol or left <= 0:
+    def _by_minres(self, rhs: Tensor) -> Solution:
+        limit, systems = self.curvature.options.max_iter, rhs.reshape(-1, rhs.shape[-1])
+        found = [minres(self.curvature.exactly, b, self.tol, limit) for b in systems]
+        return Solution(
+            torch.stack([one.value for one in found]).reshape(rhs.shape),
+            max(one.residual for one in found),
+            max(one.iterations for one in found),
+            Status.worst(one.status for one in found),
+        )
+
+    def _iterated(self, rhs: Tensor, inverse: Operator, begun: Solution) -> Solution:
+        """Conjugate gradients by all digits, begun anew where their residual is less than x's."""
+        found, limit = begun, self.curvature.options.max_iter
+        for _ in range(_REFINED + 1):
+            start, left = found.value if found.iterations else None, limit - found.iterations
+            again = conjugate_gradients(
+                self.curvature.exactly, rhs, inverse, self.tol, left, start=start
+            )
+            rounding = found.status is Status.CONVERGED and again.status is Status.INDEFINITE
+            if rounding or (found is not begun and not again.residual < found.residual):
                 break
-            again = conjugate_gradients(matvec, rhs, inverse, tol, left, start=found.value)
-            again = replace(again, iterations=found.iterations + again.iterations)
-            if not again.residual < found.residual:
+            found = replace(again, iterations=found.iterations + again.iterations)
+            if found.status is not Status.CONVERGED or found.residual <= self.tol:
                 break
-            found = replace(again, status=found.status)
         return found
 
-    def _in_float32(self, rhs: Tensor, inverse: Operator) -> tuple[Tensor | None, int]:
-        """Roughly x (p,) by products with a copy of many rows in float32, and how many there were.
+    def _in_float32(self, rhs: Tensor, inverse: Operator, single: RowsCurvature | None) -> Solution:
+        """X by products in float32, as far as those lead; 0 where the rows are few.
 
-        Each round solves for what is left of b by all digits (iterative refinement).
+        Each round solves for what is left of B by all digits (iterative refinement).
         """
         curvature = self.curvature
-        here = all(one.device == rhs.device for one in curvature.blocks)
-        if curvature.options.dtype == torch.float32 or curvature.nbytes < _LARGE or not here:
-            return None, 0
-        copies = tuple(one.converted(torch.float32) for one in curvature.blocks)
-        single = replace(curvature, blocks=copies)
         x, rest, products = torch.zeros_like(rhs), rhs, 0
-        goal = self.tol * torch.linalg.vector_norm(rhs)
+        goal = self.tol * torch.linalg.vector_norm(rhs, dim=-1, keepdim=True)
         for _ in range(_REFINED):
-            left = float(goal / torch.linalg.vector_norm(rest).clamp(min=1e-300))
-            if left >= 1:
+            if single is None or relative_residual(rest, rhs) <= self.tol:
                 break
+            length = torch.linalg.vector_norm(rest, dim=-1, keepdim=True).clamp(min=1e-300)
             most = curvature.options.max_iter // 2 - products
-            end = iterate(single.matvec, rest, inverse, max(left / 2, _SINGLE), most)
+            tol = (goal / length / 2).clamp(min=_SINGLE)
+            end = iterate(single.matvec, rest, inverse, tol, most)
             if bool(end.negative.any()):  # of rounding, or of M: the iteration by all digits tells
                 break
             x = x + end.value
-            rest, products = rhs - curvature.matvec(x), products + end.iterations + 1
-        return x, products
+            rest, products = rhs - curvature.exactly(x), products + end.iterations + 1
+        residual = relative_residual(rest, rhs)
+        status = Status.CONVERGED if residual <= self.tol else Status.MAX_ITERATIONS
+        return Solution(x, residual, products, status)

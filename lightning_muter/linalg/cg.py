@@ -33,11 +33,13 @@ def iterate(
     operator: Operator,
     rhs: Tensor,
     preconditioner: Operator,
-    tol: float,
+    tol: float | Tensor,
     max_iter: int,
     start: Tensor | None = None,
 ) -> End:
     """Systems along the last dimension of ``rhs`` (..., d); one that is done changes no more.
+
+    ``tol`` is one number, or one a system (..., 1).
 
     The bare iteration, for callers that measure the residual in their own way.
     """
@@ -77,18 +79,18 @@ def conjugate_gradients(
     max_iter: int = 1000,
     start: Tensor | None = None,
 ) -> Solution:
-    """Preconditioned conjugate gradients for one system (p,).
+    """Preconditioned conjugate gradients for systems (..., p), told by the worst of them.
 
     Stops with "indefinite" at negative curvature and with "max_iterations" at its limit. The
     residual is computed anew from the solution, not taken from the recurrence.
 
     Args:
         operator: products with a symmetric A.
-        rhs: b (p,).
+        rhs: b (..., p).
         preconditioner: products with an approximate inverse; None for the identity.
         tol: ‖A x - b‖ / ‖b‖ at which to stop.
         max_iter: iterations at the most.
-        start: x (p,) to begin at; 0 by default.
+        start: x (..., p) to begin at; 0 by default.
 
     Raises:
         SolverError: the solution is not finite.

@@ -88,9 +88,10 @@ class Solution:
 
 
 def relative_residual(residual: Tensor, rhs: Tensor) -> float:
-    """‖residual‖ / ‖rhs‖; 0 where the right-hand side is 0."""
-    scale = float(torch.linalg.vector_norm(rhs))
-    return float(torch.linalg.vector_norm(residual)) / scale if scale > 0 else 0.0
+    """‖residual‖ / ‖rhs‖ of the worst system (..., d); 0 where the right-hand side is 0."""
+    scale = torch.linalg.vector_norm(rhs, dim=-1)
+    length = torch.linalg.vector_norm(residual, dim=-1)
+    return float(torch.where(scale == 0, 0.0, length / scale).max())
 
 
 def finite(solution: Solution) -> Solution:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from lightning_muter.arguments import integer
+from lightning_muter.curvature.rows import RowsSolver
 from lightning_muter.errors import ConfigurationError, SolverError, StateError
 from lightning_muter.linalg.cholesky import DenseSolver
 from lightning_muter.linalg.solution import Status
@@ -22,6 +23,8 @@ __all__ = ["TopInfluences", "adversarial_influence", "influence_on_losses", "top
 _BLOCK = 512
 #: points from which on a bar says how far it is
 _MANY = 4 * _BLOCK
+#: systems of rows that share the passes over them
+_TOGETHER = 16
 _GOOD = (Status.CONVERGED, Status.MINIMUM_NORM)
 
 
@@ -161,12 +164,12 @@ def _solved(memory: UnlearningMemory, rows: Tensor) -> Tensor:
     rows = rows.to(memory.omega_star)
     if isinstance(solver, DenseSolver) and solver.definite:
         return solver.solve_columns(rows.T).T
-    solutions = [
-        solver.solve(row) for row in tqdm(rows, "systems", leave=False, disable=len(rows) < _MANY)
-    ]
+    parts = torch.split(rows, _TOGETHER) if isinstance(solver, RowsSolver) else rows
+    quiet = len(rows) < _MANY
+    solutions = [solver.solve(part) for part in tqdm(parts, "systems", leave=False, disable=quiet)]
     worst = Status.worst([one.status for one in solutions])
     if worst not in _GOOD:
         raise SolverError(
             f"the memory's system ended {worst}: no influence can be read off it; {worst.remedy}"
         )
-    return torch.stack([one.value for one in solutions])
+    return torch.cat([one.value.reshape(-1, rows.shape[1]) for one in solutions])

@@ -24,6 +24,7 @@ from lightning_muter import (
     top_influences,
 )
 from lightning_muter.curvature.dense import DenseCurvature
+from lightning_muter.curvature.point_rows import PointRows
 from lightning_muter.models import measuring
 from lightning_muter.unlearning.points import unweighted
 
@@ -166,6 +167,26 @@ def test_rows_agree_with_a_dense_memory() -> None:
         change = influence_on_losses(memory_of(callback), model, (x, y), (x[:5], y[:5]))
         found.append(change)
     torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-8)
+
+
+def test_systems_of_rows_share_the_passes_over_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, callback, model, data = fit_linear("cross_entropy", L2, representation="rows")
+    x, y = data.dataset.tensors
+    x, y, memory = x[:20], y[:20], memory_of(callback)
+    passes = 0
+    matvec = PointRows.matvec
+
+    def counted(self: PointRows, v: Tensor) -> Tensor:
+        nonlocal passes
+        passes += 1
+        return matvec(self, v)
+
+    monkeypatch.setattr(PointRows, "matvec", counted)
+    together = adversarial_influence(memory, model, (x, y))
+    shared, passes = passes, 0
+    alone = torch.cat([adversarial_influence(memory, model, (x[[i]], y[[i]])) for i in range(20)])
+    assert shared < passes / 5  # 16 at once, then 4
+    torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-7 * float(alone.abs().max()))
 
 
 def test_points_and_models_that_are_not_the_memorys_are_refused() -> None:
