@@ -27,7 +27,7 @@ _FINER = 1e-3
 _PLAIN = 4  # passes before acceleration: most points need no more
 #: a point on a kink wanders for ever: it is given up after so many passes that neither bring the
 #: map's move below _NEARER of its best nor lift the level by _LIFT of its size; one whose move came
-#: below _CLOSE may be a slow point of a smooth function
+#: below _CLOSE may be a slow point of a smooth function, which has more patience
 _PATIENCE, _LONG_PATIENCE = 20, 200
 _CLOSE = 0.1
 _NEARER = 0.9
@@ -90,6 +90,7 @@ def maximise(
     dtype: torch.dtype = torch.float64,
     tol: float = 1e-8,
     link: Link = IDENTITY,
+    bends: Callable[[], bool] = lambda: True,
 ) -> InnerMaximum:
     """Ascend to a stationary point of the inner problem, deterministically.
 
@@ -108,9 +109,12 @@ def maximise(
         dtype: what losses and gradients were computed in: no difference below its rounding counts.
         tol: a point is done when the map moves it by less than this share of the radius.
         link: from the levels to the losses.
+        bends: whether the logits have a second derivative, asked where points make no progress: a
+            convex loss of logits without one falls across kinks alone, and where the map's own
+            step lowered it there is no slow maximum to wait for.
     """
     rounding = 50 * torch.finfo(dtype).eps
-    ascent = _Ascent(input_gradient, x, threat, start, dtype, link)
+    ascent = _Ascent(input_gradient, x, threat, start, dtype, link, bends)
     limit = torch.full_like(ascent.moved, max(tol, rounding))
     history: Anderson | None = None
     for k in range(max_iter):
@@ -147,8 +151,10 @@ class _Ascent:
         start: Tensor | None,
         dtype: torch.dtype,
         link: Link,
+        bends: Callable[[], bool],
     ) -> None:
         self.input_gradient, self.x, self.threat, self.link = input_gradient, x, threat, link
+        self.bends = bends
         self.slack = 10 * torch.finfo(dtype).eps
         self.delta = torch.zeros_like(x) if start is None else threat.project(x, start)
         everyone = torch.arange(len(x), device=x.device)
@@ -162,6 +168,7 @@ class _Ascent:
         self.nearest, self.height = self.moved.clone(), self.level.clone()
         self.idle = torch.zeros_like(everyone)
         self.stuck = torch.zeros_like(everyone, dtype=torch.bool)
+        self.fell = torch.zeros_like(self.stuck)
 
     @property
     def lost(self) -> Tensor:
@@ -202,6 +209,8 @@ class _Ascent:
             # rounding is of the level, of the inputs that it is computed from, and of the merit
             better = gain >= -self.slack * (size_of_level + inputs + before.abs())
         better = better.unsqueeze(1)
+        if not risen:
+            self.fell[some] |= ~(better | bold).squeeze(1)
         if history is not None:  # before δ changes: ``now`` may be a view of it
             move = torch.where(better, candidate - now, torch.zeros_like(now))
         if risen:
@@ -237,7 +246,11 @@ class _Ascent:
         idle = torch.where(ahead, 0, self.idle[some] + 1)
         self.nearest[some], self.idle[some] = nearest, idle
         self.height[some] = torch.where(ahead, level, height)
-        self.stuck[some] = idle >= torch.where(nearest < _CLOSE, _LONG_PATIENCE, _PATIENCE)
+        waits = nearest < _CLOSE
+        doubtful = waits & (idle >= _PATIENCE) & self.fell[some]
+        if bool(doubtful.any()) and not self.bends():
+            waits &= ~doubtful
+        self.stuck[some] = idle >= torch.where(waits, _LONG_PATIENCE, _PATIENCE)
 
 
 def _next_size(size: Tensor, better: Tensor) -> Tensor:
