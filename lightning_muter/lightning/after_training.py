@@ -30,7 +30,7 @@ from lightning_muter.unlearning.cost import Cost
 from lightning_muter.unlearning.methods import METHODS
 from lightning_muter.unlearning.objective import RobustObjective, newton
 from lightning_muter.unlearning.points import Batch
-from lightning_muter.unlearning.representation import Representation, represented
+from lightning_muter.unlearning.representation import Representation, represented, with_probes
 from lightning_muter.unlearning.stage_one import build_memories
 
 __all__ = ["AfterTraining", "points_of", "refuse_spawned", "report"]
@@ -59,6 +59,7 @@ class AfterTraining:
     batch_size: int
     preflight: Preflight = Preflight(0.0, 0.0, 0.0)
     representation: str = "dense"
+    sketch: int | str = 0
     cost: Cost | None = None
 
     def rehearse(self) -> None:
@@ -67,7 +68,7 @@ class AfterTraining:
         check_precision(self.trainer, settings.view(self.module))
         has_memory = METHODS[settings.method].has_memory
         kept = self._represented(settings if has_memory else settings.robust())
-        self.representation = kept.settings.representation
+        self.representation, self.sketch = kept.settings.representation, kept.settings.sketch
         settings = self._kept_as(settings)
         stages = [settings.robust()] if self.newton_steps else []
         stages += [settings] if has_memory or not stages else []
@@ -78,7 +79,9 @@ class AfterTraining:
             mine = -(-len(self.points) // self.trainer.world_size)
             size = self.preflight.piece(self.batch_size)
             self.cost = self.preflight.cost(mine, p, size, self.newton_steps, kept, device)
-            rank_zero_info(f"{kept.why}; {self.cost}")
+            chosen = f"sketch='auto' is {counted(settings.probes, 'probe')} a point; "
+            said = chosen if self.settings.sketch == "auto" else ""
+            rank_zero_info(f"{said}{kept.why}; {self.cost}")
 
     def _represented(self, settings: Settings) -> Representation:
         """How the memory is kept, and Newton's Hessians before it."""
@@ -87,10 +90,11 @@ class AfterTraining:
         mine = -(-len(self.points) // trainer.world_size)
         sharing = trainer.num_devices if device.type == "cpu" else 1
         view, world = settings.view(self.module), trainer.world_size
+        settings = with_probes(settings, view, inputs, len(self.points))
         return represented(settings, view, inputs, mine, device, sharing, world)
 
     def _kept_as(self, settings: Settings) -> Settings:
-        return replace(settings, representation=self.representation)
+        return replace(settings, representation=self.representation, sketch=self.sketch)
 
     def _read(self, count: int) -> Batch:
         """Some points, spread over the data set."""

@@ -51,7 +51,7 @@ class _Building:
         kept = METHODS[settings.method].has_memory
         curvature = settings.empty_sum(view) if kept else None
         if isinstance(curvature, DenseCurvature) and settings.sketched:
-            curvature = PointSample(curvature, settings.sketch)
+            curvature = PointSample(curvature, settings.probes)
         return cls(settings, view, settings.problem(), curvature, Sums.zero(view.p, view.device))
 
     def add(self, batch: Batch, shared: dict[Threat, InnerMaximum]) -> None:
@@ -126,7 +126,7 @@ def _memory(
         summary, warnings = summarise(settings, evaluation, curvature, omega, start)
         noise = _noise(built, curvature.damped(settings.damping), evaluation.points, group)
         summary |= {} if noise is None else {"sketch_noise": noise}
-        doubt = noise_warning(noise, settings.sketch)
+        doubt = noise_warning(noise, settings.probes)
         warnings += () if doubt is None else (doubt,)
     return UnlearningMemory(
         settings=settings,
