@@ -48,6 +48,9 @@ class AfterTraining:
         newton_steps: how many will be taken.
         batch_size: points a pass reads at once, at the most.
         preflight: what two points took before training.
+        representation: how the memory is kept.
+        sketch: probes a point.
+        flows: whether a request goes as far as training did.
         cost: what Stage I and a request will take by that; None where no curvature is kept.
     """
 
@@ -60,6 +63,7 @@ class AfterTraining:
     preflight: Preflight = Preflight(0.0, 0.0, 0.0)
     representation: str = "dense"
     sketch: int | str = 0
+    flows: bool = False
     cost: Cost | None = None
 
     def rehearse(self) -> None:
@@ -78,7 +82,9 @@ class AfterTraining:
             self.preflight = time_pass(self.module, settings, self._read, self.preflight)
             mine = -(-len(self.points) // self.trainer.world_size)
             size = self.preflight.piece(self.batch_size)
-            self.cost = self.preflight.cost(mine, p, size, self.newton_steps, kept, device)
+            self.cost = self.preflight.cost(
+                mine, p, size, self.newton_steps, kept, device, self.flows
+            )
             chosen = f"sketch='auto' is {counted(settings.probes, 'probe')} a point; "
             said = chosen if self.settings.sketch == "auto" else ""
             rank_zero_info(f"{said}{kept.why}; {self.cost}")

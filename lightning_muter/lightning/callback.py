@@ -280,7 +280,13 @@ class MUterCallback(MemoryKeeper, AdversarialTraining):
         )
         self._check_resumed(trainer)
         self._after = AfterTraining(
-            trainer, pl_module, points, self.settings, self.newton_steps, self.batch_size
+            trainer,
+            pl_module,
+            points,
+            self.settings,
+            self.newton_steps,
+            self.batch_size,
+            flows=self.horizon is not None,
         )
         self._after.rehearse()
         self._watch = TrainingWatch(
