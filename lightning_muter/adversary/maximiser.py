@@ -29,6 +29,7 @@ _PLAIN = 4  # passes before acceleration: most points need no more
 #: map's move below _NEARER of its best nor lift the level by _LIFT of its size; one whose move came
 #: below _CLOSE may be a slow point of a smooth function, which has more patience
 _PATIENCE, _LONG_PATIENCE = 20, 200
+_KINKED = 15  # where the network is known to have none but kinks
 _CLOSE = 0.1
 _NEARER = 0.9
 _LIFT = 1e-3
@@ -246,11 +247,11 @@ class _Ascent:
         idle = torch.where(ahead, 0, self.idle[some] + 1)
         self.nearest[some], self.idle[some] = nearest, idle
         self.height[some] = torch.where(ahead, level, height)
-        waits = nearest < _CLOSE
-        doubtful = waits & (idle >= _PATIENCE) & self.fell[some]
+        patience = torch.where(nearest < _CLOSE, _LONG_PATIENCE, _PATIENCE)
+        doubtful = self.fell[some] & (idle >= _KINKED)
         if bool(doubtful.any()) and not self.bends():
-            waits &= ~doubtful
-        self.stuck[some] = idle >= torch.where(waits, _LONG_PATIENCE, _PATIENCE)
+            patience = torch.where(doubtful, _KINKED, patience)
+        self.stuck[some] = idle >= patience
 
 
 def _next_size(size: Tensor, better: Tensor) -> Tensor:

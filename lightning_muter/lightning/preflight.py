@@ -42,6 +42,7 @@ __all__ = ["Preflight", "rehearse", "time_pass"]
 _FEW = 8  # passes of the maximiser: enough to see that it runs
 _CHEAP = 0.1  # seconds of two points: with less more of them are timed, for better numbers
 _TIMED = 16
+_AFFORDED, _MORE = 5.0, 4  # seconds that dear points are timed for, and how many tell more than two
 #: passes of which the fastest counts, as long as they are cheap
 _REPEATS = 4
 _TIMING_SECONDS = 0.5
@@ -52,7 +53,7 @@ _PRODUCTS = 80.0  # of a solve with rows, about
 #: memory; and products with a matrix of more than `EIGEN_LIMIT` rows, of a memory
 _NOISE_OF_STEP, _NOISE_OF_FLOW, _NOISE_OF_MEMORY = 0.3, 2.5, 0.7
 _NOISE_PRODUCTS = 50.0
-_STALLS = 3  # Newton's steps until they end where perturbations are no maximisers, about
+_STALLS = 4  # Newton's steps until they end where perturbations are no maximisers, about
 _EIGENVALUES = 10.0  # the extreme eigenvalues of a memory take about so many factorisations
 
 
@@ -203,7 +204,7 @@ def rehearse(
 def time_pass(
     module: nn.Module, settings: Settings, read: Callable[[int], Batch], rough: Preflight
 ) -> Preflight:
-    """The time of a pass from more than two points, where those are cheap.
+    """The time of a pass from more than two points, as many as take a few seconds.
 
     Args:
         module: as in `rehearse`.
@@ -211,16 +212,19 @@ def time_pass(
         read: as in `rehearse`.
         rough: what it returned.
     """
-    if rough.per_point > 0:
+    count = _TIMED
+    if rough.dear:
+        count = min(_TIMED, int(_AFFORDED / rough.per_point))
+    if count < _MORE:
         return rough
     with untouched(module), measuring(module):
-        view, batch = settings.view(module), read(_TIMED)
+        view, batch = settings.view(module), read(count)
         passes = settings.problem().max_iter
         two = _fastest(settings, view, batch.part(slice(2)), passes).seconds
         many = _fastest(settings, view, batch, passes)
     per_point = max(0.0, many.seconds - two) / max(len(batch) - 2, 1)
     fixed = max(0.0, two - 2 * per_point)
-    return Preflight(fixed, per_point, many.ascent, stationary=many.stationary)
+    return Preflight(fixed, per_point, many.ascent, rough.dear, many.stationary)
 
 
 class _Timing(NamedTuple):

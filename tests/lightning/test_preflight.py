@@ -533,3 +533,30 @@ def test_the_noise_of_probes_is_in_the_time_that_is_said_for_a_matrix(
     said = said_of(memory)
     assert found / 2 <= said.stage_one_seconds <= 2 * found and large == (found > 0)
     assert said.request_seconds == 0.0  # a request takes the memory's own
+
+
+@pytest.mark.parametrize(("each", "points"), [(0.001, 16), (0.7, 7), (2.0, 2)])
+def test_as_many_dear_points_are_timed_as_take_a_few_seconds(
+    each: float, points: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two points of a wide network are told to be dearer than they are in a batch."""
+    net = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2)).double()
+    settings = MUterCallback(L2Ball(0.4), head="2").settings
+    seen: list[int] = []
+
+    def once(settings: Any, view: Any, batch: Any, passes: int) -> Any:
+        seen.append(len(batch))
+        return preflight._Timing(0.1 + each * len(batch), 0.8, 0.25)
+
+    def read(count: int) -> Any:
+        return unweighted(torch.zeros(count, 4).double(), torch.zeros(count).long())
+
+    monkeypatch.setattr(preflight, "_once", once)
+    rough = Preflight(0.0, each, 0.9, dear=each > 0.1)
+    found = preflight.time_pass(net, settings, read, rough)
+    if points == 2:
+        assert found is rough and not seen
+    else:
+        assert max(seen) == points and found.dear == rough.dear
+        assert found.fixed == pytest.approx(0.1) and found.per_point == pytest.approx(each)
+        assert (found.ascent, found.stationary) == (0.8, 0.25)
