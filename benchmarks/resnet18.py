@@ -5,7 +5,8 @@
 
 The network has random weights and is frozen; its head is trained adversarially, ten steps of attack
 a batch. Prints JSON lines: Stage I of both versions at the same trained head, one after the other
-for each size, then of this version on all images, in epochs of that training.
+for each size, then of this version on all images: in epochs of that training, and as a share of the
+first version's time, which is on a line through its two largest sizes.
 """
 
 from __future__ import annotations
@@ -49,6 +50,12 @@ def stage_one(version: Path, file: str, points: int) -> dict[str, Any]:
     return found
 
 
+def on_a_line(one: dict[str, Any], other: dict[str, Any], points: int) -> float:
+    """Seconds for some images, by those for two numbers of images."""
+    slope = (other["seconds"] - one["seconds"]) / (other["points"] - one["points"])
+    return float(one["seconds"] + slope * (points - one["points"]))
+
+
 def main() -> None:
     """Print JSON lines."""
     parser = arguments(__doc__ or "")
@@ -65,12 +72,18 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         file = f"{folder}/trained.pt"
         torch.save({"state": model.state_dict(), "x": x, "y": y}, file)
+        compared = []
         for points in asked.sizes if asked.first else []:
             old, new = (stage_one(v, file, points) for v in (Path(asked.first), HERE.parent))
             ratio = new["seconds"] / old["seconds"]
             print(json.dumps({"first": old, "new": new, "ratio": ratio}), flush=True)
+            compared.append(old)
         found = stage_one(HERE.parent, file, asked.points)
-    print(json.dumps(found | {"epochs": found["seconds"] / epoch}))
+    found["epochs"] = found["seconds"] / epoch
+    if len(compared) > 1:
+        found["first_seconds"] = on_a_line(*compared[-2:], asked.points)
+        found["ratio"] = found["seconds"] / found["first_seconds"]
+    print(json.dumps(found))
 
 
 if __name__ == "__main__":
