@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ from lightning_muter.memory.start import TrainingFlow
 from lightning_muter.models import BatchForm, computing, measuring
 from lightning_muter.spec import Settings
 from lightning_muter.unlearning.cost import Cost
+from lightning_muter.unlearning.maxima import LastMaxima
 from lightning_muter.unlearning.methods import METHODS
 from lightning_muter.unlearning.objective import RobustObjective, newton
 from lightning_muter.unlearning.points import Batch
@@ -51,6 +52,7 @@ class AfterTraining:
         representation: how the memory is kept.
         sketch: probes a point.
         flows: whether a request goes as far as training did.
+        maxima: of the last pass: Stage I begins where Newton's steps end.
         cost: what Stage I and a request will take by that; None where no curvature is kept.
     """
 
@@ -64,6 +66,7 @@ class AfterTraining:
     representation: str = "dense"
     sketch: int | str = 0
     flows: bool = False
+    maxima: LastMaxima = field(default_factory=LastMaxima, repr=False)
     cost: Cost | None = None
 
     def rehearse(self) -> None:
@@ -143,7 +146,8 @@ class AfterTraining:
         def batches() -> Iterator[Batch]:
             return self._batches(weights, f"newton_steps, pass {next(passes)}")
 
-        return RobustObjective(view, settings.problem(), batches, group, settings.empty_sum)
+        problem, empty = settings.problem(), settings.empty_sum
+        return RobustObjective(view, problem, batches, group, empty, self.maxima)
 
     def stage_one(
         self,
@@ -179,6 +183,7 @@ class AfterTraining:
             initial,
             weights,
             flow,
+            self.maxima,
         )
         if not bool(torch.isfinite(memory.residual_gradient).all()):
             raise ConfigurationError(
