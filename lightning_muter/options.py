@@ -78,14 +78,15 @@ class ConstrainedResponse(Options):
     """How a maximiser moves with the parameters, the constraint differentiated. Source: ours.
 
     Attributes:
-        sketch: seeded probes a point where all of ∂φ/∂x is too dear; 0 for the exact response.
+        sketch: seeded probes a point where all of ∂φ/∂x is too dear; "auto" for a number by the
+            sizes; 0 for the exact response.
 
     Example:
         >>> ConstrainedResponse(sketch=1).keywords()["response"]
         'constrained'
     """
 
-    sketch: int = 0
+    sketch: int | Literal["auto"] = 0
 
     def keywords(self) -> dict[str, Any]:
         return {"response": "constrained", "sketch": self.sketch}
@@ -109,7 +110,7 @@ class UnconstrainedResponse(Options):
     inverse: Literal["neumann", "exact"] = "neumann"
     order: int = 3
     space: Literal["input", "features"] = "input"
-    sketch: int = 0
+    sketch: int | Literal["auto"] = 0
 
     def keywords(self) -> dict[str, Any]:
         return {

@@ -72,7 +72,7 @@ class Settings:
     damping: float
     solver: str
     weight_decay: float = 0.0
-    sketch: int = 0
+    sketch: int | str = 0
     horizon: float | None = None
     representation: str = "dense"
     row_dtype: str = "float64"
@@ -87,7 +87,7 @@ class Settings:
             object.__setattr__(self, "loss", as_value(self.loss))
             resolve_objective(self.objective, self.loss)
         self._as_numbers()
-        resolve_response(self.response, self.inverse, self.neumann_order, self.sketch)
+        resolve_response(self.response, self.inverse, self.neumann_order, self.probes)
         if not isinstance(self.threat, Threat):
             raise ConfigurationError(f"threat={self.threat!r} must be a Threat: L2Ball(eps=0.5)")
         if (self.head is None) == (self.parameters is None):
@@ -125,9 +125,9 @@ class Settings:
 
     def _as_numbers(self) -> None:
         """Numbers of Python's own in the place of numpy's and torch's."""
-        found: dict[str, Any] = {
-            name: whole(name, getattr(self, name)) for name in ("neumann_order", "sketch")
-        }
+        found: dict[str, Any] = {"neumann_order": whole("neumann_order", self.neumann_order)}
+        if self.sketch != "auto":
+            found["sketch"] = whole("sketch", self.sketch)
         found |= {name: number(name, getattr(self, name)) for name in ("damping", "weight_decay")}
         for name in ("horizon", "solver_tol"):
             found[name] = optional(name, getattr(self, name), positive=True)
@@ -156,10 +156,15 @@ class Settings:
         return replace(self, method="muter", response="constrained", space="input")
 
     @property
+    def probes(self) -> int:
+        """Probes a point of the sketch: 0 for none, and 1 until "auto" is replaced by a number."""
+        return 1 if self.sketch == "auto" else int(self.sketch)
+
+    @property
     def sketched(self) -> bool:
         """Whether points' responses are sketched, one maximiser each."""
         total = resolve_method(self.method).curvature == "total"
-        return total and self.sketch > 0 and self.threat.temperature is None
+        return total and self.probes > 0 and self.threat.temperature is None
 
     def view(self, module: nn.Module) -> ModelView:
         """The trained parameters of ``module``."""
@@ -176,7 +181,7 @@ class Settings:
 
     def problem(self) -> PointProblem:
         """What a point contributes under these settings."""
-        response = resolve_response(self.response, self.inverse, self.neumann_order, self.sketch)
+        response = resolve_response(self.response, self.inverse, self.neumann_order, self.probes)
         return PointProblem(self.method, self.threat, response, self.weight_decay)
 
     def rows_options(self, device: torch.device) -> RowsOptions:
@@ -184,7 +189,7 @@ class Settings:
         free = free_bytes(device)
         budget = _BUDGET if free is None else int(_SHARE * free)
         dtype = _ROW_DTYPES[self.row_dtype]
-        return RowsOptions(dtype, self.solver_tol, budget=budget, probes=self.sketch)
+        return RowsOptions(dtype, self.solver_tol, budget=budget, probes=self.probes)
 
     def empty_sum(self, view: ModelView) -> CurvatureSum:
         """What the points' curvature is summed in."""
@@ -255,7 +260,7 @@ class Settings:
             if values["parameters"] is not None:
                 values["parameters"] = tuple(values["parameters"])
             found = cls(**values)
-            if found.to_dict() != dict(data):
+            if found.sketch == "auto" or found.to_dict() != dict(data):
                 raise ValueError(f"{dict(data)} reads back as {found.to_dict()}")
         except _ByPath:
             raise
@@ -269,10 +274,12 @@ class Settings:
     def differences(self, saved: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
         """Where these settings are not those of a manifest: field -> (the memory's, these).
 
-        How a system is kept and solved may differ.
+        How a system is kept and solved may differ, and "auto" may have chosen any number of probes.
         """
         given = self.to_dict()
         names = (given.keys() | saved.keys()) - _MANNER
+        if self.sketch == "auto" and saved.get("sketch"):
+            names -= {"sketch"}
         pairs = {name: (saved.get(name), given.get(name)) for name in sorted(names)}
         return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 

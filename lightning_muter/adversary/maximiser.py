@@ -32,8 +32,9 @@ _FINER = 1e-3
 _PLAIN = 4  # passes before acceleration: most points need no more
 #: a point on a kink wanders for ever: it is given up after so many passes that neither bring the
 #: map's move below _NEARER of its best nor lift the level by _LIFT of its size; one whose move came
-#: below _CLOSE may be a slow point of a smooth function
+#: below _CLOSE may be a slow point of a smooth function, which has more patience
 _PATIENCE, _LONG_PATIENCE = 20, 200
+_KINKED = 15  # where the network is known to have none but kinks
 _CLOSE = 0.1
 _NEARER = 0.9
 _LIFT = 1e-3
@@ -98,6 +99,7 @@ def maximise(
     dtype: torch.dtype = torch.float64,
     tol: float = 1e-8,
     link: Link = IDENTITY,
+    bends: Callable[[], bool] = lambda: True,
 ) -> InnerMaximum:
     """Ascend to a stationary point of the inner problem, deterministically.
 
@@ -116,9 +118,12 @@ def maximise(
         dtype: what losses and gradients were computed in: no difference below its rounding counts.
         tol: a point is done when the map moves it by less than this share of the radius.
         link: from the levels to the losses.
+        bends: whether the logits have a second derivative, asked where points make no progress: a
+            convex loss of logits without one falls across kinks alone, and where the map's own
+            step lowered it there is no slow maximum to wait for.
     """
     rounding = 50 * torch.finfo(dtype).eps
-    ascent = _Ascent(input_gradient, x, threat, start, dtype, link)
+    ascent = _Ascent(input_gradient, x, threat, start, dtype, link, bends)
     limit = torch.full_like(ascent.moved, max(tol, rounding))
     history: Anderson | None = None
     for k in range(max_iter):
@@ -155,8 +160,10 @@ class _Ascent:
         start: Tensor | None,
         dtype: torch.dtype,
         link: Link,
+        bends: Callable[[], bool],
     ) -> None:
         self.input_gradient, self.x, self.threat, self.link = input_gradient, x, threat, link
+        self.bends = bends
         self.slack = 10 * torch.finfo(dtype).eps
         self.delta = torch.zeros_like(x) if start is None else threat.project(x, start)
         self.level, self.slope = input_gradient(x + self.delta, _EVERYONE)
@@ -169,6 +176,7 @@ class _Ascent:
         self.nearest, self.height = self.moved.clone(), self.level.clone()
         self.idle = torch.zeros_like(self.moved, dtype=torch.long)
         self.hopeful = torch.ones_like(self.moved, dtype=torch.bool)
+        self.fell = ~self.hopeful
 
     @property
     def led(self) -> Tensor:
@@ -207,6 +215,8 @@ class _Ascent:
             # rounding is of the level, of the inputs that it is computed from, and of the merit
             better = gain >= -self.slack * (size_of_level + inputs + before.abs())
         better = better.unsqueeze(1)
+        if not risen:
+            self.fell[some] |= ~(better | bold).squeeze(1)
         if risen:
             delta, slope, level = candidate, new_slope, new_level
         else:
@@ -242,7 +252,11 @@ class _Ascent:
         idle = torch.where(ahead, 0, self.idle[some] + 1)
         self.nearest[some], self.idle[some] = nearest, idle
         self.height[some] = torch.where(ahead, level, height)
-        self.hopeful[some] = idle < torch.where(nearest < _CLOSE, _LONG_PATIENCE, _PATIENCE)
+        patience = torch.where(nearest < _CLOSE, _LONG_PATIENCE, _PATIENCE)
+        doubtful = self.fell[some] & (idle >= _KINKED)
+        if bool(doubtful.any()) and not self.bends():
+            patience = torch.where(doubtful, _KINKED, patience)
+        self.hopeful[some] = idle < patience
 
 
 def _of(values: Tensor, some: Some) -> Tensor:

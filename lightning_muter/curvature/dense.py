@@ -18,7 +18,7 @@ from lightning_muter.parallel import Group
 
 __all__ = ["DenseCurvature", "DowndatedSolver"]
 
-_EIGEN_LIMIT = 2000
+EIGEN_LIMIT = 2000
 #: factors of forgotten points that weigh more than this share of the matrix go into it
 _FOLDED = 0.25
 #: the residual of a system that is solved with the factor of M_0; iterations, then M_r's own factor
@@ -141,7 +141,7 @@ class DenseCurvature(Curvature):
         return self._solvers[self.damping]
 
     def estimate(self, rhs: Tensor, tol: float = 1e-3) -> Solution:
-        if self.p <= _EIGEN_LIMIT:
+        if self.p <= EIGEN_LIMIT:
             return self.solver().solve(rhs)
         inverse = self.base_diagonal().clamp(min=1e-300).reciprocal()
         return conjugate_gradients(self.matvec, rhs, lambda v: inverse * v, tol, 100)
@@ -150,7 +150,7 @@ class DenseCurvature(Curvature):
         matrix = self.matrix
         if not bool(torch.isfinite(matrix).all()):
             return float("nan"), float("nan")
-        if self.p <= _EIGEN_LIMIT:
+        if self.p <= EIGEN_LIMIT:
             values = torch.linalg.eigvalsh(matrix)
             return float(values[0]), float(values[-1])
         generator = torch.Generator().manual_seed(0)  # the global state, of any device, is others'

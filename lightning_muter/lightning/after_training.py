@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -27,10 +27,11 @@ from lightning_muter.memory.start import TrainingFlow
 from lightning_muter.models import BatchForm, computing, measuring
 from lightning_muter.spec import Settings
 from lightning_muter.unlearning.cost import Cost
+from lightning_muter.unlearning.maxima import LastMaxima
 from lightning_muter.unlearning.methods import METHODS
 from lightning_muter.unlearning.objective import RobustObjective, newton
 from lightning_muter.unlearning.points import Batch
-from lightning_muter.unlearning.representation import Representation, represented
+from lightning_muter.unlearning.representation import Representation, represented, with_probes
 from lightning_muter.unlearning.stage_one import build_memories
 
 __all__ = ["AfterTraining", "points_of", "refuse_spawned", "report"]
@@ -48,6 +49,10 @@ class AfterTraining:
         newton_steps: how many will be taken.
         batch_size: points a pass reads at once, at the most.
         preflight: what two points took before training.
+        representation: how the memory is kept.
+        sketch: probes a point.
+        flows: whether a request goes as far as training did.
+        maxima: of the last pass: Stage I begins where Newton's steps end.
         cost: what Stage I and a request will take by that; None where no curvature is kept.
     """
 
@@ -59,6 +64,9 @@ class AfterTraining:
     batch_size: int
     preflight: Preflight = Preflight(0.0, 0.0, 0.0)
     representation: str = "dense"
+    sketch: int | str = 0
+    flows: bool = False
+    maxima: LastMaxima = field(default_factory=LastMaxima, repr=False)
     cost: Cost | None = None
 
     def rehearse(self) -> None:
@@ -67,7 +75,7 @@ class AfterTraining:
         check_precision(self.trainer, settings.view(self.module))
         has_memory = METHODS[settings.method].has_memory
         kept = self._represented(settings if has_memory else settings.robust())
-        self.representation = kept.settings.representation
+        self.representation, self.sketch = kept.settings.representation, kept.settings.sketch
         settings = self._kept_as(settings)
         stages = [settings.robust()] if self.newton_steps else []
         stages += [settings] if has_memory or not stages else []
@@ -77,8 +85,12 @@ class AfterTraining:
             self.preflight = time_pass(self.module, settings, self._read, self.preflight)
             mine = -(-len(self.points) // self.trainer.world_size)
             size = self.preflight.piece(self.batch_size)
-            self.cost = self.preflight.cost(mine, p, size, self.newton_steps, kept, device)
-            rank_zero_info(f"{kept.why}; {self.cost}")
+            self.cost = self.preflight.cost(
+                mine, p, size, self.newton_steps, kept, device, self.flows
+            )
+            chosen = f"sketch='auto' is {counted(settings.probes, 'probe')} a point; "
+            said = chosen if self.settings.sketch == "auto" else ""
+            rank_zero_info(f"{said}{kept.why}; {self.cost}")
 
     def _represented(self, settings: Settings) -> Representation:
         """How the memory is kept, and Newton's Hessians before it."""
@@ -87,10 +99,11 @@ class AfterTraining:
         mine = -(-len(self.points) // trainer.world_size)
         sharing = trainer.num_devices if device.type == "cpu" else 1
         view, world = settings.view(self.module), trainer.world_size
+        settings = with_probes(settings, view, inputs, len(self.points))
         return represented(settings, view, inputs, mine, device, sharing, world)
 
     def _kept_as(self, settings: Settings) -> Settings:
-        return replace(settings, representation=self.representation)
+        return replace(settings, representation=self.representation, sketch=self.sketch)
 
     def _read(self, count: int) -> Batch:
         """Some points, spread over the data set."""
@@ -133,7 +146,8 @@ class AfterTraining:
         def batches() -> Iterator[Batch]:
             return self._batches(weights, f"newton_steps, pass {next(passes)}")
 
-        return RobustObjective(view, settings.problem(), batches, group, settings.empty_sum)
+        problem, empty = settings.problem(), settings.empty_sum
+        return RobustObjective(view, problem, batches, group, empty, self.maxima)
 
     def stage_one(
         self,
@@ -169,6 +183,7 @@ class AfterTraining:
             initial,
             weights,
             flow,
+            self.maxima,
         )
         if not bool(torch.isfinite(memory.residual_gradient).all()):
             raise ConfigurationError(

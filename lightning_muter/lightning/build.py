@@ -109,7 +109,13 @@ def _built(
     key: bytes = group.broadcast(os.urandom(16))
     texts = ids_of(points.dataset, keeper.ids)
     after = AfterTraining(
-        trainer, model, points, keeper.settings, keeper.newton_steps, keeper.batch_size
+        trainer,
+        model,
+        points,
+        keeper.settings,
+        keeper.newton_steps,
+        keeper.batch_size,
+        flows=keeper.horizon is not None,
     )
     after.rehearse()
     digests = _read(keeper, keeper.settings.view(model), points, key)

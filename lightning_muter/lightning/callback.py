@@ -80,7 +80,8 @@ class MUterCallback(MemoryKeeper, AdversarialTraining):
         solver: "direct", "schur" (Theorem 2, matrix-free), "auto" by size; or a `DirectSolver` or
             `BlockSolver`.
         sketch: seeded probes a point for the inner response where all of ∂φ/∂x is too dear (a
-            wide network's head); 0 for the exact response.
+            wide network's head); "auto" for as many as keep the rows of all points within 1 GiB,
+            one to sixteen; 0 for the exact response.
         representation: how the curvature is kept: "dense" (p, p), "sharded" (the same matrix,
             its rows over the trainer's processes), "rows" (a few vectors a point, for a linear head
             of any size), or "auto", dense or rows by both sizes and the free memory; or a `Rows`.
@@ -139,7 +140,7 @@ class MUterCallback(MemoryKeeper, AdversarialTraining):
         newton_steps: int = 0,
         damping: float = 0.0,
         solver: str | Options = "auto",
-        sketch: int = 0,
+        sketch: int | Literal["auto"] = 0,
         representation: str | Options = "auto",
         row_dtype: str = "float64",
         solver_tol: float | None = None,
@@ -279,7 +280,13 @@ class MUterCallback(MemoryKeeper, AdversarialTraining):
         )
         self._check_resumed(trainer)
         self._after = AfterTraining(
-            trainer, pl_module, points, self.settings, self.newton_steps, self.batch_size
+            trainer,
+            pl_module,
+            points,
+            self.settings,
+            self.newton_steps,
+            self.batch_size,
+            flows=self.horizon is not None,
         )
         self._after.rehearse()
         self._watch = TrainingWatch(

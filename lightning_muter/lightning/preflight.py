@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lightning_muter.curvature.dense import EIGEN_LIMIT
 from lightning_muter.errors import ConfigurationError
 from lightning_muter.lightning.kept_state import untouched
 from lightning_muter.lightning.two_points import (
@@ -24,7 +25,12 @@ from lightning_muter.lightning.two_points import (
 from lightning_muter.models import ModelView, measuring
 from lightning_muter.parallel import Group
 from lightning_muter.spec import Settings
-from lightning_muter.unlearning.cost import Cost, product_seconds, solve_seconds
+from lightning_muter.unlearning.cost import (
+    Cost,
+    matrix_product_seconds,
+    product_seconds,
+    solve_seconds,
+)
 from lightning_muter.unlearning.diagnosis import STATIONARY_LIMIT
 from lightning_muter.unlearning.methods import METHODS
 from lightning_muter.unlearning.point_problem import PointProblem
@@ -36,14 +42,49 @@ __all__ = ["Preflight", "rehearse", "time_pass"]
 _FEW = 8  # passes of the maximiser: enough to see that it runs
 _CHEAP = 0.1  # seconds of two points: with less more of them are timed, for better numbers
 _TIMED = 16
+_AFFORDED, _MORE = 5.0, 4  # seconds that dear points are timed for, and how many tell more than two
 #: passes of which the fastest counts, as long as they are cheap
 _REPEATS = 4
 _TIMING_SECONDS = 0.5
 _PIECE_SECONDS = 2.0
 _PIECE = 256.0  # points that a piece has at the least: a batch has costs of its own
 _PRODUCTS = 80.0  # of a solve with rows, about
-_STALLS = 3  # Newton's steps until they end where perturbations are no maximisers, about
+#: of a solve with rows, that the noise of probes takes more: at a request, with a horizon, and of a
+#: memory; and products with a matrix of more than `EIGEN_LIMIT` rows, of a memory
+_NOISE_OF_STEP, _NOISE_OF_FLOW, _NOISE_OF_MEMORY = 0.3, 2.5, 0.7
+_NOISE_PRODUCTS = 50.0
+_STALLS = 4  # Newton's steps until they end where perturbations are no maximisers, about
 _EIGENVALUES = 10.0  # the extreme eigenvalues of a memory take about so many factorisations
+
+
+class _Solves(NamedTuple):
+    """Seconds of one system, of all that a request solves, and of what Stage I solves at its end.
+
+    The noise of probes is a part of both.
+    """
+
+    one: float
+    request: float
+    stage_one: float
+
+    @classmethod
+    def of(
+        cls, points: int, p: int, kept: Representation, device: torch.device, flows: bool
+    ) -> _Solves:
+        settings, rows = kept.settings, kept.footprint
+        sketched = settings.sketched
+        if settings.representation != "rows" or rows is None:
+            one = solve_seconds(p, device)
+            noise = 0.0
+            if sketched and p > EIGEN_LIMIT:
+                noise = _NOISE_PRODUCTS * matrix_product_seconds(p, device)
+            return cls(one, one, _EIGENVALUES * one + noise)
+        dtype = settings.rows_options(device).dtype
+        product = product_seconds(points, rows.width, rows.classes, rows.factors, dtype)
+        one = _PRODUCTS * product
+        noise = _NOISE_OF_FLOW if flows else _NOISE_OF_STEP
+        more = (1 + noise, 1 + _NOISE_OF_MEMORY) if sketched else (1.0, 1.0)
+        return cls(one, more[0] * one, more[1] * one)
 
 
 @dataclass(frozen=True)
@@ -82,29 +123,24 @@ class Preflight:
         newton_steps: int,
         kept: Representation,
         device: torch.device,
+        flows: bool = False,
     ) -> Cost:
-        """Seconds and bytes of Stage I after at most ``newton_steps``, and of a request."""
-        if kept.settings.representation == "rows" and kept.footprint is not None:
-            rows = kept.footprint
-            dtype = kept.settings.rows_options(device).dtype
-            solve = _PRODUCTS * product_seconds(
-                points, rows.width, rows.classes, rows.factors, dtype
-            )
-            after = solve
-        else:
-            solve = solve_seconds(p, device)
-            after = _EIGENVALUES * solve
+        """Seconds and bytes of Stage I after at most ``newton_steps``, and of a request.
+
+        ``flows`` is whether a request goes as far as training did, in the place of a solve.
+        """
+        solves = _Solves.of(points, p, kept, device, flows)
         one_pass = math.ceil(points / batch_size) * self.fixed + points * self.per_point
         steps = newton_steps
         if self.stationary < STATIONARY_LIMIT:
             steps = min(newton_steps, _STALLS)
-        newton = steps * ((1 + 2 * self.ascent) * one_pass + solve)
+        newton = steps * ((1 + 2 * self.ascent) * one_pass + solves.one)
         return Cost(
             points=points,
             p=p,
             newton_steps=newton_steps,
-            stage_one_seconds=one_pass + newton + after,
-            request_seconds=self.fixed + self.per_point + solve,
+            stage_one_seconds=one_pass + newton + solves.stage_one,
+            request_seconds=self.fixed + self.per_point + solves.request,
             memory=kept.memory,
             working=kept.working,
         )
@@ -168,7 +204,7 @@ def rehearse(
 def time_pass(
     module: nn.Module, settings: Settings, read: Callable[[int], Batch], rough: Preflight
 ) -> Preflight:
-    """The time of a pass from more than two points, where those are cheap.
+    """The time of a pass from more than two points, as many as take a few seconds.
 
     Args:
         module: as in `rehearse`.
@@ -176,16 +212,19 @@ def time_pass(
         read: as in `rehearse`.
         rough: what it returned.
     """
-    if rough.per_point > 0:
+    count = _TIMED
+    if rough.dear:
+        count = min(_TIMED, int(_AFFORDED / rough.per_point))
+    if count < _MORE:
         return rough
     with untouched(module), measuring(module):
-        view, batch = settings.view(module), read(_TIMED)
+        view, batch = settings.view(module), read(count)
         passes = settings.problem().max_iter
         two = _fastest(settings, view, batch.part(slice(2)), passes).seconds
         many = _fastest(settings, view, batch, passes)
     per_point = max(0.0, many.seconds - two) / max(len(batch) - 2, 1)
     fixed = max(0.0, two - 2 * per_point)
-    return Preflight(fixed, per_point, many.ascent, stationary=many.stationary)
+    return Preflight(fixed, per_point, many.ascent, rough.dear, many.stationary)
 
 
 class _Timing(NamedTuple):

@@ -234,6 +234,7 @@ class ModelView(ABC):
         self.scaling = scaling or Scaling()
         self.parameters = [parameters[name] for name in names]
         self.p = sum(parameter.numel() for parameter in self.parameters)
+        self._bends: bool | None = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -298,6 +299,30 @@ class ModelView(ABC):
         """What an adversary ascends in the loss's place: levels (n,), gradients (n, d), float64."""
         slope = self.objective.inner.slope(self.outputs, x, reference)
         return slope.level.double(), slope.scaled.double() * slope.scale.double()
+
+    def bends(self, x: Tensor) -> bool:
+        """Whether the logits have a second derivative in x, by one probing product at some points.
+
+        A network of ReLUs has none: all that its logits bend is at kinks. Found out once.
+        """
+        if self._bends is None:
+            with torch.enable_grad():
+                self._bends = self._probe(x)
+        return self._bends
+
+    def _probe(self, x: Tensor) -> bool:
+        inputs = x.detach().requires_grad_(True)
+        outputs = self.outputs(inputs).reshape(len(x), -1)
+        direction = torch.linspace(0.5, 1.5, outputs.shape[1]).to(outputs)
+        (g,) = torch.autograd.grad((outputs @ direction).sum(), inputs, create_graph=True)
+        if not g.requires_grad:
+            return False
+        probe = torch.linspace(0.5, 1.5, g.numel(), dtype=g.dtype, device=g.device)
+        try:
+            (found,) = torch.autograd.grad(g, inputs, probe.reshape(g.shape), allow_unused=True)
+        except RuntimeError:  # a layer without a double backward may bend: no method needs it here
+            return True
+        return found is not None and bool(found.any())
 
     def outer(self, seen: Seen, targets: Tensor) -> Tensor:
         """The objective's O (n,) at the module's parameters, with its graph."""

@@ -61,7 +61,6 @@ class LinearHead(ModelView):
         names = [f"{head}.weight"] + ([f"{head}.bias"] if layer.bias is not None else [])
         super().__init__(module, names, objective, scaling, form)
         self.layer = layer
-        self._bends: bool | None = None
         self._linear = True  # until a forward pass shows otherwise
 
     def features(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -183,7 +182,7 @@ class LinearHead(ModelView):
             factors = self._push(x, probed.factors)
             nothing = torch.zeros_like(factors[:, 0])
             return DiagonalLowRank(nothing, factors, probed.coefficients), usable
-        jacobian, bends = self._jacobian(x, points.head.r)
+        jacobian, bends = self._jacobian(x), self.bends(x)
         if bends and response.matrix_free and not self.prefers_dense(x):
             return response.congruence(geometry, self._input_curvature(points), jacobian)
         if bends:
@@ -199,17 +198,15 @@ class LinearHead(ModelView):
         Where φ is piecewise linear ∂δδ l = (WJ)ᵀ S (WJ): one pass an output, and none a product.
         """
         s = points.head.s
-        inputs = points.x.detach().requires_grad_(True)
-        h, outputs = self.features(inputs)
-        weights = points.head.r.to(h) @ self.layer.weight.detach()
         few = self.layer.out_features - s.sums_to_zero <= _PASSES
-        if not few or self._has_second_order(inputs, h, weights):
+        if not few or self.bends(points.x):
             return self._input_curvature(points)
-        z = outputs.reshape(len(h), -1)
+        inputs = points.x.detach().requires_grad_(True)
+        z = self.outputs(inputs).reshape(len(inputs), -1)
         if s.sums_to_zero:  # differences to the last output serve, since S 1 = 0
             z = z[:, :-1] - z[:, -1:]
         rows = [torch.autograd.grad(one.sum(), inputs, retain_graph=True)[0] for one in z.T]
-        slopes = torch.stack([row.reshape(len(h), -1) for row in rows], dim=1).double()
+        slopes = torch.stack([row.reshape(len(z), -1) for row in rows], dim=1).double()
         k = slopes.shape[1]
         middle = s.dense()[:, :k, :k]
 
@@ -240,32 +237,15 @@ class LinearHead(ModelView):
             rows.append(row)
         return torch.stack(rows, dim=1).double()
 
-    def _jacobian(self, x: Tensor, r: Tensor) -> tuple[Tensor, bool]:
-        """J (n, F, d), and whether φ has second derivatives here."""
+    def _jacobian(self, x: Tensor) -> Tensor:
+        """J (n, F, d)."""
         inputs = x.detach().requires_grad_(True)
         h, _ = self.features(inputs)
-        bends = self._has_second_order(inputs, h, r.to(h) @ self.layer.weight.detach())
         rows = []
         for k in range(h.shape[1]):
             (row,) = torch.autograd.grad(h[:, k].sum(), inputs, retain_graph=True)
             rows.append(row.reshape(len(x), -1))
-        return torch.stack(rows, dim=1).detach().double(), bends
-
-    def _has_second_order(self, inputs: Tensor, h: Tensor, weights: Tensor) -> bool:
-        """Whether Σ_k (Wᵀr)_k ∇²h_k is not identically zero, by one probing product."""
-        if self._bends is not None:
-            return self._bends
-        (g,) = torch.autograd.grad((h * weights).sum(), inputs, create_graph=True)
-        found = None
-        if g.requires_grad:
-            probe = torch.linspace(0.5, 1.5, g.numel(), dtype=g.dtype, device=g.device)
-            (found,) = torch.autograd.grad(
-                g, inputs, probe.reshape(g.shape), retain_graph=True, allow_unused=True
-            )
-        bends = found is not None and bool(found.any())
-        if bool(weights.any()):
-            self._bends = bends
-        return bends
+        return torch.stack(rows, dim=1).detach().double()
 
 
 def _same_memory(a: Tensor, b: Tensor) -> bool:

@@ -12,6 +12,7 @@ import torch
 __all__ = [
     "Cost",
     "free_bytes",
+    "matrix_product_seconds",
     "memory_bytes",
     "product_seconds",
     "request_bytes",
@@ -21,6 +22,7 @@ __all__ = [
 ]
 
 _PROBE = 400
+_UNCACHED = 2000
 #: (p, p) matrices that a request holds beside the memory: the points' sum, its factor, a vector's
 _WORKING = 2.2
 
@@ -115,6 +117,18 @@ def solve_seconds(p: int, device: torch.device) -> float:
         float(factor[0, 0])  # waits for an accelerator
         best = min(best, time.perf_counter() - start)
     return best * float(p / size) ** 3
+
+
+def matrix_product_seconds(p: int, device: torch.device) -> float:
+    """A product of a (p, p) matrix with a vector, from that of one that no cache holds."""
+    size = min(p, _UNCACHED)
+    matrix = torch.ones(size, size, dtype=torch.float64, device=device)
+    best = float("inf")
+    for _ in range(2):
+        start = time.perf_counter()
+        float((matrix @ matrix[0])[0])
+        best = min(best, time.perf_counter() - start)
+    return best * float(p / size) ** 2
 
 
 def product_seconds(

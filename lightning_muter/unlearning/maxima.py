@@ -49,14 +49,22 @@ class LastMaxima:
         assert problem is not None
         if METHODS[problem.method].points == "clean" or len(batch) == 0:
             return None
-        place, self._next = self._next, self._next + 1
-        if place < len(self._parts) and len(self._parts[place].delta) == len(batch):
-            return self._parts[place]
+        place = self._next
+        known = self.kept(batch)
+        if known is not None:
+            return known
         found = problem.perturb(view, batch)
         del self._parts[place:]
         if len(self._parts) == place and self._taken() + _bytes(found) <= _BYTES:
             self._parts.append(found)
         return found
+
+    def kept(self, batch: Batch) -> InnerMaximum | None:
+        """δ* of the pass's next batch where the last pass found it; nothing is found or kept."""
+        place, self._next = self._next, self._next + 1
+        if place < len(self._parts) and len(self._parts[place].delta) == len(batch):
+            return self._parts[place]
+        return None
 
     def _taken(self) -> int:
         return sum(_bytes(one) for one in self._parts)

@@ -31,6 +31,7 @@ __all__ = ["PointProblem"]
 
 _CHUNK_BYTES = 96 * 2**20
 _ASCENT = 512  # points that ascend together
+_PROBED = 64  # of which so many show whether the network bends
 
 
 @dataclass(frozen=True)
@@ -71,11 +72,16 @@ class PointProblem:
 
     def _perturb(self, view: ModelView, batch: Batch, start: Tensor | None) -> InnerMaximum:
         flat, reference = self._flat(view, batch), _reference(view, batch)
-        ascent = _ascent(view, batch, reference)
+        ascent, some = _ascent(view, batch, reference), batch.part(slice(_PROBED))
 
         def climb(at: Tensor | None) -> InnerMaximum:
             link = view.objective.inner.link
-            return maximise(ascent, flat, self.threat, self.max_iter, at, view.dtype, link=link)
+            return maximise(
+                ascent, flat, self.threat, self.max_iter, at, view.dtype, link=link, bends=bends
+            )
+
+        def bends() -> bool:
+            return view.beside(some.beside).bends(view.scaling.shaped(flat[:_PROBED], some.x))
 
         if start is None and view.objective.even:
             first = climb(seeded_start(self.threat, flat))

@@ -13,10 +13,13 @@ from lightning_muter.spec import Settings
 from lightning_muter.unlearning.cost import free_bytes, memory_bytes, request_bytes, said_size
 from lightning_muter.unlearning.methods import METHODS
 
-__all__ = ["Footprint", "Representation", "footprint_of", "represented"]
+__all__ = ["Footprint", "Representation", "footprint_of", "represented", "with_probes"]
 
 _SMALL = 10_000  # parameters whose matrix is factorised in seconds: a request is fastest then
 _FACTS = 8 * 3 + 1  # bytes a point: its weight, index, active share and whether it is stationary
+#: probes a point of sketch="auto" at the most: Stage I takes longer with each, while the noise
+#: falls with the root of their number; and the bytes that rows with them may take
+_PROBES, _PROBE_BYTES = 16, 2**30
 _WORKING = 0.25  # of the rows, that a request holds beside them while it works
 
 
@@ -88,11 +91,11 @@ def footprint_of(settings: Settings, view: ModelView, inputs: int) -> Footprint 
         return "rows serve no threat with a temperature"
     layer, total = view.layer, METHODS[settings.method].curvature == "total"
     closed = layer.in_features == inputs or settings.space == "features"
-    if total and not closed and not settings.sketch:
+    if total and not closed and not settings.probes:
         return "rows need sketch=1 or more: a network's exact inner response is no few vectors"
     factors = 0
     if total:
-        factors = layer.out_features + 1 if closed else settings.sketch
+        factors = layer.out_features + 1 if closed else settings.probes
     if total and settings.response == "unconstrained" and not closed:
         factors *= 2
     return Footprint(
@@ -103,6 +106,28 @@ def footprint_of(settings: Settings, view: ModelView, inputs: int) -> Footprint 
         sides=1 if settings.objective is None else 2,
         size=settings.rows_options(torch.device("cpu")).dtype.itemsize,
     )
+
+
+def with_probes(settings: Settings, view: ModelView, inputs: int, points: int) -> Settings:
+    """The settings with a number of probes where it is "auto".
+
+    As many as keep the rows of all points within 1 GiB, one to sixteen: a function
+    of the sizes alone, so that every machine builds the same memory.
+
+    Args:
+        settings: of the memory.
+        view: of the module.
+        inputs: numbers of an input.
+        points: of all processes.
+    """
+    if settings.sketch != "auto":
+        return settings
+    for probes in range(_PROBES, 1, -1):
+        asked = replace(settings, sketch=probes)
+        rows = footprint_of(asked, view, inputs)
+        if isinstance(rows, str) or rows.rows_bytes(points) <= _PROBE_BYTES:
+            return asked
+    return replace(settings, sketch=1)
 
 
 def represented(

@@ -222,8 +222,8 @@ def _outcome(
         _distance(memory),
         gone.sums.share(gone.sums.tied),
     )
-    doubt = noise_warning(noise, memory.settings.sketch)
-    told = noise_warning(memory.summary.get("sketch_noise"), memory.settings.sketch)
+    doubt = noise_warning(noise, memory.settings.probes)
+    told = noise_warning(memory.summary.get("sketch_noise"), memory.settings.probes)
     warnings += () if doubt is None or told is not None else (doubt,)  # one is enough
     return Outcome(after, solution, gone.sums, time.perf_counter() - start, warnings, noise)
 

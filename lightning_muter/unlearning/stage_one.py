@@ -25,6 +25,7 @@ from lightning_muter.spec import Settings
 from lightning_muter.threats import Threat
 from lightning_muter.unlearning.diagnosis import MemoryEvidence, memory_warnings
 from lightning_muter.unlearning.flow import retrace
+from lightning_muter.unlearning.maxima import LastMaxima
 from lightning_muter.unlearning.methods import METHODS
 from lightning_muter.unlearning.objective import Evaluation
 from lightning_muter.unlearning.point_problem import PointProblem
@@ -51,7 +52,7 @@ class _Building:
         kept = METHODS[settings.method].has_memory
         curvature = settings.empty_sum(view) if kept else None
         if isinstance(curvature, DenseCurvature) and settings.sketched:
-            curvature = PointSample(curvature, settings.sketch)
+            curvature = PointSample(curvature, settings.probes)
         return cls(settings, view, settings.problem(), curvature, Sums.zero(view.p, view.device))
 
     def add(self, batch: Batch, shared: dict[Threat, InnerMaximum]) -> None:
@@ -76,6 +77,7 @@ def build_memories(
     initial: Tensor | None = None,
     weights: Tensor | None = None,
     flow: TrainingFlow | None = None,
+    maxima: LastMaxima | None = None,
 ) -> list[UnlearningMemory]:
     """Memories of several methods at the module's ω* from one pass and one δ* a point.
 
@@ -92,12 +94,17 @@ def build_memories(
         initial: the ω (p,) that training started from; needed by settings with a horizon.
         weights: of all points (n,), in the order of their indices; 1 each by default.
         flow: how long training went, where the settings have a horizon; by default that alone.
+        maxima: δ* of a pass over the same batches, which serve the first settings where they are of
+            this ω* and of their inner problem.
     """
     group = group or Group()
     building = [_Building.start(one, module) for one in settings]
+    first, maxima = building[0], maxima or LastMaxima()
     with measuring(module):
+        maxima.begin(first.view.get(), first.problem)
         for batch in batches:
-            shared: dict[Threat, InnerMaximum] = {}
+            known = maxima.kept(batch)
+            shared = {} if known is None else {first.problem.threat: known}
             for one in building:
                 one.add(batch, shared)
     weights = torch.ones(len(digests), dtype=torch.float64) if weights is None else weights
@@ -126,7 +133,7 @@ def _memory(
         summary, warnings = summarise(settings, evaluation, curvature, omega, start)
         noise = _noise(built, curvature.damped(settings.damping), evaluation.points, group)
         summary |= {} if noise is None else {"sketch_noise": noise}
-        doubt = noise_warning(noise, settings.sketch)
+        doubt = noise_warning(noise, settings.probes)
         warnings += () if doubt is None else (doubt,)
     return UnlearningMemory(
         settings=settings,

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from lightning_muter import L2Ball, LinfBall, Threat
 from lightning_muter.adversary import maximiser as inner_module
@@ -57,9 +61,9 @@ def problem(scale: float, smooth: bool = True) -> tuple[nn.Module, Tensor, Tenso
 
 
 def ascend(
-    threat: Threat, scale: float, max_iter: int = 200, smooth: bool = True
+    threat: Threat, scale: float, max_iter: int = 200, smooth: bool = True, known: bool = False
 ) -> tuple[InnerMaximum, float]:
-    """The maximum, and passes a point."""
+    """The maximum, and passes a point; ``known`` whether the network bends is told."""
     net, x, y = problem(scale, smooth)
     loss, passes = resolve_loss("cross_entropy"), 0
 
@@ -72,7 +76,8 @@ def ascend(
             (grad,) = torch.autograd.grad(losses.sum(), inputs)
         return losses.detach(), grad
 
-    return maximise(input_gradient, x, threat, max_iter), passes / N
+    bends = partial(bool, smooth or not known)
+    return maximise(input_gradient, x, threat, max_iter, bends=bends), passes / N
 
 
 @pytest.mark.parametrize(
@@ -108,6 +113,53 @@ def test_points_on_kinks_are_given_up_and_not_called_stationary() -> None:
     assert int(kinks.sum()) > N // 4 and few < many / 10
     assert torch.equal(short.stationary, long.stationary)
     assert float((long.losses - short.losses).abs().max()) < 0.01 * float(long.losses.mean())
+
+
+def test_a_network_without_a_second_derivative_has_no_slow_points_where_the_map_fell() -> None:
+    """As many maximisers in a fraction of the passes; a linear one's slow points are waited for."""
+    patient, many = ascend(L2Ball(1.0), 2.0, smooth=False)
+    found, few = ascend(L2Ball(1.0), 2.0, smooth=False, known=True)
+    assert few < many / 2
+    assert torch.equal(found.stationary, patient.stationary)
+    assert torch.equal(found.delta[found.stationary], patient.delta[found.stationary])
+    assert float((patient.losses - found.losses).abs().max()) < 0.01 * float(patient.losses.mean())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    ("kind", "bends"), [(nn.ReLU(), False), (nn.LeakyReLU(), False), (nn.SiLU(), True)], ids=str
+)
+def test_a_view_knows_whether_its_network_bends(
+    kind: nn.Module, bends: bool, dtype: torch.dtype
+) -> None:
+    torch.manual_seed(0)
+    layers = (nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), kind, nn.MaxPool2d(2), nn.Flatten())
+    net = nn.Sequential(*layers, nn.Linear(16, 3)).to(dtype).eval()
+    for named in ({"head": "5"}, {"parameters": ["0.weight", "5.bias"]}):
+        view = view_of(net, "cross_entropy", **named)  # type: ignore[arg-type]
+        with torch.no_grad():  # as where an ascent asks
+            assert view.bends(torch.rand(3, 2, 6, 6, dtype=dtype)) == bends
+
+
+def test_a_layer_without_a_double_backward_may_bend() -> None:
+    class Bare(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            ctx.save_for_backward(x)
+            return x.square()
+
+        @staticmethod
+        @once_differentiable
+        def backward(ctx: Any, grad: Tensor) -> Tensor:
+            (x,) = ctx.saved_tensors
+            return 2 * x * grad
+
+    class Layer(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return Bare.apply(x.sin())  # type: ignore[no-untyped-call, no-any-return]
+
+    net = nn.Sequential(Layer(), nn.Linear(4, 2))
+    assert view_of(net, "cross_entropy", "1").bends(torch.rand(3, 4))
 
 
 def test_a_slow_point_of_a_smooth_function_is_waited_for() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,10 +17,27 @@ from cases import QUIET, Data, Net, memory_of
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
-from lightning_muter import ConfigurationError, L2Ball, MUterCallback, Trainer, total_hessian
+from lightning_muter import (
+    ConfigurationError,
+    L2Ball,
+    MUterCallback,
+    Trainer,
+    UnlearningMemory,
+    total_hessian,
+)
+from lightning_muter.curvature import dense
+from lightning_muter.curvature.base import Curvature
+from lightning_muter.curvature.dense import DenseCurvature
+from lightning_muter.curvature.point_sample import PointSample
+from lightning_muter.curvature.rows import RowsCurvature
+from lightning_muter.lightning import preflight
+from lightning_muter.lightning.preflight import Preflight
 from lightning_muter.models import measuring
 from lightning_muter.models.names import suggest
-from lightning_muter.unlearning import cost, representation
+from lightning_muter.unlearning import cost, representation, request, stage_one
+from lightning_muter.unlearning.cost import Cost
+from lightning_muter.unlearning.points import unweighted
+from lightning_muter.unlearning.stage_one import build_memories
 
 BATCHES: list[int] = []
 
@@ -417,3 +435,128 @@ def test_batch_statistics_alone_are_named() -> None:
     model.norm = nn.BatchNorm1d(6, affine=False, track_running_stats=False)
     model.forward = lambda x: model.classifier(model.norm(model.backbone(x)))
     refused("a point alone, in eval mode.*batch statistics", model)
+
+
+def kept_with_probes(**options: Any) -> UnlearningMemory:
+    """A memory of 400 points at a trained head of 20 classes, with one probe a point."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(20, 32), nn.Tanh(), nn.Linear(32, 20)).double().eval()
+    y = torch.arange(400) % 20
+    x = torch.randn(20, 20).double()[y] + 0.8 * torch.randn(400, 20).double()
+    optimizer = torch.optim.Adam(net.parameters(), lr=0.01)
+    for _ in range(60):
+        loss = F.cross_entropy(net(x), y)
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+    callback = MUterCallback(L2Ball(0.4), head="2", sketch=1, weight_decay=1e-3, **options)
+    batch = replace(unweighted(x, y), indices=torch.arange(len(x)))
+    initial, digests = torch.zeros(20 * 33).double(), torch.zeros(len(x), 16, dtype=torch.uint8)
+    settings = [callback.settings]
+    (memory,) = build_memories(net, settings, [batch], digests, bytes(16), initial=initial)
+    return memory
+
+
+def said_of(memory: UnlearningMemory) -> Cost:
+    """What solves alone take, in the seconds of what tests put in the clock's place."""
+    view = memory.settings.view(nn.Sequential(nn.Linear(20, 32), nn.Tanh(), nn.Linear(32, 20)))
+    kept = representation.represented(memory.settings, view, 20, 400, torch.device("cpu"))
+    flows = memory.settings.horizon is not None
+    return Preflight(0.0, 0.0, 0.0).cost(400, view.p, 64, 0, kept, torch.device("cpu"), flows)
+
+
+def counting(patch: pytest.MonkeyPatch, kind: type[Curvature], found: list[int]) -> None:
+    """Add to ``found[-1]`` at every product with curvature of a kind."""
+    product = kind.matvec
+
+    def counted(self: Curvature, v: Tensor) -> Tensor:
+        found[-1] += 1
+        return product(self, v)
+
+    patch.setattr(kind, "matvec", counted)
+
+
+@pytest.mark.parametrize("horizon", [None, 0.05])
+def test_the_noise_of_probes_is_in_the_time_that_is_said_for_rows(
+    horizon: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a share of a request's solve, by the products of both; Stage I's likewise."""
+    products: list[int] = [0]
+    counting(monkeypatch, RowsCurvature, products)
+    noises = []
+    for module in (stage_one, request):
+        own: Any = module.sketch_noise  # type: ignore[attr-defined]
+
+        def noise(*given: Any, own: Any = own) -> Any:
+            products.append(0)
+            found = own(*given)
+            noises.append(products[-1])
+            products.append(0)
+            return found
+
+        monkeypatch.setattr(module, "sketch_noise", noise)
+    memory = kept_with_probes(representation="rows", horizon=horizon)
+    products.append(0)
+    request.forget_rows(memory, [1, 2, 3])
+    solve = products[-3]
+    monkeypatch.setattr(preflight, "product_seconds", lambda *_: 1.0 / preflight._PRODUCTS)
+    said = said_of(memory)
+    share = noises[1] / solve
+    assert 1 + share / 2 <= said.request_seconds <= 1 + 2 * share
+    exact = said_of(replace(memory, settings=replace(memory.settings, method="newton_delta")))
+    assert exact.request_seconds == exact.stage_one_seconds == 1.0
+    assert said.stage_one_seconds > 1.0
+
+
+@pytest.mark.parametrize("large", [False, True])
+def test_the_noise_of_probes_is_in_the_time_that_is_said_for_a_matrix(
+    large: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A small matrix's factor is there already; a large one takes products."""
+    products: list[int] = []
+    counting(monkeypatch, DenseCurvature, products)
+    noise = PointSample.noise
+
+    def counted(self: PointSample, *given: Any) -> Any:
+        products.append(0)
+        return noise(self, *given)
+
+    monkeypatch.setattr(PointSample, "noise", counted)
+    products.append(0)
+    if large:
+        monkeypatch.setattr(dense, "EIGEN_LIMIT", 100)
+        monkeypatch.setattr(preflight, "EIGEN_LIMIT", 100)
+    memory = kept_with_probes(representation="dense")
+    found = products[-1]
+    monkeypatch.setattr(preflight, "solve_seconds", lambda *_: 0.0)
+    monkeypatch.setattr(preflight, "matrix_product_seconds", lambda *_: 1.0)
+    said = said_of(memory)
+    assert found / 2 <= said.stage_one_seconds <= 2 * found and large == (found > 0)
+    assert said.request_seconds == 0.0  # a request takes the memory's own
+
+
+@pytest.mark.parametrize(("each", "points"), [(0.001, 16), (0.7, 7), (2.0, 2)])
+def test_as_many_dear_points_are_timed_as_take_a_few_seconds(
+    each: float, points: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two points of a wide network are told to be dearer than they are in a batch."""
+    net = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2)).double()
+    settings = MUterCallback(L2Ball(0.4), head="2").settings
+    seen: list[int] = []
+
+    def once(settings: Any, view: Any, batch: Any, passes: int) -> Any:
+        seen.append(len(batch))
+        return preflight._Timing(0.1 + each * len(batch), 0.8, 0.25)
+
+    def read(count: int) -> Any:
+        return unweighted(torch.zeros(count, 4).double(), torch.zeros(count).long())
+
+    monkeypatch.setattr(preflight, "_once", once)
+    rough = Preflight(0.0, each, 0.9, dear=each > 0.1)
+    found = preflight.time_pass(net, settings, read, rough)
+    if points == 2:
+        assert found is rough and not seen
+    else:
+        assert max(seen) == points and found.dear == rough.dear
+        assert found.fixed == pytest.approx(0.1) and found.per_point == pytest.approx(each)
+        assert (found.ascent, found.stationary) == (0.8, 0.25)

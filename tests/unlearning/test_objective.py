@@ -9,13 +9,16 @@ import pytest
 import reference
 import scipy.optimize
 import torch
+from cases import fit, memory_of
 from torch import Tensor, nn
 
 from lightning_muter import L2Ball, LinfBall, Threat
+from lightning_muter.lightning import after_training
 from lightning_muter.models import LinearHead
 from lightning_muter.objectives.resolve import resolve_objective
 from lightning_muter.responses import Constrained
 from lightning_muter.unlearning import objective as objective_module
+from lightning_muter.unlearning.maxima import LastMaxima
 from lightning_muter.unlearning.objective import (
     HALVINGS,
     LOITERS,
@@ -102,6 +105,41 @@ def test_a_hessian_where_the_last_trial_was_finds_no_perturbation_again(
     objective.view.set(objective.view.get() + 0.1)
     moved = objective.gradient()
     assert len(ascents) == 2 and not torch.equal(moved.gradient, first.gradient)
+
+
+def test_stage_one_begins_with_the_perturbations_of_newton_s_last_trial(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """No ascent of its own, and bit by bit the memory of one that has."""
+    ascents: list[int] = []
+    perturb = PointProblem.perturb
+
+    def counted(self: PointProblem, view: Any, batch: Any, *more: Any) -> Any:
+        ascents.append(len(batch))
+        return perturb(self, view, batch, *more)
+
+    monkeypatch.setattr(PointProblem, "perturb", counted)
+    found = []
+    for forgets in (False, True):
+        begun = []
+        with monkeypatch.context() as patch:
+            if forgets:
+                patch.setattr(LastMaxima, "kept", lambda self, batch: None)
+            own = after_training.build_memories
+            patch.setattr(
+                after_training,
+                "build_memories",
+                lambda *given, own=own, begun=begun: (begun.append(len(ascents)), own(*given))[1],
+            )
+            _, callback, _, _ = fit(newton_steps=4)
+        found.append((memory_of(callback), len(ascents) - begun[0]))
+    (quick, none), (whole, one) = found
+    assert none == 0 and one > 0
+    assert torch.equal(quick.omega, whole.omega)
+    assert torch.equal(quick.curvature.matrix, whole.curvature.matrix)  # type: ignore[union-attr]
+    assert torch.equal(quick.residual_gradient, whole.residual_gradient)
+    _, elsewhere, _, _ = fit(newton_steps=4, method="newton")  # at clean points: nothing is shared
+    assert memory_of(elsewhere).summary["stationary"] == 1.0
 
 
 def test_newton_ends_early_where_nothing_has_a_derivative() -> None:
