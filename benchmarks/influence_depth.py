@@ -9,8 +9,8 @@ yardstick: it asks the kept points for the outputs that they had. A leave-out wh
 large is counted and left out of its line. One JSON line a depth, seed, function and yardstick;
 influence_depth_table.py makes the table and the picture of them.
 
-``--check`` compares the trainings of the first leave-outs with those of tanh_network.py, which
-trains one network at a time, in numpy.
+``--check`` takes the gradient of tanh_network.py, in numpy, where the trainings ended, and compares
+the package's M with differences of gradients.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from lbfgs import Found, minimised
 from tanh_networks import Bregman, Networks, Objective
 from torch import Tensor, nn
 
-from lightning_muter import L2Ball, SolverError, influence_on_losses
+from lightning_muter import L2Ball, SolverError, UnlearningMemory, influence_on_losses
 from lightning_muter.spec import Settings
 from lightning_muter.unlearning.points import unweighted
 from lightning_muter.unlearning.stage_one import build_memories
@@ -44,6 +44,8 @@ DEPTHS = {
 YARDSTICKS = ("Retrain from ω*", "Retrain from the start", "PBRF")
 #: the largest entry of ∇F / n at which an optimum counts as reached, and what trainings aim at
 REACHED, AIM = 1e-6, 1e-8
+#: of L-BFGS, at the most; the PBRF of a large removal goes far and ends at kinks, if it ends
+STEPS, FEW_STEPS = 1000, 50
 #: leave-outs below which a correlation over them says nothing
 FEWEST = 12
 FUNCTIONS = {
@@ -107,14 +109,14 @@ class Study:
         tol = AIM * len(self.x)
         if kind == "Retrain from the start":
             objective = self.objective(Objective, weight)
-            return minimised(objective, self.start.expand(len(weight), -1), tol)
+            return settled(objective, self.start.expand(len(weight), -1), tol, None, STEPS)
         which = Bregman if kind == "PBRF" else Objective
         values, vectors = torch.linalg.eigh(_symmetric(self.curvature(which)))
         floor = self.net.decay * len(self.x)
         metric = (vectors / values.abs().clamp(min=0.5 * floor)) @ vectors.T
         begun = self.omega.expand(len(weight), -1)
-        steps = 50 if kind == "PBRF" else 500
-        return minimised(self.objective(which, weight), begun, tol, metric, steps)
+        steps = FEW_STEPS if kind == "PBRF" else STEPS
+        return settled(self.objective(which, weight), begun, tol, metric, steps)
 
     def losses(self, omega: Tensor) -> Tensor:
         """Robust losses (k, t) of the test points at parameters (k, p)."""
@@ -135,8 +137,8 @@ class Study:
         names = [name for name, _ in module.named_parameters() if int(name.split(".")[0]) >= first]
         return module, names
 
-    def predicted(self, function: str) -> Tensor:
-        """The package's change (n, t) of each test loss without each training point."""
+    def memory(self, function: str) -> UnlearningMemory:
+        """The package's memory at ω*, of a function's kind."""
         module, names = self.module()
         method, response, inverse = FUNCTIONS[function]
         settings = Settings(
@@ -153,12 +155,41 @@ class Study:
             solver="auto",
             weight_decay=self.net.decay,
         )
-        train, test = (self.x, self.y.long()), (self.test[0], self.test[1].long())
         digests = torch.zeros(len(self.x), 16, dtype=torch.uint8)
+        batches = [unweighted(self.x, self.y.long())]
         with torch.enable_grad():
-            batches = [unweighted(*train)]
-            (memory,) = build_memories(module, [settings], batches, digests, b"k" * 16)
-            return influence_on_losses(memory, module, train, test)
+            return build_memories(module, [settings], batches, digests, b"k" * 16)[0]
+
+    def predicted(self, function: str) -> tuple[Tensor, float]:
+        """The change (n, t) of each test loss without each point, and M's damping over nλ.
+
+        An indefinite M, which the package refuses, is damped until its smallest eigenvalue is nλ.
+        """
+        memory, module = self.memory(function), self.module()[0]
+        train, test = (self.x, self.y.long()), (self.test[0], self.test[1].long())
+        floor = self.net.decay * len(self.x)
+        with torch.enable_grad():
+            try:
+                return influence_on_losses(memory, module, train, test), 0.0
+            except SolverError:
+                assert memory.curvature is not None
+                damping = floor - memory.curvature.extremes()[0]
+                memory = replace(memory, settings=replace(memory.settings, damping=damping))
+                return influence_on_losses(memory, module, train, test), damping / floor
+
+
+def settled(
+    objective: Objective, start: Tensor, tol: float, metric: Tensor | None, steps: int
+) -> Found:
+    """Minima whose perturbations are no lower than those found from δ = 0."""
+    found = minimised(objective, start, tol, metric, steps)
+    for _ in range(3):
+        if not objective.lifted(found.omega):
+            break
+        asked = found.evaluations
+        found = minimised(objective, found.omega, tol, metric, steps)
+        found.evaluations += asked
+    return found
 
 
 def _symmetric(matrix: Tensor) -> Tensor:
@@ -185,7 +216,7 @@ def study(
     start = net.start(seed)
     every = torch.ones(1, points, dtype=torch.float64)
     objective = Objective(net, x[own], y[own], every)
-    best = minimised(objective, start.unsqueeze(0), AIM * points)
+    best = settled(objective, start.unsqueeze(0), AIM * points, None, STEPS)
     residual = float(best.gradient) / points
     return Study(net, x[own], y[own], (tx[:60], ty[:60]), start, best.omega[0], residual)
 
@@ -201,7 +232,9 @@ def weights(n: int, singles: int, subsets: int, seed: int) -> Tensor:
     return weight
 
 
-def scores(found: np.ndarray, true: np.ndarray, reached: np.ndarray, singles: int) -> dict:
+def scores(
+    found: np.ndarray, true: np.ndarray, reached: np.ndarray, singles: int
+) -> dict[str, object]:
     """What a line says of predictions (k, t), over the leave-outs that reached an optimum."""
     alone, some = np.flatnonzero(reached[:singles]), singles + np.flatnonzero(reached[singles:])
     line: dict[str, object] = {"reached": [len(alone), len(some)]}
@@ -221,12 +254,7 @@ def scores(found: np.ndarray, true: np.ndarray, reached: np.ndarray, singles: in
 def rows(name: str, seed: int, one: Study, singles: int, subsets: int) -> None:
     """Print a line a function and yardstick."""
     weight = weights(len(one.x), singles, subsets, seed)
-    predictions: dict[str, np.ndarray | str] = {}
-    for function in FUNCTIONS:
-        try:
-            predictions[function] = ((1 - weight) @ one.predicted(function)).numpy()
-        except SolverError as error:
-            predictions[function] = str(error)[:90]
+    predictions = {function: one.predicted(function) for function in FUNCTIONS}
     base = one.losses(one.omega.unsqueeze(0))
     near = np.zeros(0)
     for yardstick in YARDSTICKS:
@@ -253,27 +281,30 @@ def rows(name: str, seed: int, one: Study, singles: int, subsets: int) -> None:
             "evaluations": found.evaluations,
             "processor seconds": round(time.process_time() - begun, 1),
         }
-        for function, prediction in predictions.items():
-            line = {**shared, "function": function}
-            if isinstance(prediction, str):
-                line["refused"] = prediction
-            else:
-                line |= scores(prediction, true, reached, singles)
+        for function, (each, damping) in predictions.items():
+            line = {**shared, "function": function, "damping / nλ": float(f"{damping:.3g}")}
+            line |= scores(((1 - weight) @ each).numpy(), true, reached, singles)
             print(json.dumps(line, ensure_ascii=False), flush=True)
 
 
 def check(name: str, seed: int, one: Study, count: int = 3) -> None:
     """Print how far the trainings, and the package's M, are from independent ones."""
+    memory, expected = one.memory("ours (constrained response)"), one.curvature(Objective)
+    assert memory.curvature is not None
+    found = torch.stack([memory.curvature.matvec(e) for e in torch.eye(len(expected)).double()])
+    line: dict[str, object] = {"depth": name, "seed": seed, "M": float(expected.abs().max())}
+    line |= {"largest difference": float(f"{(found - expected).abs().max():.1e}")}
+    print(json.dumps(line, ensure_ascii=False), flush=True)
     weight = weights(len(one.x), count, count, seed)
     frozen = tuple((w.numpy(), b.numpy()) for w, b in one.net.frozen)
     single = tanh_network.Network(one.net.sizes, frozen, one.net.eps, one.net.decay)
-    found = one.yardstick("Retrain from ω*", weight)
-    x, y, omega = one.x.numpy(), one.y.numpy(), one.omega.numpy()
-    for row, batched, size in zip(weight.numpy() > 0, found.omega, found.gradient, strict=True):
-        alone = tanh_network.trained(single, x[row], y[row], omega, 1e-9)
-        far = float(np.abs(alone - batched.numpy()).max())
+    ends = one.yardstick("Retrain from ω*", weight)
+    x, y, turned = one.x.numpy(), one.y.numpy(), torch.linalg.inv(_symmetric(expected))
+    for row, omega in zip(weight.numpy() > 0, ends.omega, strict=True):
+        gradient = torch.tensor(single.gradient(omega.numpy(), x[row], y[row]))
         line = {"depth": name, "seed": seed, "left out": int((~row).sum())}
-        line |= {"largest difference": float(f"{far:.1e}"), "gradient": float(f"{size:.1e}")}
+        line["gradient / n"] = float(f"{float(gradient.abs().max()) / len(x):.1e}")
+        line["Newton step"] = float(f"{float((turned @ gradient).abs().max()):.1e}")
         print(json.dumps(line, ensure_ascii=False), flush=True)
 
 
@@ -285,7 +316,7 @@ def main() -> None:
     parser.add_argument("--subsets", type=int, default=30)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--depths", nargs="+", default=list(DEPTHS))
-    parser.add_argument("--check", action="store_true", help="against one training at a time")
+    parser.add_argument("--check", action="store_true", help="against numpy's gradients")
     given = parser.parse_args()
     arrays = data(given.data)
     for seed in given.seeds:

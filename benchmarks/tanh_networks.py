@@ -18,8 +18,10 @@ from torch import Tensor
 
 Layers = list[tuple[Tensor, Tensor]]
 
-#: accelerated steps between two looks at which points are done
+#: steps between two looks at which points are done
 ROUND = 4
+#: length of a step, over ε, from which on steps are accelerated
+NEAR = 0.02
 
 
 @dataclass(frozen=True)
@@ -68,23 +70,34 @@ class Networks:
     def worst(
         self, omega: Tensor, x: Tensor, side: Tensor, start: Tensor, tol: Tensor | float = 1e-11
     ) -> tuple[Tensor, Tensor]:
-        """u (k, n, units) with δ = W₁ᵀ u, and how far one step more moves δ, over ε (k, n)."""
+        """u (k, n, units) with δ = W₁ᵀ u, and how far one step more moves δ, over ε (k, n).
+
+        Half steps of the fixed point, which climb; accelerated where they are short, and taken
+        back where an accelerated round climbed down.
+        """
         layers = self.layers(omega)
         base, gram = _first(layers, x)
         side = side.expand(start.shape[:2])
-        found, moved = self._plain(layers, base, gram, side, start)
-        for _ in range(100):
-            slow = moved > tol
-            width = int(slow.sum(dim=1).max())
-            if width == 0:
+        u, far, _ = self._step(layers, base, gram, side, start)
+        careful = torch.zeros_like(far, dtype=torch.bool)
+        for _ in range(150):
+            slow = far > tol
+            if not slow.any():
                 break
-            rows = slow.to(torch.uint8).argsort(dim=1, descending=True)[:, :width]
-            wide = rows.unsqueeze(2).expand(-1, -1, start.shape[2])
-            some = base.gather(1, wide), gram, side.gather(1, rows), found.gather(1, wide)
-            part, far = self._accelerated(layers, *some)
-            found = found.scatter(1, wide, part)
-            moved = moved.scatter(1, rows, far)
-        return found, moved
+            near = slow & ~careful & (far < NEAR)
+            for chosen, steps in ((near, self._accelerated), (slow & ~near, self._half)):
+                width = int(chosen.sum(dim=1).max())
+                if width == 0:
+                    continue
+                rows = chosen.to(torch.uint8).argsort(dim=1, descending=True)[:, :width]
+                wide = rows.unsqueeze(2).expand(-1, -1, u.shape[2])
+                some = base.gather(1, wide), gram, side.gather(1, rows), u.gather(1, wide)
+                part, moves, bad = steps(layers, *some)
+                use = chosen.gather(1, rows) & ~bad
+                careful = careful.scatter(1, rows, careful.gather(1, rows) | bad)
+                u = u.scatter(1, wide, torch.where(use.unsqueeze(2), part, some[3]))
+                far = far.scatter(1, rows, torch.where(use, moves, far.gather(1, rows)))
+        return u, far
 
     def gradient(
         self, layers: Layers, x: Tensor, u: Tensor, seen: list[Tensor], down: list[Tensor]
@@ -99,38 +112,35 @@ class Networks:
 
     def _step(
         self, layers: Layers, base: Tensor, gram: Tensor, side: Tensor, u: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """The fixed point's map, and how far it moves δ, over ε."""
-        _, seen = _up(layers, base + u @ gram)
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The fixed point's map, how far it moves δ, over ε, and the level at u."""
+        z, seen = _up(layers, base + u @ gram)
         slope = _down(layers, seen, side)[0]
         norm = (slope * (slope @ gram)).sum(dim=2, keepdim=True).clamp(min=1e-300).sqrt()
         after = self.eps * slope / norm
         step = after - u
         far = (step * (step @ gram)).sum(dim=2).clamp(min=0).sqrt() / self.eps
-        return after, far
+        return after, far, side * z
 
-    def _plain(
+    def _half(
         self, layers: Layers, base: Tensor, gram: Tensor, side: Tensor, u: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Half steps, from a start far away, which never climb down; whole ones from one near."""
-        u, far = self._step(layers, base, gram, side, u)
-        if float(far.max()) > 0.1:
-            for _ in range(12):
-                after, far = self._step(layers, base, gram, side, u)
-                u = 0.5 * (u + after)
-        return self._step(layers, base, gram, side, u)
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        for _ in range(ROUND):
+            u = 0.5 * (u + self._step(layers, base, gram, side, u)[0])
+        after, far, _ = self._step(layers, base, gram, side, u)
+        return after, far, torch.zeros_like(far, dtype=torch.bool)
 
     def _accelerated(
         self, layers: Layers, base: Tensor, gram: Tensor, side: Tensor, u: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Anderson's acceleration, two steps deep, a point."""
-        after, far = self._step(layers, base, gram, side, u)
-        seen = [(u, after)]
+        after, first, level = self._step(layers, base, gram, side, u)
+        seen, far, now = [(u, after)], first, level
         for _ in range(ROUND):
             u = _mixed(seen, gram)
-            after, far = self._step(layers, base, gram, side, u)
+            after, far, now = self._step(layers, base, gram, side, u)
             seen = [*seen[-2:], (u, after)]
-        return after, far
+        return after, far, (now < level - 1e-9 * level.abs().clamp(min=1.0)) | (far > first)
 
 
 def _first(layers: Layers, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -211,6 +221,14 @@ class Objective:
         decay = self.decay[rows]
         value = value + 0.5 * decay * (omega * omega).sum(dim=1)
         return value, gradient + decay.unsqueeze(1) * omega
+
+    def lifted(self, omega: Tensor) -> bool:
+        """Take the perturbations found from δ = 0 where their level is higher; whether any was."""
+        fresh, _ = self.net.worst(omega, self.x, self.side, torch.zeros_like(self.u))
+        found = [self.side * self.net.outputs(omega, self.x, u) for u in (fresh, self.u)]
+        higher = (found[0] > found[1] + 1e-9) & (self.weight > 0)
+        self.u = torch.where(higher.unsqueeze(2), fresh, self.u)
+        return bool(higher.any())
 
     def at(self, omega: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
         """The losses' sum and its gradient, perturbations held."""
