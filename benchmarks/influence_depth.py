@@ -45,7 +45,7 @@ YARDSTICKS = ("Retrain from ω*", "Retrain from the start", "PBRF")
 #: the largest entry of ∇F / n at which an optimum counts as reached, and what trainings aim at
 REACHED, AIM = 1e-6, 1e-8
 #: of L-BFGS, at the most; the PBRF of a large removal goes far and ends at kinks, if it ends
-STEPS, FEW_STEPS = 1000, 50
+STEPS, FEW_STEPS = 300, 40
 #: leave-outs below which a correlation over them says nothing
 FEWEST = 12
 FUNCTIONS = {
@@ -183,7 +183,7 @@ def settled(
 ) -> Found:
     """Minima whose perturbations are no lower than those found from δ = 0."""
     found = minimised(objective, start, tol, metric, steps)
-    for _ in range(3):
+    for _ in range(2):
         if not objective.lifted(found.omega):
             break
         asked = found.evaluations
@@ -216,7 +216,7 @@ def study(
     start = net.start(seed)
     every = torch.ones(1, points, dtype=torch.float64)
     objective = Objective(net, x[own], y[own], every)
-    best = settled(objective, start.unsqueeze(0), AIM * points, None, STEPS)
+    best = settled(objective, start.unsqueeze(0), AIM * points, None, 10 * STEPS)
     residual = float(best.gradient) / points
     return Study(net, x[own], y[own], (tx[:60], ty[:60]), start, best.omega[0], residual)
 
