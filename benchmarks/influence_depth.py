@@ -6,7 +6,8 @@ once): without single points, and without random tenths; begun at ω* (the basin
 asked about) and at the initial weights (what training again does). What is predicted is the change
 of the robust loss of test points. The proximal Bregman response function (PBRF) is the third
 yardstick: it asks the kept points for the outputs that they had. A leave-out whose gradient stays
-large is counted and left out of its line. One JSON line a depth, seed, function and yardstick;
+large is counted and left out of its line. The last row of a yardstick is Retrain from ω* in the
+place of a prediction. One JSON line a depth, seed, function and yardstick;
 influence_depth_table.py makes the table and the picture of them.
 
 ``--check`` takes the gradient of tanh_network.py, in numpy, where the trainings ended, and compares
@@ -41,6 +42,8 @@ DEPTHS = {
     "head of 3 layers": ((16, 8, 8), 1),
     "network, whole": ((8,), 0),
 }
+#: the row that says how well anything that stays in ω*'s basin can do
+ITSELF = "Retrain from ω* itself"
 YARDSTICKS = ("Retrain from ω*", "Retrain from the start", "PBRF")
 #: the largest entry of ∇F / n at which an optimum counts as reached, and what trainings aim at
 REACHED, AIM = 1e-6, 1e-8
@@ -256,14 +259,14 @@ def rows(name: str, seed: int, one: Study, singles: int, subsets: int) -> None:
     weight = weights(len(one.x), singles, subsets, seed)
     predictions = {function: one.predicted(function) for function in FUNCTIONS}
     base = one.losses(one.omega.unsqueeze(0))
-    near = np.zeros(0)
+    near, near_reached = np.zeros(0), np.zeros(0, dtype=bool)
     for yardstick in YARDSTICKS:
         begun = time.process_time()
         found = one.yardstick(yardstick, weight)
         true = (one.losses(found.omega) - base).numpy()
         reached = (found.gradient <= REACHED * len(one.x)).numpy()
         if yardstick == "Retrain from ω*":
-            near = true
+            near, near_reached = true, reached
         elsewhere = np.abs(true - near).max(axis=1) >= 1e-3
         moved = (found.omega - one.omega).norm(dim=1) / one.omega.norm()
         shared: dict[str, object] = {
@@ -284,6 +287,10 @@ def rows(name: str, seed: int, one: Study, singles: int, subsets: int) -> None:
         for function, (each, damping) in predictions.items():
             line = {**shared, "function": function, "damping / nλ": float(f"{damping:.3g}")}
             line |= scores(((1 - weight) @ each).numpy(), true, reached, singles)
+            print(json.dumps(line, ensure_ascii=False), flush=True)
+        if true is not near:
+            line = {**shared, "function": ITSELF}
+            line |= scores(near, true, reached & near_reached, singles)
             print(json.dumps(line, ensure_ascii=False), flush=True)
 
 

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from influence_depth import DEPTHS, FUNCTIONS, YARDSTICKS
+from influence_depth import DEPTHS, FUNCTIONS, ITSELF, YARDSTICKS
 
 from lightning_muter.evaluation.plots import pyplot
 from lightning_muter.evaluation.results_table import Cell, Table
@@ -27,6 +27,7 @@ SHORT = {
     "Retrain from the start": "retrain_start",
     "PBRF": "pbrf",
 }
+ROWS = (*FUNCTIONS, ITSELF)
 SINGLE, TENTH = "leave one out, Pearson", "LDS"
 STYLES = (
     ("#b2182b", "o", "-"),
@@ -34,6 +35,7 @@ STYLES = (
     ("#92c5de", "D", ":"),
     ("#4d4d4d", "^", "-."),
     ("#e08214", "v", "--"),
+    ("#c7c7c7", "x", "-"),
 )
 
 
@@ -64,7 +66,7 @@ def markdown(table: Table) -> str:
     rows = ["| what is trained | function | " + " | ".join(YARDSTICKS) + " |"]
     rows.append("|---" * (2 + len(YARDSTICKS)) + "|")
     for depth in DEPTHS:
-        for function in FUNCTIONS:
+        for function in ROWS:
             metrics = [f"{SHORT[depth]}_{SHORT[one]}" for one in YARDSTICKS]
             found = [[entry(table, function, m, metric) for m in removals] for metric in metrics]
             columns = " | ".join(" / ".join(both) for both in found)
@@ -82,7 +84,7 @@ def picture(table: Table, path: Path) -> None:
     names = [name.replace(" of ", "\nof ").replace(", ", ",\n") for name in DEPTHS]
     for line, removed in zip(axes, removals, strict=True):
         for axis, yardstick in zip(line, YARDSTICKS, strict=True):
-            for function, (colour, marker, dash) in zip(FUNCTIONS, STYLES, strict=True):
+            for function, (colour, marker, dash) in zip(ROWS, STYLES, strict=True):
                 curve(axis, table, (function, removed, yardstick), (colour, marker, dash))
             axis.set_xticks(range(len(names)), names, fontsize=7)
             axis.axhline(0, color="#cccccc", linewidth=0.8, zorder=0)
