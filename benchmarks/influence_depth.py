@@ -283,7 +283,9 @@ def rows(name: str, seed: int, one: Study, singles: int, subsets: int) -> None:
             "gradient at ω*": float(f"{one.residual:.1e}"),
             "largest gradient": float(f"{float(found.gradient.max()) / len(one.x):.1e}"),
             "elsewhere": [int(elsewhere[:singles].sum()), int(elsewhere[singles:].sum())],
-            "moved": [round(float(a.median()), 4) for a in (moved[:singles], moved[singles:])],
+            "moved": [
+                round(float(a.median()), 4) for a in (moved[:singles], moved[singles:]) if len(a)
+            ],
             "evaluations": found.evaluations,
             "processor seconds": round(time.process_time() - begun, 1),
         }
