@@ -46,15 +46,17 @@ def table(name: str) -> Table:
     return Table(RESULTS / name / "results.csv")
 
 
-def panels(columns: int, height: float = 2.5, width: float = 2.5) -> tuple[Figure, list[Axes]]:
+def panels(count: int, height: float = 2.5, width: float = 2.5) -> tuple[Figure, list[Axes]]:
+    """Axes beside each other, four of them in two rows."""
+    lines = 2 if count == 4 else 1
+    size = (max(3.6, width * count / lines), (height + 0.2) * lines + 0.3)
     figure, axes = pyplot.subplots(
-        1, columns, figsize=(max(3.6, width * columns), height + 0.5), layout="constrained",
-        squeeze=False,
-    )  # fmt: skip
-    for axis in axes[0]:
+        lines, count // lines, figsize=size, layout="constrained", squeeze=False
+    )
+    for axis in axes.flat:
         axis.tick_params(labelsize=7)
         axis.spines[["top", "right"]].set_visible(False)
-    return figure, list(axes[0])
+    return figure, list(axes.flat)
 
 
 def style(method: str) -> dict[str, Any]:
@@ -122,12 +124,16 @@ def distances(
     records: Sequence[tuple[str, str]], methods: Sequence[str], columns: int = 3
 ) -> Figure:
     """A panel a record: distance to Retrain relative to none, both axes logarithmic."""
-    figure, axes = panels(len(records), width={1: 4.4, 2: 2.9}.get(len(records), 2.3))
+    width = {1: 4.4, 3: 2.3}.get(len(records), 3.0)
+    figure, axes = panels(len(records), 2.5 if len(records) < 4 else 2.0, width)
     for axis, (name, title) in zip(axes, records, strict=True):
         curves(axis, table(name), methods)
         axis.set_yscale("log")
         axis.set_title(title, fontsize=8)
-    axes[0].set_ylabel(LENGTH, fontsize=8)
+        if axis.get_subplotspec().is_first_col():
+            axis.set_ylabel(LENGTH, fontsize=8)
+        if not axis.get_subplotspec().is_last_row():
+            axis.set_xlabel("")
     legend(figure, columns)
     return figure
 
