@@ -313,25 +313,29 @@ def membership() -> Figure:
 
 def audits() -> Figure:
     """KLoM of the forgotten points under attack, by method; the shade is what Retrain gets."""
-    source = Table(RESULTS / "audits" / "random.csv")
-    figure, axes = panels(2, width=3.1)
-    methods = source.methods()
-    for axis, removed in zip(axes, source.removals(), strict=True):
+    random, hard = (Table(RESULTS / "audits" / f"{name}.csv") for name in ("random", "hard"))
+    figure, axes = panels(3, 2.8, width=2.4)
+    methods = [*hard.methods(), *(m for m in random.methods() if m not in hard.methods())]
+    names = {"retrain": "Retrain of other seeds"}
+    shown = [(random, m, "random") for m in random.removals()]
+    shown += [(hard, m, "hard") for m in hard.removals()]
+    for axis, (source, removed, kind) in zip(axes, shown, strict=True):
         metric = "klom_robust_forgotten"
         floor = source.values("retrain", removed, metric).values()
         axis.axvspan(min(floor), max(floor), color="#009E73", alpha=0.25, lw=0)
         for at, method in enumerate(methods):
             values = list(source.values(method, removed, metric).values())
-            axis.plot([min(values), max(values)], [at, at], color="#000000", lw=1.2)
-            axis.plot(sum(values) / len(values), at, "o", color="#000000", ms=4)
+            if values:
+                axis.plot([min(values), max(values)], [at, at], color="#000000", lw=1.2)
+                axis.plot(sum(values) / len(values), at, "o", color="#000000", ms=4)
         share = next(c.share for c in source.cells if c.removed == removed)
-        axis.set_title(f"{100 * share:.2g}% forgotten", fontsize=8)
+        axis.set_title(f"{100 * share:.2g}% of the points, {kind}", fontsize=8)
         axis.set_xscale("log")
-        plain(axis.xaxis, (0.02, 0.05, 0.1, 0.2, 0.5, 1, 2))
+        plain(axis.xaxis, (0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50))
         axis.set_xlabel("KLoM of robust margins (nats)", fontsize=8)
-        names = [{"retrain": "Retrain of other seeds"}.get(m, m) for m in methods]
-        axis.set_yticks(range(len(methods)), names if axis is axes[0] else [], fontsize=7)
-        axis.invert_yaxis()
+        labels = [names.get(m, m) for m in methods] if axis is axes[0] else []
+        axis.set_yticks(range(len(methods)), labels, fontsize=7)
+        axis.set_ylim(len(methods) - 0.5, -0.5)
     return figure
 
 
