@@ -61,6 +61,11 @@ def test_the_code_of_a_page_runs(
         exec(compile(code, page, "exec"), namespace)
 
 
+def test_code_within_a_list_is_indented_as_the_site_needs_it() -> None:
+    for page in DOCS.rglob("*.md"):
+        assert not re.search(r"^ {1,3}```", page.read_text(), re.M), f"{page.name}: four spaces"
+
+
 def test_links_of_the_pages_outside_the_site_lead_somewhere() -> None:
     for page in ("README.md", "CONTRIBUTING.md", "SECURITY.md"):
         text = (DOCS.parent / page).read_text()
