@@ -314,11 +314,11 @@ def membership() -> Figure:
 def audits() -> Figure:
     """KLoM of the forgotten points under attack, by method; the shade is what Retrain gets."""
     random, hard = (Table(RESULTS / "audits" / f"{name}.csv") for name in ("random", "hard"))
-    figure, axes = panels(3, 2.8, width=2.4)
     methods = [*hard.methods(), *(m for m in random.methods() if m not in hard.methods())]
     names = {"retrain": "Retrain of other seeds"}
     shown = [(random, m, "random") for m in random.removals()]
     shown += [(hard, m, "hard") for m in hard.removals()]
+    figure, axes = panels(len(shown), 2.8, 7.2 / len(shown))
     for axis, (source, removed, kind) in zip(axes, shown, strict=True):
         metric = "klom_robust_forgotten"
         floor = source.values("retrain", removed, metric).values()
