@@ -3,7 +3,9 @@
 A head on a seeded random tanh network, random inputs, labels of a random linear map. Retrain is
 Newton's method from the trained head on the points that are left, on the same robust objective; a
 request forgets one point, from a matrix (its factorisation included, as a fresh process has it) and
-from rows (their preconditioner included). Seconds are of the processor, not of the clock.
+from rows (their preconditioner included). Seconds are of the processor, not of the clock. Bytes are
+what has to be kept for it: the curvature, or the data set for a Retrain. The picture is drawn by
+pictures.py.
 
     python benchmarks/growth.py --output docs/results/growth
 """
@@ -16,7 +18,6 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-import matplotlib
 import torch
 from torch import Tensor, nn
 
@@ -28,10 +29,6 @@ from lightning_muter.unlearning.objective import RobustObjective, newton
 from lightning_muter.unlearning.points import Batch
 from lightning_muter.unlearning.request import forget, forget_rows
 from lightning_muter.unlearning.stage_one import build_memories
-
-matplotlib.use("Agg")
-
-from matplotlib import pyplot, ticker
 
 INPUTS, DECAY, STEPS = 32, 1e-2, 3
 #: what grows -> points, features and classes of each size
@@ -87,7 +84,7 @@ def measured(points: int, features: int, classes: int) -> list[dict[str, float |
         record(kept, time.process_time() - start, memory.curvature.nbytes)
     omega, start = view.get(), time.process_time()
     trained(everyone[1:])
-    record("retrain", time.process_time() - start, 0.0)
+    record("retrain", time.process_time() - start, x.nbytes + y.nbytes)
     view.set(omega)
     return found
 
@@ -99,33 +96,9 @@ def as_loaded(curvature: DenseCurvature | RowsCurvature) -> DenseCurvature | Row
     return replace(curvature, _inverses={})
 
 
-def plot(table: list[dict[str, float | str]], path: Path) -> None:
-    """Seconds above bytes, one column for each thing that grows."""
-    figure, axes = pyplot.subplots(2, len(SIZES), figsize=(11, 6), squeeze=False)
-    for column, grows in enumerate(SIZES):
-        for line, quantity in enumerate(("seconds", "bytes")):
-            axis = axes[line][column]
-            for kept in ("dense", "rows", "retrain")[: 3 - line]:
-                own = [one for one in table if one["grows"] == grows and one["kept"] == kept]
-                values = [float(one[quantity]) for one in own]
-                scale = 1e6 if quantity == "bytes" else 1.0
-                axis.plot([float(one[grows]) for one in own], [v / scale for v in values],
-                          "o-", label=kept)  # fmt: skip
-            axis.set_xlabel(grows)
-            axis.set_ylabel("processor seconds" if quantity == "seconds" else "MB")
-            axis.set_xscale("log")
-            axis.set_yscale("log")
-            sizes = sorted({float(one[grows]) for one in table if one["grows"] == grows})
-            axis.set_xticks(sizes, [f"{size:,.0f}" for size in sizes])
-            axis.xaxis.set_minor_formatter(ticker.NullFormatter())
-    axes[0][0].legend()
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--output", required=True, help="a folder for growth.csv and growth.png")
+    parser.add_argument("--output", required=True, help="a folder for growth.csv")
     folder = Path(parser.parse_args().output)
     folder.mkdir(parents=True, exist_ok=True)
     table: list[dict[str, float | str]] = []
@@ -140,7 +113,6 @@ def main() -> None:
                 writer.writerows(rows)
                 file.flush()
                 print(rows, flush=True)
-    plot(table, folder / "growth.png")
 
 
 if __name__ == "__main__":

@@ -4,13 +4,14 @@ Softmax regression on features of real images (a seeded random network's, labels
 whose perturbation lives in feature space: rows are exact there. Retrain is Newton's method on the
 points that are left, the distance is relative to that of the unchanged model.
 
-    python benchmarks/hundred_classes.py --data DIR --seeds 3
+    python benchmarks/hundred_classes.py --data DIR --seeds 3 --output FILE.csv
 """
 
 from __future__ import annotations
 
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from common import arguments, mnist
@@ -18,6 +19,7 @@ from rows import clusters, network
 from torch import Tensor, nn
 
 from lightning_muter import METHODS, L2Ball
+from lightning_muter.evaluation import Cell, Table
 from lightning_muter.spec import Settings
 from lightning_muter.unlearning.objective import RobustObjective, newton
 from lightning_muter.unlearning.points import Batch
@@ -40,7 +42,7 @@ def optimum(net: nn.Module, x: Tensor, y: Tensor, which: Tensor, steps: int) -> 
     return newton(objective, steps)[-1]
 
 
-def one_seed(x: Tensor, y: Tensor, seed: int, shares: list[float]) -> None:
+def one_seed(x: Tensor, y: Tensor, seed: int, shares: list[float], output: Path | None) -> None:
     net, n = nn.Sequential(nn.Linear(FEATURES, CLASSES)).double(), len(x)
     start = time.perf_counter()
     with torch.no_grad():
@@ -71,6 +73,11 @@ def one_seed(x: Tensor, y: Tensor, seed: int, shares: list[float]) -> None:
             f"seed {seed} removed {share:.0%}: none {none:.3g}, ‖∇F‖ at Retrain {at_retrain:.2g}; "
         )
         print(line + ", ".join(f"{k} {v / none:.4f}" for k, v in found.items()), flush=True)
+        if output is not None:
+            relative = {"none": 1.0, **{k: v / none for k, v in found.items()}}
+            Table(output).add(
+                Cell(seed, len(gone), share, k, "distance_relative", v) for k, v in relative.items()
+            )
 
 
 def main() -> None:
@@ -78,6 +85,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--points", type=int, default=3000)
     parser.add_argument("--shares", type=float, nargs="+", default=[0.01, 0.05])
+    parser.add_argument("--output", type=Path, help="a table for the documentation, added to")
     asked = parser.parse_args()
     images, digits, _, _ = mnist(asked.data)
     for seed in range(asked.seeds):
@@ -86,7 +94,7 @@ def main() -> None:
         with torch.no_grad():
             h = network(FEATURES, CLASSES)[:7](images[some].float().unsqueeze(1)).double()
         h = h / h.square().mean().sqrt()
-        one_seed(h, clusters(h, digits[some], CLASSES), seed, asked.shares)
+        one_seed(h, clusters(h, digits[some], CLASSES), seed, asked.shares, asked.output)
 
 
 if __name__ == "__main__":

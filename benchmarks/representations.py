@@ -5,17 +5,17 @@ the memory is the exact matrix, rows of some probes, a low-rank (Nyström) matri
 eigenbasis of the Kronecker factors with the curvature's own diagonal in it. A request takes the
 points' curvature out of each, Retrain is Newton's method on the points that are left.
 
-    python benchmarks/representations.py --seeds 3
+    python benchmarks/representations.py --seeds 3 --output FILE.csv
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
 import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import torch
 from sklearn.datasets import load_digits
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from lightning_muter import L2Ball, UnlearningMemory
 from lightning_muter.curvature.dense import DenseCurvature
 from lightning_muter.curvature.rows import RowsCurvature
+from lightning_muter.evaluation import Cell, Table
 from lightning_muter.spec import Settings
 from lightning_muter.unlearning.objective import RobustObjective, newton
 from lightning_muter.unlearning.points import Batch
@@ -93,8 +94,8 @@ def nystroem(matrix: Tensor, shift: float, rank: int) -> Tensor:
     return low + shift * torch.eye(len(matrix), dtype=torch.float64)
 
 
-def one(seed: int, share: float) -> dict[str, tuple[float, float, float]]:
-    """method -> distance to Retrain relative to none, bytes, seconds of a request."""
+def one(seed: int, share: float) -> dict[str, dict[str, float]]:
+    """Method -> distance to Retrain relative to none, bytes, seconds of a request, noise."""
     net, x, y = problem(seed)
     omega = optimum(net, x, y, torch.arange(N))
     exact = memory_of(net, x, y)
@@ -127,41 +128,50 @@ def one(seed: int, share: float) -> dict[str, tuple[float, float, float]]:
 
     width = FEATURES + 1
     ways: dict[str, tuple[Callable[[], Tensor], float]] = {
-        "dense": (dense, 8.0 * p * p),
-        **{f"rows, probes {k}": (partial(by_rows, k), float(rows[k].nbytes)) for k in PROBES},
-        f"nystroem, rank {min(rank, p)}": (by_low_rank, 8.0 * p * min(rank, p)),
-        "nystroem, rank 100": (
+        "matrix": (dense, 8.0 * p * p),
+        **{f"rows_probes_{k}": (partial(by_rows, k), float(rows[k].nbytes)) for k in PROBES},
+        "nystroem_bytes_of_rows": (by_low_rank, 8.0 * p * min(rank, p)),
+        "nystroem_rank_100": (
             lambda: torch.linalg.solve(nystroem(matrix, shift, 100) - removed, rhs), 800.0 * p),
-        "ek-fac": (by_basis, 8.0 * (width**2 + 100 + p)),
+        "ek_fac": (by_basis, 8.0 * (width**2 + 100 + p)),
     }  # fmt: skip
-    for k, kept in rows.items():
-        after = kept.without(gone.tolist())
-        step, wanted = after.solver().solve(rhs).value, dense()
-        told = sketch_noise(after, kept, NewtonStep(), rhs, step)
-        error = float((step - wanted).norm() / step.norm())
-        print(f"seed {seed}, {share:.0%} removed, {k} probes: noise told {told:.3f}, "
-              f"error {error:.3f}", flush=True)  # fmt: skip
     retrain = optimum(net, x, y, left)
-    none, found = float((omega - retrain).norm()), {}
+    none = float((omega - retrain).norm())
+    found = {"none": {"distance_relative": 1.0}}
     for name, (solve, size) in ways.items():
         start = time.perf_counter()
         step = solve()
         spent = time.perf_counter() - start
-        found[name] = (float((omega + step - retrain).norm()) / none, size, spent)
+        distance = float((omega + step - retrain).norm()) / none
+        found[name] = {"distance_relative": distance, "bytes": size, "seconds": spent}
+    for k, kept in rows.items():
+        after = kept.without(gone.tolist())
+        step, wanted = after.solver().solve(rhs).value, dense()
+        found[f"rows_probes_{k}"] |= {
+            "sketch_noise": sketch_noise(after, kept, NewtonStep(), rhs, step),
+            "error": float((step - wanted).norm() / step.norm()),
+        }
     return found
 
 
 def main() -> None:
+    """Print a line a seed, share and method, and add them to a table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, default=3)
-    seeds = parser.parse_args().seeds
+    parser.add_argument("--output", type=Path, help="a table for the documentation, added to")
+    given = parser.parse_args()
     for share in (0.01, 0.05):
-        runs = [one(seed, share) for seed in range(seeds)]
-        for k, name in enumerate(runs[0]):
-            values = [list(run.values())[k] for run in runs]
-            distance, spread = (f([v[0] for v in values]) for f in (statistics.mean, max))
-            print(f"{share:.0%} {name:22s} distance/none {distance:.4f} (worst {spread:.4f}), "
-                  f"{values[0][1] / 1e6:.2f} MB, {1e3 * values[0][2]:.1f} ms")  # fmt: skip
+        for seed in range(given.seeds):
+            found = one(seed, share)
+            for name, metrics in found.items():
+                shown = ", ".join(f"{metric} {value:.4g}" for metric, value in metrics.items())
+                print(f"seed {seed}, {share:.0%} removed, {name}: {shown}", flush=True)
+            if given.output is not None:
+                Table(given.output).add(
+                    Cell(seed, round(share * N), share, name, metric, value)
+                    for name, metrics in found.items()
+                    for metric, value in metrics.items()
+                )
 
 
 if __name__ == "__main__":

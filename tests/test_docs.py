@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 import warnings
 from collections.abc import Iterator
@@ -60,11 +61,45 @@ def test_the_code_of_a_page_runs(
         exec(compile(code, page, "exec"), namespace)
 
 
+def test_code_within_a_list_is_indented_as_the_site_needs_it() -> None:
+    for page in DOCS.rglob("*.md"):
+        assert not re.search(r"^ {1,3}```", page.read_text(), re.M), f"{page.name}: four spaces"
+
+
 def test_links_of_the_pages_outside_the_site_lead_somewhere() -> None:
     for page in ("README.md", "CONTRIBUTING.md", "SECURITY.md"):
         text = (DOCS.parent / page).read_text()
         for target in re.findall(r"\]\(([^)#:]+)\)", text):
             assert (DOCS.parent / target).exists(), f"{page}: {target}"
+
+
+@pytest.fixture
+def _benchmarks_can_be_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(DOCS.parent / "benchmarks"))
+
+
+@pytest.mark.usefixtures("_benchmarks_can_be_imported")
+def test_every_picture_of_a_claim_is_drawn_by_the_script_and_said_in_words() -> None:
+    drawn = set(importlib.import_module("pictures").PICTURES)
+    shown = set()
+    for page in DOCS.glob("*.md"):
+        for words, name in re.findall(
+            r"!\[([^]]*)\]\(results/pictures/(\w+)\.png\)", page.read_text()
+        ):
+            assert len(words) > 40, f"{page.name}: {name} has no words for who cannot see it"
+            assert (DOCS / "results" / "pictures" / f"{name}.png").stat().st_size < 60_000
+            assert f"`python benchmarks/pictures.py {name}`" in page.read_text()
+            shown.add(name)
+    assert shown == drawn
+
+
+@pytest.mark.usefixtures("_benchmarks_can_be_imported")
+def test_the_table_of_reproduced_records_is_of_its_file() -> None:
+    reproduce = importlib.import_module("reproduce")
+    page = (DOCS / "results.md").read_text()
+    assert "| record | removed |" in page
+    assert reproduce.with_table(page, reproduce.kept()) == page
+    assert reproduce.with_table(page, {}) != page
 
 
 def test_every_public_name_has_an_entry_with_an_example_that_runs() -> None:
