@@ -216,7 +216,8 @@ class _Ascent:
             better = gain >= -self.slack * (size_of_level + inputs + before.abs())
         better = better.unsqueeze(1)
         if not risen:
-            self.fell[some] |= ~(better | bold).squeeze(1)
+            spared = better if history is None else better | bold
+            self.fell[some] |= ~spared.squeeze(1)
         if risen:
             delta, slope, level = candidate, new_slope, new_level
         else:
