@@ -2,7 +2,7 @@
 
 Softmax regression on features of real images (a seeded random network's, labels digit x cluster)
 whose perturbation lives in feature space: rows are exact there. Retrain is Newton's method on the
-points that are left, the distance is relative to that of the unchanged model. "muter_corrected" is
+points that are left, the distance is relative to that of the unchanged model. "muter_corrected_1" is
 muter with one corrector step, which sees the points that are left.
 
     python benchmarks/hundred_classes.py --data DIR --seeds 3 --output FILE.csv
@@ -69,7 +69,7 @@ def one_seed(x: Tensor, y: Tensor, seed: int, shares: list[float], output: Path 
         none = float((omega - retrain).norm())
         after = {memory.settings.method: forget_rows(memory, gone).memory for memory in memories}
         view.set(after["muter"].omega)
-        after["muter_corrected"] = correct(after["muter"], remaining, 1).memory
+        after["muter_corrected_1"] = correct(after["muter"], remaining, 1).memory
         found = {name: float((one.omega - retrain).norm()) for name, one in after.items()}
         line = (
             f"seed {seed} removed {share:.0%}: none {none:.3g}, ‖∇F‖ at Retrain {at_retrain:.2g}; "

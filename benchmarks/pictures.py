@@ -160,7 +160,9 @@ def losses() -> Figure:
 
 
 def hundred() -> Figure:
-    return distances([("hundred_classes", "MNIST, 100 classes, by rows")], ("none", "muter"))
+    return distances(
+        [("hundred_classes", "MNIST, 100 classes, by rows")], ("none", "muter", "muter_corrected_1")
+    )
 
 
 def hard() -> Figure:

@@ -19,6 +19,9 @@ __all__ = ["ClassBlocks", "block_bytes"]
 
 #: bytes of blocks that are read faster in float32
 _LARGE = 1 << 26
+#: times the rows' bytes that whole blocks take at the most: reading more takes longer than what the
+#: iterations saved would
+_WORTH = 8
 #: of a class's weight over the points: the others' part of its block is left out
 _SHARE = 0.999
 #: of the bytes, for the probes that weigh most
@@ -206,7 +209,9 @@ def _full(
     dtype = rows[0].dtype
     if block_bytes(c, width, dtype) > min(budget, _LARGE):
         dtype = torch.float32
-    count = max(1, min(c, budget // block_bytes(1, width, dtype)))
+    own = torch.tensor(sum(one.nbytes for one in rows), dtype=torch.float64, device=device)
+    worth = _WORTH * group.sum(own)
+    count = max(1, min(c, min(budget, int(worth)) // block_bytes(1, width, dtype)))
     groups = torch.arange(c, device=device)
     scales = torch.ones(c, dtype=torch.float64, device=device)
     if count < c:

@@ -426,6 +426,23 @@ def test_the_preconditioner_is_the_inverse_of_blocks_and_heavy_probes() -> None:
     assert coins is not None and set(coins.weights.tolist()) == {0.0, 2.0}
 
 
+def test_whole_blocks_of_few_points_on_a_wide_head_are_shared() -> None:
+    torch.manual_seed(3)
+    wide = nn.Sequential(nn.Linear(D, 64), nn.Tanh(), nn.Linear(64, 5)).double().eval()
+    kept = built("cross_entropy", "l2", "muter", "rows").settings
+    pieces, digests = (
+        [unweighted(points()[:3], targets("cross_entropy", 5)[:3])],
+        torch.zeros(3, 16, dtype=torch.uint8),
+    )
+    (memory,) = build_memories(wide, [kept], pieces, digests, bytes(16))
+    rows = rows_of(memory)
+    whole = ClassBlocks.of(rows.blocks, 0.0, Group(), 10**9, torch.device("cpu"))
+    assert len(whole.factors) == 1  # five would be read for longer than many products take
+    rhs = torch.randn(rows.p, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    found = rows.solver().solve(rhs)
+    assert relative(rows.matvec(found.value), rhs) <= 1e-11
+
+
 @pytest.mark.parametrize("budget", [10**9, 8 * 4 * 192 * 8, 4000])
 def test_blocks_and_heavy_probes_stay_within_the_budget(budget: int) -> None:
     rows = coupled()
