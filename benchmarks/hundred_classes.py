@@ -2,8 +2,8 @@
 
 Softmax regression on features of real images (a seeded random network's, labels digit x cluster)
 whose perturbation lives in feature space: rows are exact there. Retrain is Newton's method on the
-points that are left, the distance is relative to that of the unchanged model. "muter_corrected_1" is
-muter with one corrector step, which sees the points that are left.
+points that are left, the distance is relative to that of the unchanged model. "muter_corrected_1"
+is muter with one corrector step, which sees the points that are left.
 
     python benchmarks/hundred_classes.py --data DIR --seeds 3 --output FILE.csv
 """
