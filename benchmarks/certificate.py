@@ -22,13 +22,12 @@ from typing import Any
 import numpy as np
 import pytorch_lightning as pl
 import torch
-import torch.nn.functional as F
 from closed_form import LAMBDA, barrier_optimum, newton_optimum, value_and_slope
 from common import QUIET, arguments, one_or_seven_28
 from scipy import optimize
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
-from usual_training import trained
+from usual_training import Linear, trained
 
 from lightning_muter import Certificate, L2Ball, MUterCallback, RemovalDataModule, Trainer
 from lightning_muter.evaluation.results_table import Cell, Table
@@ -36,22 +35,8 @@ from lightning_muter.evaluation.results_table import Cell, Table
 RADIUS = {"logistic": 1e-6, "squared": 1e-5}
 
 
-class Model(pl.LightningModule):
-    """A linear model without a bias."""
-
-    def __init__(self, features: int, loss: str) -> None:
-        super().__init__()
-        self.head, self.loss = nn.Linear(features, 1, bias=False), loss
-        nn.init.normal_(self.head.weight, std=1e-2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(x)
-
-    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
-        z, y = self(batch[0]).squeeze(1), batch[1].to(batch[0])
-        if self.loss == "squared":
-            return 0.5 * (z - y).square().mean()
-        return F.binary_cross_entropy_with_logits(z, y)
+class Model(Linear):
+    """Trained by SGD, the weight decay the optimizer's."""
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.parameters(), lr=0.01, weight_decay=LAMBDA)

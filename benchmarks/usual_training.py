@@ -44,8 +44,8 @@ class Whole(Dataset[list[Tensor]]):
         return list(self.batch)
 
 
-class Usual(pl.LightningModule):
-    """A linear model without a bias, its weight decay in the loss."""
+class Linear(pl.LightningModule):
+    """A linear model without a bias."""
 
     def __init__(self, features: int, loss: str) -> None:
         super().__init__()
@@ -58,10 +58,16 @@ class Usual(pl.LightningModule):
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
         z, y = self(batch[0]).squeeze(1), batch[1].to(batch[0])
         if self.loss == "squared":
-            found = 0.5 * (z - y).square().mean()
-        else:
-            found = nn.functional.binary_cross_entropy_with_logits(z, y)
-        return found + 0.5 * LAMBDA * self.head.weight.square().sum()
+            return 0.5 * (z - y).square().mean()
+        return nn.functional.binary_cross_entropy_with_logits(z, y)
+
+
+class Usual(Linear):
+    """The same with its weight decay in the loss."""
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        decay = 0.5 * LAMBDA * self.head.weight.square().sum()
+        return super().training_step(batch, batch_idx) + decay
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.LBFGS(

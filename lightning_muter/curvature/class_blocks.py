@@ -85,25 +85,9 @@ class ClassBlocks:
             device: where the blocks are to lie.
         """
         count = HeavyProbes.count(rows, budget // _PROBES) if group.size == 1 else 0
-        if count == 0:
-            return cls._plain(rows, shift, group, budget, device)
-        probes, numbers, others = HeavyProbes.split(rows, count)
-        budget -= HeavyProbes.bytes_of(rows, count)
-        blocks = cls._plain(others, shift, group, budget, device)
-        here = [one.on(device) for one in probes]
-        heavy = HeavyProbes.of(here, numbers.to(device), blocks._halved_rows)
-        return replace(blocks, heavy=heavy)
-
-    @classmethod
-    def _plain(
-        cls,
-        rows: Sequence[PointRows],
-        shift: float,
-        group: Group,
-        budget: int,
-        device: torch.device,
-    ) -> ClassBlocks:
-        """The blocks alone, with all probes in them."""
+        own = HeavyProbes.split(rows, count) if count else None
+        if own is not None:
+            budget, rows = budget - HeavyProbes.bytes_of(rows, count), own[2]
         c = rows[0].points.r.shape[1]
         groups = torch.arange(c, device=device)
         scales = torch.ones(c, dtype=torch.float64, device=device)
@@ -113,7 +97,12 @@ class ClassBlocks:
         if factors is None:
             factors, groups, scales = _full(rows, shift, group, budget, device)
         centred = all(one.points.s.sums_to_zero for one in rows)
-        return cls(factors, groups, scales, shift, centred, rows[0][:1].on(device))
+        blocks = cls(factors, groups, scales, shift, centred, rows[0][:1].on(device))
+        if own is None:
+            return blocks
+        probes = [one.on(device) for one in own[0]]
+        heavy = HeavyProbes.of(probes, own[1].to(device), blocks._halved_rows)
+        return replace(blocks, heavy=heavy)
 
     def now(self, rows: Sequence[PointRows], shift: float) -> ClassBlocks:
         """The same blocks, with what probes weigh in some rows, and another shift."""

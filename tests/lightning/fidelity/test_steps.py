@@ -62,13 +62,15 @@ def test_a_learning_rate_of_0_is_refused_before_the_first_batch() -> None:
 
 
 def test_a_scheduler_may_start_at_a_learning_rate_of_0() -> None:
-    class Warmup(Sgd):
+    class Warmup(Counted):
         def configure_optimizers(self) -> Any:
             sgd = super().configure_optimizers()
             warmup = torch.optim.lr_scheduler.LambdaLR(sgd, lambda epoch: min(epoch / 2, 1.0))
             return [sgd], [warmup]
 
-    train(Warmup(), horizon="training", trainer={"max_epochs": 4})
+    model = Warmup(lr=0.1)
+    train(model, horizon="training", trainer={"max_epochs": 4})
+    assert model.steps > 0 and model.trainer.current_epoch == 4
 
 
 def test_noise_in_the_gradients_and_weights_that_are_set_are_refused() -> None:
