@@ -7,7 +7,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +20,7 @@ from lightning_muter.errors import ConfigurationError
 from lightning_muter.models.beside import Beside
 from lightning_muter.models.logits import CALLED, LogitsForm
 from lightning_muter.models.names import suggest
+from lightning_muter.models.precision import computing, full_precision, widened
 from lightning_muter.objectives.base import Objective
 from lightning_muter.responses import Response
 from lightning_muter.threats import Geometry
@@ -31,7 +31,6 @@ __all__ = [
     "ModelView",
     "Products",
     "Seen",
-    "computing",
     "evaluating",
     "heard",
     "measuring",
@@ -41,29 +40,19 @@ __all__ = [
 Seen = tuple[Tensor, ...]
 
 
-_HALF = (torch.bfloat16, torch.float16)
-
-
-def computing(dtype: torch.dtype) -> torch.dtype:
-    """What a module of this dtype is differentiated in: single precision at the least.
-
-    Example:
-        >>> computing(torch.bfloat16), computing(torch.float64)
-        (torch.float32, torch.float64)
-    """
-    return torch.float32 if dtype in _HALF else dtype
-
-
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
     """Eval mode, gradients on, no compiled graphs; everything restored after.
 
-    Nor the fast path that ``nn.TransformerEncoder`` takes in eval mode: it has no derivative.
+    Nor the fast path that ``nn.TransformerEncoder`` takes in eval mode, nor cuDNN's recurrent
+    layers: the former has no derivative, the latter none in eval mode and no second one.
     """
     modes = [(m, m.training) for m in module.modules()]
     set_stance = getattr(torch.compiler, "set_stance", None)
-    fast = torch.backends.mha.get_fastpath_enabled()
+    fast, cudnn = torch.backends.mha.get_fastpath_enabled(), torch.backends.cudnn.enabled
     try:
+        if any(isinstance(m, nn.RNNBase) for m, _ in modes):
+            torch.backends.cudnn.enabled = False
         torch.backends.mha.set_fastpath_enabled(False)
         if any(training for _, training in modes):
             module.eval()
@@ -74,6 +63,7 @@ def evaluating(module: nn.Module) -> Iterator[None]:
                 with set_stance("force_eager"):
                     yield
     finally:
+        torch.backends.cudnn.enabled = cudnn
         torch.backends.mha.set_fastpath_enabled(fast)
         for m, training in modes:
             if m.training != training:
@@ -87,26 +77,13 @@ def measuring(module: nn.Module) -> Iterator[None]:
     The fused attention kernels have no double backward. A module of half precision is one of
     single precision meanwhile: what moved in it is rounded when it is restored.
     """
-    with _widened(module), evaluating(module), sdpa_kernel(SDPBackend.MATH):
+    with (
+        widened(module),
+        full_precision(),
+        evaluating(module),
+        sdpa_kernel(SDPBackend.MATH),
+    ):
         yield
-
-
-@contextmanager
-def _widened(module: nn.Module) -> Iterator[None]:
-    """Parameters and buffers of half precision with single precision's digits."""
-    narrow = [t for t in chain(module.parameters(), module.buffers()) if t.dtype in _HALF]
-    own = [(t, t.data, t.grad) for t in narrow]
-    try:
-        for t in narrow:
-            t.grad = None
-            t.data = t.data.float()
-        yield
-    finally:
-        for t, data, grad in own:
-            if not torch.equal(t.data, data.float()):
-                data.copy_(t.data)
-            t.data = data
-            t.grad = grad
 
 
 @dataclass(frozen=True)
