@@ -46,23 +46,19 @@ CPU = {**QUIET, "accelerator": "cpu"}
 GPU = {**QUIET, "accelerator": "gpu", "devices": 1}
 GONE = [3, 17, 40]
 TIGHT = Rows(tol=1e-12)
+ROWS: dict[str, Any] = {"representation": TIGHT, "sketch": 2, "newton_steps": 60}
 NAMED: dict[str, Any] = {"head": None, "parameters": ("classifier.weight", "classifier.bias")}
 
 CASES: dict[str, dict[str, Any]] = {
     "dense": {},
-    "rows": {"representation": TIGHT, "sketch": 2},
-    "rows of everything": {"representation": TIGHT, "sketch": 200},
-    "rows in float32": {"representation": Rows(tol=1e-12, dtype="float32"), "sketch": 2},
+    "rows": ROWS,
+    "rows in float32": {**ROWS, "representation": Rows(tol=1e-12, dtype="float32")},
+    "dense sketches": {"sketch": 2, "newton_steps": 60},
     "named parameters": NAMED,
     "linf": {"threat": LinfBall(0.1, bandwidth=0.02)},
     "a data range": {"threat": L2Ball(0.5, data_range=(-4.0, 4.0))},
     "TRADES": {"objective": TRADES(beta=4.0), "threat": L2Ball(0.2)},
-    "TRADES rows": {
-        "objective": TRADES(beta=4.0),
-        "threat": L2Ball(0.2),
-        "representation": TIGHT,
-        "sketch": 2,
-    },
+    "TRADES rows": {"objective": TRADES(beta=4.0), "threat": L2Ball(0.2), **ROWS},
     "unconstrained": {"response": "unconstrained", "inverse": "neumann", "neumann_order": 3},
     "schur": {"solver": "schur"},
     "damping": {"damping": 0.5},
@@ -123,14 +119,15 @@ def test_memory_and_request_are_those_of_the_processor(case: str) -> None:
         trainer.unlearn(RemovalDataModule(data, [5]))
         found.append(memory_of(callback).omega)
         steps.append([one.cpu() for one in found])
+    sketched = memory.settings.sketched  # by Lanczos, which ends at a tolerance of 1e-6
     for one, other in zip(*steps, strict=True):
-        close(other.double(), one.double(), 1e-8)
+        close(other.double(), one.double(), 1e-6 if sketched else 1e-8)
 
 
 def test_training_with_an_attack_and_its_flow_are_those_of_the_processor() -> None:
     found = []
     for options in (CPU, GPU):
-        flow = {"newton_steps": 0, "horizon": "training", "attack_steps": 3}
+        flow = {"newton_steps": 0, "horizon": "training", "random_start": False}
         trainer, callback, _, data = fitted(options, **flow)
         trainer.unlearn(RemovalDataModule(data, GONE))
         found.append((memory_of(callback).omega_star.cpu(), memory_of(callback).omega.cpu()))
@@ -157,9 +154,12 @@ def test_a_folder_written_by_a_gpu_is_served_by_a_processor(tmp_path: Path) -> N
 
 
 def test_rows_too_large_for_the_gpu_are_read_from_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
-    expected = fitted(CPU, representation=TIGHT, sketch=2)
+    """Linear models, whose rows are exact."""
+    linear = {"make": partial(Linear, "cross_entropy"), "data": LinearData("cross_entropy")}
+    linear = {**linear, "threat": L2, "head": "head", "representation": TIGHT}
+    expected = fitted(CPU, **linear)
     monkeypatch.setattr("lightning_muter.curvature.rows._RESIDENT", 0.0)
-    trainer, callback, _, data = fitted(GPU, representation=TIGHT, sketch=2)
+    trainer, callback, _, data = fitted(GPU, **linear)
     moved = memory_of(callback).to("cuda")
     assert isinstance(moved.curvature, RowsCurvature)
     assert all(one.points.r.is_pinned() for one in moved.curvature.blocks)

@@ -68,7 +68,7 @@ def total_hessian(
         output: where the logits are in what it returns, or a function of it.
 
     Returns:
-        A symmetric matrix (p, p), float64, on the batch's device.
+        A symmetric matrix (p, p), float64, on the module's device, wherever the batch is.
 
     Raises:
         ConfigurationError: the head is no linear layer, the loss does not fit the outputs or the
@@ -91,8 +91,8 @@ def total_hessian(
     problem = PointProblem("muter", threat, resolved, weight_decay)
     total = DenseCurvature.zeros(view.p, points.x.device)
     with measuring(module):
-        view.beside(beside.part(slice(2))).check(points.x[:2])
-        inner = None if delta is None else problem.given(view, points, delta)
+        view.beside(points.beside.part(slice(2))).check(points.x[:2])
+        inner = None if delta is None else problem.given(view, points, delta.to(points.x.device))
         problem.accumulate(view, points, total, inner)
     total.add_identity(weight_decay * len(points))
     return total.matrix

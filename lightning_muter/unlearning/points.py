@@ -51,7 +51,7 @@ def unweighted(x: Tensor, targets: Tensor, beside: Beside = NOTHING) -> Batch:
 
 
 def checked(view: ModelView, x: Tensor, targets: Tensor, beside: Beside = NOTHING) -> Batch:
-    """Points that a user gives, each of weight 1.
+    """Points that a user gives, each of weight 1, on the module's device.
 
     Args:
         view: what will look at them.
@@ -74,7 +74,8 @@ def checked(view: ModelView, x: Tensor, targets: Tensor, beside: Beside = NOTHIN
         )
     if not bool(torch.isfinite(x).all()):
         raise ConfigurationError("the inputs are NaN or infinite: mend the data")
-    x = x.to(view.dtype)
+    x, targets = x.to(view.device, view.dtype), targets.to(view.device)
+    beside = beside.to(view.device)
     with measuring(view.module), torch.no_grad():
         width = view.beside(beside.part(slice(1))).logits(x[:1]).numel()
     check_targets(view.loss, targets, width)
