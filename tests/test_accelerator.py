@@ -35,6 +35,7 @@ from lightning_muter import (
 )
 from lightning_muter.curvature.rows import RowsCurvature
 from lightning_muter.evaluation.margins import margins, robust_margins
+from lightning_muter.evaluation.peak_memory import peak_memory
 from lightning_muter.models import measuring
 
 pytestmark = [
@@ -360,3 +361,27 @@ def test_measuring_is_what_it_says_on_the_gpu() -> None:
     finally:
         torch.set_float32_matmul_precision("highest")
     assert exact < 1e-3 < short
+
+
+def test_a_frozen_encoder_of_float64_passes_its_check() -> None:
+    """Training takes PyTorch's fused path through it, which keeps fewer digits on a GPU."""
+
+    class Encoder(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            layer = nn.TransformerEncoderLayer(4, 2, 8, batch_first=True, activation="gelu")
+            self.backbone = nn.Sequential(nn.Unflatten(1, (2, 4)), nn.TransformerEncoder(layer, 1))
+            self.backbone.append(nn.Flatten())
+            self.classifier = nn.Linear(8, 3)
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.classifier.parameters(), lr=0.1, weight_decay=1e-2)
+
+    _, callback, _, _ = fitted(GPU, Encoder, threat=L2Ball(0.1), newton_steps=1, sketch=1)
+    assert callback.findings == []
+
+
+def test_a_peak_is_the_gpus() -> None:
+    with peak_memory(torch.device("cuda")) as peak:
+        torch.ones(2**26, dtype=torch.uint8, device="cuda")
+    assert peak.bytes is not None and 0.9 * 2**26 < peak.bytes < 1.5 * 2**26

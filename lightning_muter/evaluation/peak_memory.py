@@ -22,25 +22,25 @@ class Peak:
 
 
 @contextmanager
-def peak_memory() -> Iterator[Peak]:
-    """The peak of the block: of the GPU's allocator where there is one, else resident memory.
+def peak_memory(device: torch.device) -> Iterator[Peak]:
+    """The peak of a block that works on a device: of a GPU's allocator, else resident memory.
 
     Resident memory counts pages, not tensors: what an earlier stage freed and the process kept
     is used again without showing. Linux only; elsewhere the result is None.
 
     Example:
         >>> import torch
-        >>> with peak_memory() as peak:
+        >>> with peak_memory(torch.device("cpu")) as peak:
         ...     large = torch.ones(1 << 24)
         >>> peak.bytes is None or peak.bytes >= 0
         True
     """
     peak = Peak()
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-        start = torch.cuda.memory_allocated()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        start = torch.cuda.memory_allocated(device)
         yield peak
-        peak.bytes = torch.cuda.max_memory_allocated() - start
+        peak.bytes = torch.cuda.max_memory_allocated(device) - start
         return
     try:
         (_PROCESS / "clear_refs").write_text("5")  # resets the high-water mark

@@ -147,7 +147,7 @@ class _Seed:
         everyone = torch.arange(n)
         trained, seconds = self.head("trained", everyone)
         start = time.perf_counter()
-        with peak_memory() as peak:
+        with peak_memory(trained.device) as peak:
             memories = self.memories(trained)
         stage_one = time.perf_counter() - start
         disk = {label: _disk_bytes(memory) for label, memory in memories.items()}
@@ -363,7 +363,7 @@ class _Seed:
         trainer = Trainer(accelerator="auto", devices=1, **_QUIET)
         removals = RemovalDataModule(TensorDataset(*self.train), gone.tolist(), row.request_size)
         pl.seed_everything(self.seed, verbose=False)
-        with peak_memory() as peak:
+        with peak_memory(trainer.strategy.root_device) as peak:
             result = trainer.unlearn(
                 removals,
                 module,

@@ -54,9 +54,9 @@ def test_autoattack_is_for_classifiers() -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="resident memory is read from /proc")
 def test_peak_memory_sees_what_was_freed_again() -> None:
-    with peak_memory() as before:
+    with peak_memory(torch.device("cpu")) as before:
         pass
-    with peak_memory() as peak:
+    with peak_memory(torch.device("cpu")) as peak:
         held = torch.ones(2**26, dtype=torch.uint8)  # 64 MiB
         del held
     assert before.bytes is not None and before.bytes < 2**23

@@ -96,8 +96,9 @@ class GradientWatch:
         found = scale * self.sum.batch
         if not bool(torch.isfinite(found).all()):
             return None
-        module = self._logits
+        module, fast = self._logits, torch.backends.mha.get_fastpath_enabled()
         with self.sum.paused(), untouched(module), evaluating(module), self._context():
+            torch.backends.mha.set_fastpath_enabled(fast)  # training's own, of a frozen encoder
             own = self._own(batch)
         self._longest = max(
             self._longest,

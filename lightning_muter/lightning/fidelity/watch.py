@@ -20,7 +20,7 @@ from lightning_muter.lightning.fidelity.frozen import FrozenPart
 from lightning_muter.lightning.fidelity.gradient import GradientWatch
 from lightning_muter.lightning.fidelity.outputs import head_outputs
 from lightning_muter.lightning.fidelity.points import PointCount, sampling_of
-from lightning_muter.lightning.fidelity.pushed import PushedWeights
+from lightning_muter.lightning.fidelity.pushed import PushedWeights, moved_between
 from lightning_muter.lightning.flavour import pl, rank_zero_info
 from lightning_muter.lightning.kept_state import untouched
 from lightning_muter.lightning.progress import bar_of, blocks
@@ -101,7 +101,7 @@ class TrainingWatch:
         self._window, self._points_of_batch, self._points_in_window = 0, 0, 0
         self._divisor: int | None = None
         self._epochs, self._open = 0, False
-        self._pushed = PushedWeights(self._parameters)
+        self._pushed = PushedWeights(self._parameters, moved_between(trainer, module))
 
     @contextmanager
     def _topic(self, topic: str) -> Iterator[None]:
@@ -189,7 +189,7 @@ class TrainingWatch:
         share = 0.0
         if holds(optimizer, self._parameters):
             with self._topic("gradient"):
-                self._pushed.backward_passed()
+                self._pushed.backward_passed(optimizer)
                 self._compare()
             with self._topic("gradient"):
                 share = self._share()

@@ -302,12 +302,27 @@ class Projected(Net):
         self.classifier.weight.data.clamp_(-0.3, 0.3)
 
 
-@pytest.mark.parametrize("module", [WeightPerturbation, TakenBackLater])
+class TakenBackBeforeTheStep(WeightPerturbation):
+    """The same, taken back where gradients are clipped."""
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        Net.optimizer_step(self, *args, **kwargs)
+
+    def configure_gradient_clipping(self, *args: Any, **kwargs: Any) -> None:
+        assert self.pushed is not None
+        self.classifier.weight.data.sub_(self.pushed)
+
+
+@pytest.mark.parametrize(
+    "module", [WeightPerturbation, TakenBackLater, TakenBackBeforeTheStep], ids=lambda m: m.__name__
+)
 def test_weights_that_the_step_perturbs_are_named(module: type[Net]) -> None:
     """The two gradients agree at the perturbed weights: values tell, gradients do not."""
     with pytest.raises(ConfigurationError, match="AWP"):
         train(module())
 
 
-def test_weights_that_are_set_before_a_batch_are_not_taken_for_that() -> None:
-    assert train(Projected()).findings == []
+@pytest.mark.parametrize("epochs", [1, 6])
+def test_weights_that_are_set_before_a_batch_are_not_taken_for_that(epochs: int) -> None:
+    """In the end each step leads out of the box again, about to where the last one led."""
+    assert train(Projected(), trainer={"max_epochs": epochs}).findings == []
