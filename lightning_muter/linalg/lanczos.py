@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_muter.linalg.solution import Operator, Solution, Status, finite, relative_residual
 
-__all__ = ["Krylov", "TimeAverage", "flow", "inverse_square_root"]
+__all__ = ["Krylov", "TimeAverage", "first_column", "flow", "inverse_square_root"]
 
 _EXHAUSTED = 1e-13
 _FIRST = 8  # rows of the basis to begin with; doubled as it grows
@@ -155,7 +155,7 @@ class Krylov:
         return combined
 
 
-def _first_column(values: Tensor, vectors: Tensor, function: Tensor) -> Tensor:
+def first_column(values: Tensor, vectors: Tensor, function: Tensor) -> Tensor:
     """f(T) e_1 (..., m) from T's spectrum and f of its eigenvalues."""
     return (vectors * (function * vectors[..., 0, :]).unsqueeze(-2)).sum(dim=-1)
 
@@ -190,7 +190,7 @@ def _root(krylov: Krylov) -> tuple[Tensor, Tensor]:
     """
     values, vectors = krylov.spectrum()
     lowest = values[..., 0] - 1e-10 * values[..., -1].abs()
-    return _first_column(values, vectors, values.clamp(min=1e-300).rsqrt()), lowest
+    return first_column(values, vectors, values.clamp(min=1e-300).rsqrt()), lowest
 
 
 def flow(
@@ -233,11 +233,11 @@ def flow(
     for _ in range(limit):
         krylov.step()
         values, vectors = krylov.spectrum()
-        step = _first_column(values, vectors, average.integral(values))
+        step = first_column(values, vectors, average.integral(values))
         if float(krylov.length * step[-1].abs()) <= tol or bool(krylov.exhausted):
             break
     value = krylov.combine(step)
-    decayed = krylov.combine(_first_column(values, vectors, average.decayed(values)))
+    decayed = krylov.combine(first_column(values, vectors, average.decayed(values)))
     relative = relative_residual(operator(value) - (rhs - decayed), rhs)
     status = Status.CONVERGED if float(values[0]) > 0 else Status.INDEFINITE
     if relative > max(1e3 * tol, 1e-8):

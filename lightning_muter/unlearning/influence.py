@@ -16,6 +16,7 @@ from lightning_muter.linalg.cholesky import DenseSolver
 from lightning_muter.linalg.solution import Status
 from lightning_muter.memory.memory import UnlearningMemory
 from lightning_muter.models import measuring
+from lightning_muter.unlearning.early_influence import Way
 from lightning_muter.unlearning.points import checked
 
 __all__ = ["TopInfluences", "adversarial_influence", "influence_on_losses", "top_influences"]
@@ -49,8 +50,13 @@ def adversarial_influence(
         StateError: the memory keeps no curvature, or the model is not the memory's.
         SolverError: its system has no solution that means anything, as an indefinite one.
     """
-    n = len(memory.remaining)
-    return -n * _solved(memory, _gradients(memory, module, batch))
+    n, way = len(memory.remaining), Way.of(memory)
+    if way is None:
+        return -n * _solved(
+            memory, _gradients(memory, module, batch, memory.omega_star).to(memory.omega_star)
+        )
+    pulls = [_gradients(memory, module, batch, omega).to(omega) for omega in way.omegas]
+    return -n * (way.ended(pulls) + way.lengthening)
 
 
 def influence_on_losses(
@@ -79,9 +85,16 @@ def influence_on_losses(
         StateError: the memory keeps no curvature.
         SolverError: its system has no solution that means anything, as an indefinite one.
     """
-    test = _solved(memory, _gradients(memory, module, test_batch))
-    train = _gradients(memory, module, train_batch).to(test)
-    return (train + memory.settings.weight_decay * memory.omega_star) @ test.T
+    way = Way.of(memory)
+    test = _gradients(memory, module, test_batch, memory.omega_star).to(memory.omega_star)
+    if way is None:
+        return _pulls(memory, module, train_batch, memory.omega_star) @ _solved(memory, test).T
+    seen = torch.stack([way.seen_from_the_end(u) for u in test], dim=1)
+    found = [
+        _pulls(memory, module, train_batch, omega) @ u.T
+        for omega, u in zip(way.omegas, seen, strict=True)
+    ]
+    return torch.stack(found).sum(dim=0) + test @ way.lengthening
 
 
 @dataclass(frozen=True)
@@ -139,14 +152,24 @@ def top_influences(
     )
 
 
-def _gradients(memory: UnlearningMemory, module: nn.Module, batch: Sequence[Tensor]) -> Tensor:
-    """∇_ω l(ω*, x + δ*) (m, p) of each point."""
+def _pulls(
+    memory: UnlearningMemory, module: nn.Module, batch: Sequence[Tensor], omega: Tensor
+) -> Tensor:
+    """∇_ω l(ω, x + δ*) + λω (m, p) of each training point."""
+    found = _gradients(memory, module, batch, omega).to(omega)
+    return found + memory.settings.weight_decay * omega
+
+
+def _gradients(
+    memory: UnlearningMemory, module: nn.Module, batch: Sequence[Tensor], omega: Tensor
+) -> Tensor:
+    """∇_ω l(ω, x + δ*) (m, p) of each point."""
     view, problem = memory.settings.view(module), memory.settings.problem()
     memory.check_architecture(view)
     points = checked(view, *memory.settings.batch.read(batch))
     starts = range(0, len(points), _BLOCK)
     found = []
-    with measuring(module), view.at(memory.omega_star):
+    with measuring(module), view.at(omega):
         for k in tqdm(starts, "maximisers", leave=False, disable=len(points) < _MANY):
             some = points.part(slice(k, k + _BLOCK))
             found += [chunk.linearisation.gradients() for chunk in problem.chunks(view, some)]
@@ -161,7 +184,6 @@ def _solved(memory: UnlearningMemory, rows: Tensor) -> Tensor:
             "one of a method that does, as 'muter'"
         )
     solver = memory.curvature.damped(memory.settings.damping).solver()
-    rows = rows.to(memory.omega_star)
     if isinstance(solver, DenseSolver) and solver.definite:
         return solver.solve_columns(rows.T).T
     parts = torch.split(rows, _TOGETHER) if isinstance(solver, RowsSolver) else rows
