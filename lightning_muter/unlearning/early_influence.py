@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -20,6 +20,7 @@ __all__ = ["Way"]
 
 _RATIO = 2.0**0.5  # of a node's time to the one before it
 _NODES = 20  # the first of them at a thousandth of the way
+_NEGLIGIBLE = 1e-6  # of the longest e(s), that is left out of it
 _TOL = 1e-10
 _STEPS = 500
 _SERIES = (
@@ -31,10 +32,11 @@ _SERIES = (
 class Way:
     """The way of a training's flow, ω(s) = ω* + e(s), and what a pull along it does to its end.
 
-    A training without a point differs from the training by η' = -M η + f(s), where f(s) is the
-    point's gradient at ω(s), with its share of the weight decay; ω ends Σ_j a_j η(s_j) elsewhere.
-    f is taken at some nodes in time and is linear between them, so that the integral over
-    exp(-(s_j - s) M) is a function of M alone. Source: ours; Bae et al. 2024 unroll in this way.
+    A training without a point differs from the training by η' = -M η + f(s), f(s) = g + D e(s) with
+    the point's own gradient and curvature at ω*; ω ends Σ_j a_j η(s_j) elsewhere. e(s) is taken at
+    some nodes in time, is linear between them, and a combination of few directions b_r, so that the
+    integral over exp(-(s_j - s) M) is a function of M alone, applied to g and each D b_r. As in a
+    request, all curvature is that of ω*. Source: ours; Bae et al. 2024 unroll in this way.
 
     Attributes:
         start: where training began and how long it went.
@@ -72,16 +74,29 @@ class Way:
         return torch.cat([torch.zeros(1, dtype=torch.float64), ends]).to(self.gradient)
 
     @cached_property
-    def omegas(self) -> Tensor:
-        """ω (k, p) at the nodes."""
+    def offsets(self) -> Tensor:
+        """e (k, p) at the nodes."""
         offset = self.start.initial - self.omega_star
-        omegas: Tensor = self.start.initial + self._moved(self.nodes, offset)
-        return omegas
+        return offset + self._moved(self.nodes, offset)
 
     def _moved(self, times: Tensor, offset: Tensor) -> Tensor:
         """e(s) - e(0) = ∫₀ˢ exp(-tM) dt (-∇F - M e(0)) (k, p), at some times (k,)."""
         along = -self.gradient - self.curvature.matvec(offset)
         return self._function(along, lambda a: _integral(times, a.unsqueeze(1)))
+
+    @cached_property
+    def directions(self) -> Tensor:
+        """b (r, p), of length 1 and orthogonal, whose combinations all e(s) are."""
+        _, sizes, rows = torch.linalg.svd(self.offsets, full_matrices=False)
+        directions: Tensor = rows[sizes > _NEGLIGIBLE * sizes[0]]
+        return directions
+
+    @cached_property
+    def _profiles(self) -> Tensor:
+        """How much of g and of each D b_r is in f at the nodes (k, 1 + r)."""
+        return torch.cat(
+            [torch.ones_like(self.nodes).unsqueeze(1), self.offsets @ self.directions.T], dim=1
+        )
 
     @cached_property
     def lengthening(self) -> Tensor:
@@ -99,11 +114,11 @@ class Way:
         return -(shares @ pull)
 
     def seen_from_the_end(self, u: Tensor) -> Tensor:
-        """What (k, p) f at the nodes is multiplied with to give uᵀ of how the end moves."""
-        return self._function(u, self._weights)
+        """What (1 + r, p) g and each D b_r are multiplied with for uᵀ of how the end moves."""
+        return self._function(u, self._functions)
 
-    def ended(self, pulls: list[Tensor]) -> Tensor:
-        """How the end moves (m, p), for f (m, p) at each of the nodes.
+    def ended(self, pulls: Sequence[Tensor]) -> Tensor:
+        """How the end moves (m, p), for points of these g (m, p) and D b_r (m, p).
 
         Raises:
             ConfigurationError: the memory has no matrix.
@@ -113,11 +128,20 @@ class Way:
                 "the influence on parameters of a training that stopped early needs a memory with "
                 "representation='dense'; influence_on_losses goes with any"
             )
-        values, vectors = torch.linalg.eigh(self.curvature.matrix)
-        weights = self._weights(values)
-        parts = ((f @ vectors) * w for f, w in zip(pulls, weights.T, strict=True))
-        moved: Tensor = torch.stack(list(parts)).sum(dim=0) @ vectors.T
+        values, vectors = self._spectrum
+        parts = zip(pulls, self._functions(values).T, strict=True)
+        moved: Tensor = torch.stack([(f @ vectors) * w for f, w in parts]).sum(dim=0) @ vectors.T
         return moved
+
+    @cached_property
+    def _spectrum(self) -> tuple[Tensor, Tensor]:
+        assert isinstance(self.curvature, DenseCurvature)
+        values, vectors = torch.linalg.eigh(self.curvature.matrix)
+        return values, vectors
+
+    def _functions(self, values: Tensor) -> Tensor:
+        """Of M's eigenvalues (m,): what g and each D b_r are multiplied with (m, 1 + r)."""
+        return self._weights(values) @ self._profiles.to(values)
 
     def _function(self, u: Tensor, functions: Callable[[Tensor], Tensor]) -> Tensor:
         """f_k(M) u (k, p) by Lanczos, for functions of M's eigenvalues (m,) -> (m, k)."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +36,8 @@ def adversarial_influence(
     """I(x, y) = -[(1/n) Σ D_i]^{-1} ∇_ω l(ω*, x + δ*) of each point of a batch.
 
     ω moves along I as the point's weight grows; removing a training point moves ω by -I/n to
-    first order (its own λω* left aside).
+    first order (its own λω* left aside). Of a memory with a horizon ω is where a training of that
+    length ends (ours, docs/theory.md).
 
     Args:
         memory: the memory at ω*; n is the number of points still in it.
@@ -46,17 +48,16 @@ def adversarial_influence(
         Influences (m, p), float64, on the memory's device. Source: the paper, Definition 2.
 
     Raises:
-        ConfigurationError: points that are none, or targets that the loss has no meaning for.
+        ConfigurationError: points that are none, targets that the loss has no meaning for, or a
+            memory with a horizon and no matrix.
         StateError: the memory keeps no curvature, or the model is not the memory's.
         SolverError: its system has no solution that means anything, as an indefinite one.
     """
     n, way = len(memory.remaining), Way.of(memory)
     if way is None:
-        return -n * _solved(
-            memory, _gradients(memory, module, batch, memory.omega_star).to(memory.omega_star)
-        )
-    pulls = [_gradients(memory, module, batch, omega).to(omega) for omega in way.omegas]
-    return -n * (way.ended(pulls) + way.lengthening)
+        return -n * _solved(memory, _gradients(memory, module, batch))
+    blocks = _along(memory, module, batch, way)
+    return -n * torch.cat([way.ended(pulls) + way.lengthening for pulls in blocks])
 
 
 def influence_on_losses(
@@ -69,7 +70,8 @@ def influence_on_losses(
 
     ∇l_testᵀ M⁻¹ (∇l_train + λω*): positive where the training point kept the test point's loss
     low. The losses are of single points, neither summed nor divided by n, at perturbations that
-    move with ω.
+    move with ω. Of a memory with a horizon the change is that of a training as long without the
+    point (ours, docs/theory.md).
 
     Args:
         memory: the memory at ω*.
@@ -85,16 +87,18 @@ def influence_on_losses(
         StateError: the memory keeps no curvature.
         SolverError: its system has no solution that means anything, as an indefinite one.
     """
-    way = Way.of(memory)
-    test = _gradients(memory, module, test_batch, memory.omega_star).to(memory.omega_star)
+    way, decay = Way.of(memory), memory.settings.weight_decay
+    test = _gradients(memory, module, test_batch)
     if way is None:
-        return _pulls(memory, module, train_batch, memory.omega_star) @ _solved(memory, test).T
+        train = _gradients(memory, module, train_batch) + decay * memory.omega_star
+        return train @ _solved(memory, test).T
     seen = torch.stack([way.seen_from_the_end(u) for u in test], dim=1)
-    found = [
-        _pulls(memory, module, train_batch, omega) @ u.T
-        for omega, u in zip(way.omegas, seen, strict=True)
-    ]
-    return torch.stack(found).sum(dim=0) + test @ way.lengthening
+    own = decay * torch.cat([memory.omega_star.unsqueeze(0), way.directions])
+    every = torch.einsum("qtp,qp->t", seen, own) + test @ way.lengthening
+    blocks = _along(memory, module, train_batch, way)
+    return torch.cat(
+        [sum(f @ u.T for f, u in zip(pulls, seen, strict=True)) + every for pulls in blocks]
+    )
 
 
 @dataclass(frozen=True)
@@ -152,28 +156,41 @@ def top_influences(
     )
 
 
-def _pulls(
-    memory: UnlearningMemory, module: nn.Module, batch: Sequence[Tensor], omega: Tensor
-) -> Tensor:
-    """∇_ω l(ω, x + δ*) + λω (m, p) of each training point."""
-    found = _gradients(memory, module, batch, omega).to(omega)
-    return found + memory.settings.weight_decay * omega
+def _gradients(memory: UnlearningMemory, module: nn.Module, batch: Sequence[Tensor]) -> Tensor:
+    """∇_ω l(ω*, x + δ*) (m, p) of each point."""
+    return torch.cat([one for (one,) in _measured(memory, module, batch, [memory.omega_star])])
 
 
-def _gradients(
-    memory: UnlearningMemory, module: nn.Module, batch: Sequence[Tensor], omega: Tensor
-) -> Tensor:
-    """∇_ω l(ω, x + δ*) (m, p) of each point."""
+def _along(
+    memory: UnlearningMemory, module: nn.Module, batch: Sequence[Tensor], way: Way
+) -> Iterator[list[Tensor]]:
+    """∇_ω l (m, p) and each D b_r (m, p), of some points at a time.
+
+    D b is the difference of two gradients, each at its own δ*.
+    """
+    omega, view = memory.omega_star, memory.settings.view(module)
+    size = float(torch.linalg.vector_norm(omega)) * torch.finfo(view.dtype).eps ** 0.25
+    steps = size * way.directions
+    at = [omega, *chain.from_iterable((omega + step, omega - step) for step in steps)]
+    for first, *pairs in _measured(memory, module, batch, at):
+        yield [first, *((a - b) / (2 * size) for a, b in zip(pairs[::2], pairs[1::2], strict=True))]
+
+
+def _measured(
+    memory: UnlearningMemory, module: nn.Module, batch: Sequence[Tensor], at: Sequence[Tensor]
+) -> Iterator[list[Tensor]]:
+    """∇_ω l(ω, x + δ*) (m, p) at each of some ω, of some points at a time."""
     view, problem = memory.settings.view(module), memory.settings.problem()
     memory.check_architecture(view)
     points = checked(view, *memory.settings.batch.read(batch))
     starts = range(0, len(points), _BLOCK)
-    found = []
-    with measuring(module), view.at(omega):
-        for k in tqdm(starts, "maximisers", leave=False, disable=len(points) < _MANY):
-            some = points.part(slice(k, k + _BLOCK))
-            found += [chunk.linearisation.gradients() for chunk in problem.chunks(view, some)]
-    return torch.cat(found)
+    for k in tqdm(starts, "maximisers", leave=False, disable=len(points) < _MANY):
+        some, found = points.part(slice(k, k + _BLOCK)), []
+        for omega in at:
+            with measuring(module), view.at(omega):
+                chunks = problem.chunks(view, some)
+                found.append(torch.cat([c.linearisation.gradients() for c in chunks]).to(omega))
+        yield found
 
 
 def _solved(memory: UnlearningMemory, rows: Tensor) -> Tensor:

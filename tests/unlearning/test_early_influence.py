@@ -69,7 +69,7 @@ def test_the_end_moves_as_that_of_a_flow_with_a_little_less_of_a_point(
     without = ends(M - some * D, GRADIENT - some * PULL, longer)
     expected = (without - ends(M, GRADIENT, average)) / some
     found = way(average, pace)
-    pulls = [PULL + D @ (omega - OMEGA) for omega in found.omegas]
+    pulls = [PULL, *(D @ b for b in found.directions)]
     moved = found.ended([f.unsqueeze(0) for f in pulls]).squeeze(0) + found.lengthening
     assert float((moved - expected).norm()) < 3e-3 * float(expected.norm())
     for u in torch.eye(P, dtype=torch.float64):
@@ -82,14 +82,14 @@ def test_the_end_moves_as_that_of_a_flow_with_a_little_less_of_a_point(
 def test_the_way_is_that_of_the_flow() -> None:
     found = way(END)
     assert float(found.nodes[0]) == 0.0 and float(found.nodes[-1]) == pytest.approx(0.7)
-    for s, omega in zip(found.nodes.tolist(), found.omegas, strict=True):
-        torch.testing.assert_close(omega, ends(M, GRADIENT, TimeAverage.end(s)))
+    for s, e in zip(found.nodes.tolist(), found.offsets, strict=True):
+        torch.testing.assert_close(OMEGA + e, ends(M, GRADIENT, TimeAverage.end(s)))
 
 
 def test_a_long_training_is_one_to_its_optimum() -> None:
     """Without a gradient at ω*: the implicit function theorem, M⁻¹ f(∞)."""
     found = replace(way(TimeAverage.end(1e4)), gradient=torch.zeros(P, dtype=torch.float64))
-    pulls = [PULL.unsqueeze(0) for _ in found.omegas]
+    pulls = [PULL.unsqueeze(0), *(torch.zeros(1, P).double() for _ in found.directions)]
     torch.testing.assert_close(found.ended(pulls).squeeze(0), torch.linalg.solve(M, PULL))
 
 
