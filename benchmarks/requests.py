@@ -92,7 +92,9 @@ def main() -> None:
     parser.add_argument("--points", type=int, default=13_007)
     parser.add_argument("--requests", type=int, default=100)
     parser.add_argument("--kinds", nargs="+", default=["dense"], choices=["dense", "rows"])
+    parser.add_argument("--accelerator", default="cpu", choices=["cpu", "gpu"])
     given = parser.parse_args()
+    QUIET["accelerator"] = given.accelerator
     warnings.simplefilter("ignore")
     for name in ("pytorch_lightning", "pytorch_lightning.utilities.rank_zero"):
         logging.getLogger(name).setLevel(logging.ERROR)
@@ -108,6 +110,8 @@ def main() -> None:
     data = Points(x[: given.points], y[: given.points], 512)
     row: dict[str, Any] = {"threads": torch.get_num_threads(), "torch": torch.__version__}
     row["machine"] = platform.processor() or platform.machine()
+    if given.accelerator == "gpu":
+        row["accelerator"] = torch.cuda.get_device_name()
     with tempfile.TemporaryDirectory() as folder:
         for kind in given.kinds:
             options |= {"representation": kind, "memory_dir": f"{folder}/{kind}"}
@@ -126,9 +130,13 @@ def measured(
     assert memory is not None and memory.curvature is not None
     kind, matrix = memory.settings.representation, memory.curvature.kept().get("matrix")
 
+    if matrix is not None:
+        matrix = matrix.to(trainer.strategy.root_device)
+
     def factorise() -> None:
         if matrix is not None:
-            torch.linalg.cholesky_ex(matrix.mT, upper=True)
+            factor, _ = torch.linalg.cholesky_ex(matrix.mT, upper=True)
+            float(factor[0, 0])  # waits for an accelerator
 
     def asked(i: int) -> Any:
         return [i] if kind == "rows" else RemovalDataModule(data, [i])

@@ -44,6 +44,7 @@ def trained(x: Tensor, y: Tensor, epochs: int) -> tuple[ResNet18, float]:
 def stage_one(version: Path, file: str, points: int) -> dict[str, Any]:
     """What a version of the package takes for some images, in a process of its own."""
     command = [sys.executable, str(HERE / "resnet18_stage_one.py"), file, "--points", str(points)]
+    command += ["--accelerator", str(QUIET["accelerator"])]
     paths = os.environ | {"PYTHONPATH": str(version)}
     done = subprocess.run(command, env=paths, capture_output=True, text=True, check=True)
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
@@ -63,7 +64,9 @@ def main() -> None:
     parser.add_argument("--sizes", type=int, nargs="*", default=[16, 32])
     parser.add_argument("--points", type=int, default=500)
     parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--accelerator", default="cpu", choices=["cpu", "gpu"])
     asked = parser.parse_args()
+    QUIET["accelerator"] = asked.accelerator
     warnings.simplefilter("ignore")
     pl.seed_everything(0, verbose=False)
     x, y = cifar10(asked.data, asked.points)

@@ -85,7 +85,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("trained", help="state of the network, images and labels")
     parser.add_argument("--points", type=int, default=16)
+    parser.add_argument("--accelerator", default="cpu", choices=["cpu", "gpu"])
     asked = parser.parse_args()
+    QUIET["accelerator"] = asked.accelerator
     warnings.simplefilter("ignore")
     trained: dict[str, Any] = torch.load(asked.trained, weights_only=True)
     model, clock = ResNet18(lr=0.0), Clock()  # the head stays the trained one

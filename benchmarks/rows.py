@@ -80,7 +80,7 @@ def build(net: nn.Sequential, x: Tensor, y: Tensor, dtype: str, tol: float) -> U
         solver_tol=tol,
     )  # fmt: skip
     digests, n = torch.zeros(len(x), 16, dtype=torch.uint8), len(x)
-    ones = torch.ones(n, dtype=torch.float64)
+    ones = torch.ones(n, dtype=torch.float64, device=x.device)
     parts = [torch.arange(k, min(k + 512, n)) for k in range(0, n, 512)]
     batches = (Batch(x[some], y[some], ones[some], some) for some in parts)
     (memory,) = build_memories(net, [settings], batches, digests, bytes(16))
@@ -97,18 +97,24 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--requests", type=int, nargs="+", default=[1, 500])
     parser.add_argument("--record", help="a file of JSON lines to add the figures to")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
     asked = parser.parse_args()
+    device = torch.device(asked.device)
     images, digits, _, _ = mnist(asked.data)
-    x, net = images[: asked.points].float().unsqueeze(1), network(asked.features, asked.classes)
+    x = images[: asked.points].float().unsqueeze(1).to(device)
+    net = network(asked.features, asked.classes).to(device)
     with torch.no_grad():
         longer = LENGTH / net[:7](x[:512]).norm(dim=1).mean()  # as a trained network's are
         for parameter in net[5].parameters():
             parameter.mul_(longer)
         h = torch.cat([net[:7](part) for part in x.split(2048)])
-    y = clusters(h, digits[: asked.points], asked.classes)
+    y = clusters(h, digits[: asked.points].to(device), asked.classes)
 
     def say(**numbers: Any) -> None:
-        numbers["peak_GB"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+        if device.type == "cuda":
+            numbers["peak_GB"] = torch.cuda.max_memory_allocated(device) / 1e9
+        else:
+            numbers["peak_GB"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
         line = json.dumps(numbers)
         print(line, flush=True)
         if asked.record is not None:
@@ -120,26 +126,28 @@ def main() -> None:
     train(net[7], h, y, asked.steps)  # type: ignore[arg-type]
     say(trained=time.perf_counter() - start)
     start = time.perf_counter()
-    memory = build(net, x, y, asked.dtype, asked.tol)
+    memory = build(net, x, y, asked.dtype, asked.tol).to(device)
     rows = memory.curvature
     assert isinstance(rows, RowsCurvature)
     say(stage_one=time.perf_counter() - start,  rows_GB=rows.nbytes / 1e9,
         dense_GB=8e-9 * rows.p**2, **memory.summary)  # fmt: skip
     start = time.perf_counter()
-    blocks = rows.preconditioner(torch.device("cpu"))
+    blocks = rows.preconditioner(device)
     say(blocks_seconds=time.perf_counter() - start, blocks=len(blocks.factors),
         blocks_GB=blocks.nbytes / 1e9)  # fmt: skip
-    v = torch.randn(rows.p, dtype=torch.float64)
+    v = torch.randn(rows.p, dtype=torch.float64).to(device)
+    float(rows.matvec(v)[0])
     start = time.perf_counter()
     for _ in range(5):
-        rows.matvec(v)
+        found = rows.matvec(v)
+    float(found[0])  # waits for an accelerator
     say(product_seconds=(time.perf_counter() - start) / 5)
     first = 0
     for m in asked.requests:
         outcome = forget_rows(memory, list(range(first, first + m)))
-        first, memory, found = first + m, outcome.memory, outcome.solution
-        say(removed=m, seconds=outcome.seconds, products=found.iterations,
-            residual=found.residual, asked=asked.tol, status=str(found.status),
+        first, memory, solution = first + m, outcome.memory, outcome.solution
+        say(removed=m, seconds=outcome.seconds, products=solution.iterations,
+            residual=solution.residual, asked=asked.tol, status=str(solution.status),
             sketch_noise=outcome.sketch_noise)  # fmt: skip
 
 

@@ -169,7 +169,8 @@ def _along(
     D b is the difference of two gradients, each at its own δ*.
     """
     omega, view = memory.omega_star, memory.settings.view(module)
-    size = float(torch.linalg.vector_norm(omega)) * torch.finfo(view.dtype).eps ** 0.25
+    reach = max(float(torch.linalg.vector_norm(v)) for v in (omega, *way.offsets))
+    size = reach * torch.finfo(view.dtype).eps ** 0.25
     steps = size * way.directions
     at = [omega, *chain.from_iterable((omega + step, omega - step) for step in steps)]
     for first, *pairs in _measured(memory, module, batch, at):
