@@ -205,8 +205,9 @@ class _Ascent:
             residual = image - now
             kinked = self._on_kinks(some).unsqueeze(1)
             bold = history.filled[some].unsqueeze(1) & ~kinked
-            proposal = threat.project(point, history.propose(some, image, residual))
-            candidate = torch.where(bold, proposal, candidate)
+            if bool(bold.any()):
+                proposal = threat.project(point, history.propose(some, image, residual))
+                candidate = torch.where(bold, proposal, candidate)
         new_level, new_slope = self.input_gradient(point + candidate, some)
         before, after = (threat.merit(delta, shown) for delta in (now, candidate))
         gain = weight.squeeze(1) * self.link.gain(level, new_level) + after - before

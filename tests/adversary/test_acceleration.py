@@ -116,7 +116,7 @@ def test_points_on_kinks_are_given_up_and_not_called_stationary() -> None:
 
 
 def test_a_network_without_a_second_derivative_has_no_slow_points_where_the_map_fell() -> None:
-    """The same maximisers in a fraction of the passes; a linear one's slow points are waited for."""
+    """The same maximisers in a third of the passes; a linear one's slow points are waited for."""
     patient, many = ascend(L2Ball(1.0), 2.0, smooth=False)
     found, few = ascend(L2Ball(1.0), 2.0, smooth=False, known=True)
     assert few < many / 3
