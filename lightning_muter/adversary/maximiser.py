@@ -34,7 +34,7 @@ _PLAIN = 4  # passes before acceleration: most points need no more
 #: map's move below _NEARER of its best nor lift the level by _LIFT of its size; one whose move came
 #: below _CLOSE may be a slow point of a smooth function, which has more patience
 _PATIENCE, _LONG_PATIENCE = 20, 200
-#: where the network is known to have none but kinks, from a maximum and close to one
+#: and where the network is known to have nothing but kinks, far from a maximum and close to one
 _ON_KINKS, _CLOSE_TO_KINKS = 8, 15
 _CLOSE = 0.1
 _NEARER = 0.9
@@ -235,11 +235,7 @@ class _Ascent:
         distance = threat.distance(point, left)
         if not (risen and mapping):  # the map serves on where it served
             tried = _next_size(size, better)
-            if history is not None:  # on kinks a longer step is not tried before the second success
-                rose = _of(self.rose, some)
-                tried = torch.where(bold | (kinked & better & ~rose), size, tried)
-                self.rose = _put(self.rose, some, torch.where(bold, rose, better))
-            size = tried
+            size = tried if history is None else self._resized(some, tried, better, bold, kinked)
         if history is not None:  # at an interior maximum the map has no fixed point to go by
             move = torch.where(better, candidate - now, 0.0)
             pays = (distance < _PAYS * _of(self.moved, some)).unsqueeze(1) | ~bold
@@ -251,8 +247,19 @@ class _Ascent:
         if history is not None:
             self._look_for_progress(some)
 
+    def _resized(
+        self, some: Some, tried: Tensor, better: Tensor, bold: Tensor, kinked: Tensor
+    ) -> Tensor:
+        """The next sizes (m, 1): on kinks a longer step waits for a second success in a row.
+
+        An accelerated candidate says nothing of them.
+        """
+        rose = _of(self.rose, some)
+        self.rose = _put(self.rose, some, torch.where(bold, rose, better))
+        return torch.where(bold | (kinked & better & ~rose), _of(self.size, some), tried)
+
     def _on_kinks(self, some: Some) -> Tensor:
-        """Points (m,) that are on kinks, and not close to a maximum.
+        """Which points (m,) are on kinks, and not close to a maximum.
 
         There the map has no fixed point that Anderson's moves could lead to.
         """
