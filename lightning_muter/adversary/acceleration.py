@@ -53,8 +53,11 @@ class Anderson:
             change: of T(δ) - δ (m, d).
             kept: whether the move was made (m, 1).
         """
-        self.moves[some, self._slot], self.changes[some, self._slot] = move, change
+        before = self.filled.clone()
         self.filled[some] = kept.squeeze(1)
-        forgotten = torch.nonzero(~self.filled).flatten()
+        if bool(self.filled.any()):
+            self.moves[some, self._slot] = torch.where(kept, move, 0.0)
+            self.changes[some, self._slot] = torch.where(kept, change, 0.0)
+        forgotten = torch.nonzero(before & ~self.filled).flatten()
         self.moves[forgotten], self.changes[forgotten] = 0, 0
         self._slot = (self._slot + 1) % self.moves.shape[1]

@@ -34,7 +34,8 @@ _PLAIN = 4  # passes before acceleration: most points need no more
 #: map's move below _NEARER of its best nor lift the level by _LIFT of its size; one whose move came
 #: below _CLOSE may be a slow point of a smooth function, which has more patience
 _PATIENCE, _LONG_PATIENCE = 20, 200
-_KINKED = 15  # where the network is known to have none but kinks
+#: and where the network is known to have nothing but kinks, far from a maximum and close to one
+_ON_KINKS, _CLOSE_TO_KINKS = 8, 15
 _CLOSE = 0.1
 _NEARER = 0.9
 _LIFT = 1e-3
@@ -118,9 +119,9 @@ def maximise(
         dtype: what losses and gradients were computed in: no difference below its rounding counts.
         tol: a point is done when the map moves it by less than this share of the radius.
         link: from the levels to the losses.
-        bends: whether the logits have a second derivative, asked where points make no progress: a
-            convex loss of logits without one falls across kinks alone, and where the map's own
-            step lowered it there is no slow maximum to wait for.
+        bends: whether the logits have a second derivative, asked where the map's own step lowered
+            the objective: a convex loss of logits without one falls across kinks alone. On them
+            points are not accelerated, nor waited for as long.
     """
     rounding = 50 * torch.finfo(dtype).eps
     ascent = _Ascent(input_gradient, x, threat, start, dtype, link, bends)
@@ -177,6 +178,7 @@ class _Ascent:
         self.idle = torch.zeros_like(self.moved, dtype=torch.long)
         self.hopeful = torch.ones_like(self.moved, dtype=torch.bool)
         self.fell = ~self.hopeful
+        self.rose = torch.zeros_like(self.size, dtype=torch.bool)
 
     @property
     def led(self) -> Tensor:
@@ -201,9 +203,11 @@ class _Ascent:
         candidate = image if mapping else threat.ascend(point, now, shown, size)
         if history is not None:
             residual = image - now
-            bold = history.filled[some].unsqueeze(1)
-            proposal = threat.project(point, history.propose(some, image, residual))
-            candidate = torch.where(bold, proposal, candidate)
+            kinked = self._on_kinks(some).unsqueeze(1)
+            bold = history.filled[some].unsqueeze(1) & ~kinked
+            if bool(bold.any()):
+                proposal = threat.project(point, history.propose(some, image, residual))
+                candidate = torch.where(bold, proposal, candidate)
         new_level, new_slope = self.input_gradient(point + candidate, some)
         before, after = (threat.merit(delta, shown) for delta in (now, candidate))
         gain = weight.squeeze(1) * self.link.gain(level, new_level) + after - before
@@ -231,17 +235,36 @@ class _Ascent:
         distance = threat.distance(point, left)
         if not (risen and mapping):  # the map serves on where it served
             tried = _next_size(size, better)
-            size = tried if history is None else torch.where(bold, size, tried)
+            size = tried if history is None else self._resized(some, tried, better, bold, kinked)
         if history is not None:  # at an interior maximum the map has no fixed point to go by
             move = torch.where(better, candidate - now, 0.0)
             pays = (distance < _PAYS * _of(self.moved, some)).unsqueeze(1) | ~bold
-            history.record(some, move, left - residual, better & pays)
+            history.record(some, move, left - residual, better & pays & ~kinked)
         self.delta, self.size = _put(self.delta, some, delta), _put(self.size, some, size)
         self.level, self.slope = _put(self.level, some, level), _put(self.slope, some, slope)
         self.weight, self.mapped = _put(self.weight, some, weight), _put(self.mapped, some, mapped)
         self.moved = _put(self.moved, some, distance)
         if history is not None:
             self._look_for_progress(some)
+
+    def _resized(
+        self, some: Some, tried: Tensor, better: Tensor, bold: Tensor, kinked: Tensor
+    ) -> Tensor:
+        """The next sizes (m, 1): on kinks a longer step waits for a second success in a row.
+
+        An accelerated candidate says nothing of them.
+        """
+        rose = _of(self.rose, some)
+        self.rose = _put(self.rose, some, torch.where(bold, rose, better))
+        return torch.where(bold | (kinked & better & ~rose), _of(self.size, some), tried)
+
+    def _on_kinks(self, some: Some) -> Tensor:
+        """Which points (m,) are on kinks, and not close to a maximum.
+
+        There the map has no fixed point that Anderson's moves could lead to.
+        """
+        fell = _of(self.fell, some) & (_of(self.nearest, some) >= _CLOSE)
+        return fell & (not (bool(fell.any()) and self.bends()))
 
     def _look_for_progress(self, some: Some) -> None:
         """Give up points that came no nearer to a maximum for long."""
@@ -254,9 +277,10 @@ class _Ascent:
         self.nearest[some], self.idle[some] = nearest, idle
         self.height[some] = torch.where(ahead, level, height)
         patience = torch.where(nearest < _CLOSE, _LONG_PATIENCE, _PATIENCE)
-        doubtful = self.fell[some] & (idle >= _KINKED)
+        kinked = torch.where(nearest < _CLOSE, _CLOSE_TO_KINKS, _ON_KINKS)
+        doubtful = self.fell[some] & (idle >= kinked)
         if bool(doubtful.any()) and not self.bends():
-            patience = torch.where(doubtful, _KINKED, patience)
+            patience = torch.where(doubtful, kinked, patience)
         self.hopeful[some] = idle < patience
 
 

@@ -13,12 +13,16 @@ from lightning_muter.curvature.point import PointCurvature
 from lightning_muter.curvature.removed import RemovedPoints
 from lightning_muter.linalg.cg import conjugate_gradients
 from lightning_muter.linalg.cholesky import DenseSolver
+from lightning_muter.linalg.lanczos import largest_eigenvalue
 from lightning_muter.linalg.solution import Solution, Status, finite, relative_residual
 from lightning_muter.parallel import Group
 
-__all__ = ["DenseCurvature", "DowndatedSolver"]
+__all__ = ["EIGEN_LIMIT", "FACTOR_LIMIT", "DenseCurvature", "DowndatedSolver"]
 
+#: a matrix of more rows has its extreme eigenvalues by an iteration
 EIGEN_LIMIT = 2000
+#: and one of still more rows no factor but a request's: p³/3 operations are more than all products
+FACTOR_LIMIT = 20_000
 #: factors of forgotten points that weigh more than this share of the matrix go into it
 _FOLDED = 0.25
 #: the residual of a system that is solved with the factor of M_0; iterations, then M_r's own factor
@@ -141,23 +145,33 @@ class DenseCurvature(Curvature):
         return self._solvers[self.damping]
 
     def estimate(self, rhs: Tensor, tol: float = 1e-3) -> Solution:
-        if self.p <= EIGEN_LIMIT:
+        if self.p <= EIGEN_LIMIT or self._has_factor:
             return self.solver().solve(rhs)
         inverse = self.base_diagonal().clamp(min=1e-300).reciprocal()
         return conjugate_gradients(self.matvec, rhs, lambda v: inverse * v, tol, 100)
 
     def extremes(self) -> tuple[float, float]:
         matrix = self.matrix
-        if not bool(torch.isfinite(matrix).all()):
+        if not bool(torch.isfinite(matrix.sum())):
             return float("nan"), float("nan")
         if self.p <= EIGEN_LIMIT:
             values = torch.linalg.eigvalsh(matrix)
             return float(values[0]), float(values[-1])
         generator = torch.Generator().manual_seed(0)  # the global state, of any device, is others'
-        start = torch.randn(self.p, 1, generator=generator, dtype=torch.float64).to(matrix)
-        low = torch.lobpcg(matrix, X=start, largest=False, niter=30)[0]
-        high = torch.lobpcg(matrix, X=start, largest=True, niter=30)[0]
+        start = torch.randn(self.p, generator=generator, dtype=torch.float64).to(matrix)
+        if self._has_factor:
+            solver = self.base_solver()
+            inverse = largest_eigenvalue(lambda v: solver.other_half(solver.half(v)), start)
+            return 1 / inverse, largest_eigenvalue(self.matvec, start)
+        low = torch.lobpcg(matrix, X=start.unsqueeze(1), largest=False, niter=30)[0]
+        high = torch.lobpcg(matrix, X=start.unsqueeze(1), largest=True, niter=30)[0]
         return float(low[0]), float(high[0])
+
+    @property
+    def _has_factor(self) -> bool:
+        """Whether M is what a factor is for: numbers for people come from it, as requests will."""
+        small = self.removed.empty and self.p <= FACTOR_LIMIT
+        return small and self.base_solver().definite
 
 
 class DowndatedSolver:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lightning_muter.curvature.dense import EIGEN_LIMIT
+from lightning_muter.curvature.dense import EIGEN_LIMIT, FACTOR_LIMIT
 from lightning_muter.errors import ConfigurationError
 from lightning_muter.lightning.kept_state import untouched
 from lightning_muter.lightning.two_points import (
@@ -50,11 +50,12 @@ _PIECE_SECONDS = 2.0
 _PIECE = 256.0  # points that a piece has at the least: a batch has costs of its own
 _PRODUCTS = 80.0  # of a solve with rows, about
 #: of a solve with rows, that the noise of probes takes more: at a request, with a horizon, and of a
-#: memory; and products with a matrix of more than `EIGEN_LIMIT` rows, of a memory
+#: memory; and products with a matrix of more than `FACTOR_LIMIT` rows, of a memory
 _NOISE_OF_STEP, _NOISE_OF_FLOW, _NOISE_OF_MEMORY = 0.3, 2.5, 0.7
 _NOISE_PRODUCTS = 50.0
 _STALLS = 4  # Newton's steps until they end where perturbations are no maximisers, about
 _EIGENVALUES = 10.0  # the extreme eigenvalues of a memory take about so many factorisations
+_LANCZOS = 60.0  # products beside one factorisation, for them and all else, of a large matrix
 
 
 class _Solves(NamedTuple):
@@ -75,16 +76,23 @@ class _Solves(NamedTuple):
         sketched = settings.sketched
         if settings.representation != "rows" or rows is None:
             one = solve_seconds(p, device)
-            noise = 0.0
-            if sketched and p > EIGEN_LIMIT:
-                noise = _NOISE_PRODUCTS * matrix_product_seconds(p, device)
-            return cls(one, one, _EIGENVALUES * one + noise)
+            return cls(one, one, _matrix_seconds(p, one, sketched, device))
         dtype = settings.rows_options(device).dtype
         product = product_seconds(points, rows.width, rows.classes, rows.factors, dtype)
         one = _PRODUCTS * product
         noise = _NOISE_OF_FLOW if flows else _NOISE_OF_STEP
         more = (1 + noise, 1 + _NOISE_OF_MEMORY) if sketched else (1.0, 1.0)
         return cls(one, more[0] * one, more[1] * one)
+
+
+def _matrix_seconds(p: int, one: float, sketched: bool, device: torch.device) -> float:
+    """What Stage I solves at its end with a matrix whose factorisation takes ``one`` second."""
+    if p <= EIGEN_LIMIT:
+        return _EIGENVALUES * one
+    product = matrix_product_seconds(p, device)
+    if p <= FACTOR_LIMIT:
+        return one + _LANCZOS * product
+    return _EIGENVALUES * one + sketched * _NOISE_PRODUCTS * product
 
 
 @dataclass(frozen=True)

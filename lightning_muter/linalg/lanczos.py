@@ -11,7 +11,14 @@ from torch import Tensor
 
 from lightning_muter.linalg.solution import Operator, Solution, Status, finite, relative_residual
 
-__all__ = ["Krylov", "TimeAverage", "first_column", "flow", "inverse_square_root"]
+__all__ = [
+    "Krylov",
+    "TimeAverage",
+    "first_column",
+    "flow",
+    "inverse_square_root",
+    "largest_eigenvalue",
+]
 
 _EXHAUSTED = 1e-13
 _FIRST = 8  # rows of the basis to begin with; doubled as it grows
@@ -158,6 +165,33 @@ class Krylov:
 def first_column(values: Tensor, vectors: Tensor, function: Tensor) -> Tensor:
     """f(T) e_1 (..., m) from T's spectrum and f of its eigenvalues."""
     return (vectors * (function * vectors[..., 0, :]).unsqueeze(-2)).sum(dim=-1)
+
+
+def largest_eigenvalue(
+    operator: Operator, start: Tensor, tol: float = 1e-5, max_iter: int = 60
+) -> float:
+    """The largest eigenvalue of a positive definite A by Lanczos.
+
+    Args:
+        operator: products with A.
+        start: a vector (p,) that has something of every eigenvector, as a random one.
+        tol: ‖A q - θ q‖ / θ at which to stop; the error of θ is about its square.
+        max_iter: products at the most.
+
+    Example:
+        >>> import torch
+        >>> a = torch.tensor([1.0, 2.0, 5.0]).double()
+        >>> round(largest_eigenvalue(lambda v: a * v, torch.ones(3).double()), 6)
+        5.0
+    """
+    krylov = Krylov(operator, start)
+    for _ in range(min(max_iter, len(start))):
+        krylov.step()
+        values, vectors = krylov.spectrum()
+        rest = float(krylov.length * vectors[-1, -1].abs())
+        if rest <= tol * float(values[-1]) or bool(krylov.exhausted):
+            break
+    return float(values[-1])
 
 
 def inverse_square_root(

@@ -44,26 +44,29 @@ class L2Ball(Threat):
             return delta * (self.eps / row_norm(delta)).clamp(max=1.0)
         low, high = self.bounds(x)
         clipped = delta.clamp(low, high)
-        outside = row_norm(clipped) > self.eps
+        outside = (row_norm(clipped) > self.eps).squeeze(1)
         if not bool(outside.any()):
             return clipped
-        return torch.where(outside, self._scale_to_sphere(delta, low, high), clipped)
+        rows = slice(None) if bool(outside.all()) else outside
+        clipped[rows] = self._scale_to_sphere(delta[rows], low[rows], high[rows])
+        return clipped
 
     def _scale_to_sphere(self, v: Tensor, low: Tensor, high: Tensor) -> Tensor:
         """clip(c v, low, high) with the c that puts it on the sphere, by its active set.
 
         c grows as coordinates reach their bound; the set can only grow, so this ends.
         """
+        size, room = v.abs(), torch.where(v > 0, high, -low)
         held = torch.zeros_like(v, dtype=torch.bool)
+        limits = torch.finfo(v.dtype)
         while True:
-            fixed = torch.where(held, torch.where(v > 0, high, low), torch.zeros_like(v))
-            rest = (self.eps**2 - dot(fixed, fixed)).clamp(min=0.0).sqrt()
-            free = torch.where(held, torch.zeros_like(v), v)
-            scaled = direction(free) * rest
-            beyond = ((scaled > high) | (scaled < low)) & ~held
-            if not bool(beyond.any()):
-                return fixed + scaled
-            held = held | beyond
+            taken, free = room.where(held, 0.0), row_norm(size.masked_fill(held, 0.0))
+            rest = (self.eps**2 - dot(taken, taken)).clamp(min=0.0).sqrt()
+            scale = (rest / free.clamp(min=limits.tiny)).clamp(max=limits.max)
+            beyond = size * scale > room
+            if not bool((beyond > held).any()):
+                return torch.where(held, room.copysign(v), v * scale)
+            held |= beyond
 
     def random_start(self, x: Tensor) -> Tensor:
         towards = direction(torch.randn_like(x))
@@ -75,17 +78,21 @@ class L2Ball(Threat):
 
     def ascend(self, x: Tensor, delta: Tensor, grad: Tensor, size: Tensor) -> Tensor:
         unit, farthest = direction(grad, self.eps), torch.isinf(size)
-        whole = farthest & unit.any(dim=1, keepdim=True)
-        if self.data_range is None and bool(whole.all()):
-            return unit
+        whole = (farthest & unit.any(dim=1, keepdim=True)).squeeze(1)
+        if bool(whole.all()):
+            return self._farthest(x, unit)
         step = torch.where(farthest, torch.ones_like(size), size) * unit
-        v = torch.where(whole, unit, delta + step)
-        if self.data_range is None:
-            return self.project(x, v)
-        # the fixed-point map goes to the farthest point along the gradient, on the sphere if the
-        # box lets it: scale up where clipping fell short of it
-        low, high = self.bounds(x)
-        return torch.where(whole, self._scale_to_sphere(v, low, high), self.project(x, v))
+        found = self.project(x, delta + step)
+        if bool(whole.any()):
+            found[whole] = self._farthest(x[whole], unit[whole])
+        return found
+
+    def _farthest(self, x: Tensor, unit: Tensor) -> Tensor:
+        """The fixed-point map: as far along directions (n, d) of length ε as the box lets it.
+
+        That is on the sphere: scaled up where clipping would fall short of it.
+        """
+        return unit if self.data_range is None else self._scale_to_sphere(unit, *self.bounds(x))
 
     def merit(self, delta: Tensor, grad: Tensor) -> Tensor:
         return delta.new_zeros(len(delta))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -80,6 +81,7 @@ class PointProblem:
                 ascent, flat, self.threat, self.max_iter, at, view.dtype, link=link, bends=bends
             )
 
+        @cache
         def bends() -> bool:
             return view.beside(some.beside).bends(view.scaling.shaped(flat[:_PROBED], some.x))
 

@@ -116,13 +116,42 @@ def test_points_on_kinks_are_given_up_and_not_called_stationary() -> None:
 
 
 def test_a_network_without_a_second_derivative_has_no_slow_points_where_the_map_fell() -> None:
-    """As many maximisers in a fraction of the passes; a linear one's slow points are waited for."""
+    """The same maximisers in a third of the passes; a linear one's slow points are waited for."""
     patient, many = ascend(L2Ball(1.0), 2.0, smooth=False)
     found, few = ascend(L2Ball(1.0), 2.0, smooth=False, known=True)
-    assert few < many / 2
+    assert few < many / 3
     assert torch.equal(found.stationary, patient.stationary)
-    assert torch.equal(found.delta[found.stationary], patient.delta[found.stationary])
+    maxima = found.stationary
+    apart = (found.delta - patient.delta)[maxima].norm(dim=1)
+    assert float(apart.max()) < 1e-7  # the tolerance of an accelerated ascent: the ways differ
+    assert float((patient.losses - found.losses)[maxima].max()) < 1e-12
     assert float((patient.losses - found.losses).abs().max()) < 0.01 * float(patient.losses.mean())
+
+
+@pytest.mark.parametrize("steep", [0.3, 1.0])
+def test_a_known_maximum_on_a_kink_is_climbed_to_in_few_passes(steep: float) -> None:
+    """b·δ - steep |a·δ| over the unit ball, a ⟂ b of length one: the maximum is |b| = 1 at δ = b.
+
+    At it the gradient b ∓ steep a never is parallel to δ: no evidence calls the point stationary.
+    """
+    torch.manual_seed(0)
+    b = nn.functional.normalize(torch.randn(N, D).double(), dim=1)
+    a = torch.randn(N, D).double()
+    a = nn.functional.normalize(a - (a * b).sum(dim=1, keepdim=True) * b, dim=1)
+    start, passes = 0.3 * nn.functional.normalize(torch.randn(N, D).double(), dim=1), 0
+
+    def input_gradient(points: Tensor, which: Tensor) -> tuple[Tensor, Tensor]:
+        nonlocal passes
+        passes += len(points)
+        along, across = (points * b[which]).sum(dim=1), (points * a[which]).sum(dim=1)
+        slope = b[which] - steep * across.sign().unsqueeze(1) * a[which]
+        return along - steep * across.abs(), slope
+
+    x = torch.zeros(N, D).double()
+    found = maximise(input_gradient, x, L2Ball(1.0), start=start, bends=lambda: False)
+    assert passes / N < 30
+    assert float((1 - found.losses).mean()) < 0.01
+    assert not bool(found.stationary.any())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)

@@ -512,7 +512,7 @@ def test_the_noise_of_probes_is_in_the_time_that_is_said_for_rows(
 def test_the_noise_of_probes_is_in_the_time_that_is_said_for_a_matrix(
     large: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A small matrix's factor is there already; a large one takes products."""
+    """A matrix's factor is there already; one that is too large for it takes products."""
     products: list[int] = []
     counting(monkeypatch, DenseCurvature, products)
     noise = PointSample.noise
@@ -524,8 +524,9 @@ def test_the_noise_of_probes_is_in_the_time_that_is_said_for_a_matrix(
     monkeypatch.setattr(PointSample, "noise", counted)
     products.append(0)
     if large:
-        monkeypatch.setattr(dense, "EIGEN_LIMIT", 100)
-        monkeypatch.setattr(preflight, "EIGEN_LIMIT", 100)
+        for limit in ("EIGEN_LIMIT", "FACTOR_LIMIT"):
+            monkeypatch.setattr(dense, limit, 100)
+            monkeypatch.setattr(preflight, limit, 100)
     memory = kept_with_probes(representation="dense")
     found = products[-1]
     monkeypatch.setattr(preflight, "solve_seconds", lambda *_: 0.0)
@@ -533,6 +534,39 @@ def test_the_noise_of_probes_is_in_the_time_that_is_said_for_a_matrix(
     said = said_of(memory)
     assert found / 2 <= said.stage_one_seconds <= 2 * found and large == (found > 0)
     assert said.request_seconds == 0.0  # a request takes the memory's own
+
+
+def test_a_large_matrix_is_factorised_once_at_the_end_of_stage_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The time that is said is of one factorisation and about as many products as it takes."""
+    for module in (dense, preflight):
+        monkeypatch.setattr(module, "EIGEN_LIMIT", 100)
+    solves: list[int] = []
+    products: list[int] = []
+    counting(monkeypatch, DenseCurvature, products)
+    products.append(0)
+    made = dense.DenseSolver
+
+    def factorised(matrix: Any) -> Any:
+        solves.append(len(matrix))
+        solver = made(matrix)
+        half = solver.half
+
+        def counted(rhs: Any) -> Any:  # two triangular solves read the factor once
+            products[-1] += 1
+            return half(rhs)
+
+        monkeypatch.setattr(solver, "half", counted)
+        return solver
+
+    monkeypatch.setattr(dense, "DenseSolver", factorised)
+    memory = kept_with_probes(representation="dense")
+    assert solves == [memory.p] and memory.p > 100
+    monkeypatch.setattr(preflight, "solve_seconds", lambda *_: 1000.0)
+    monkeypatch.setattr(preflight, "matrix_product_seconds", lambda *_: 1.0)
+    said = said_of(memory).stage_one_seconds - 1000.0
+    assert products[-1] / 3 <= said <= 3 * products[-1]
 
 
 @pytest.mark.parametrize(("each", "points"), [(0.001, 16), (0.7, 7), (2.0, 2)])

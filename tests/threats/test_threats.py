@@ -60,6 +60,23 @@ def test_maximiser_of_a_linear_loss_beats_random_points(threat: Threat) -> None:
         assert bool((merit(found.delta) >= merit(other) - 1e-9).all())
 
 
+@pytest.mark.parametrize("least", [1.0, 1e-3, 1e-250])
+def test_the_map_of_an_l2_ball_goes_to_the_sphere_within_the_box(least: float) -> None:
+    """clip(c g) of length ε by bisection on c, also where a few coordinates hold all of g."""
+    torch.manual_seed(0)
+    x = torch.rand(50, 12).double().round(decimals=1)  # some on a bound
+    g = torch.randn(50, 12).double() * torch.where(torch.rand(50, 12) < 0.5, 1.0, least)
+    threat, size = L2Ball(0.7, data_range=(0, 1)), torch.full((50, 1), torch.inf).double()
+    low, high = torch.full((50, 1), -300.0).double(), torch.full((50, 1), 300.0).double()
+    for _ in range(200):  # on log10 c
+        middle = (low + high) / 2
+        clipped = (10.0**middle * g).clamp(-x, 1 - x)
+        beyond = clipped.norm(dim=1, keepdim=True) > 0.7
+        low, high = torch.where(beyond, low, middle), torch.where(beyond, middle, high)
+    found = threat.ascend(x, torch.zeros_like(x), g, size)
+    torch.testing.assert_close(found, (10.0**low * g).clamp(-x, 1 - x), rtol=1e-9, atol=1e-9)
+
+
 def test_interior_maximum_is_found_and_free() -> None:
     x = torch.zeros(1, 2, dtype=torch.float64)
     peak = torch.tensor([[0.2, -0.1]], dtype=torch.float64)
