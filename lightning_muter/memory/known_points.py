@@ -187,6 +187,8 @@ class KnownPoints:
         """Whether a forgotten one among the points has an equal that is left."""
         named = np.asarray(indices)
         forgotten = named[self.removed.cpu().numpy()[named]]
+        if not len(forgotten):
+            return False
         gone = {row.tobytes() for row in self.digests.cpu().numpy()[forgotten]}
         left = self.match(list(gone)).indices
         return any(bool(self.living[i]) for i in left if i is not None)

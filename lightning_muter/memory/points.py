@@ -24,6 +24,7 @@ __all__ = [
     "digest",
     "digests_of",
     "listing",
+    "passed_over",
     "refuse_changed",
     "training_indices",
 ]
@@ -151,8 +152,8 @@ def check_free(indices: Sequence[int], removed: Tensor, weights: Tensor) -> None
         RemovalError: with the offending values.
     """
     chosen = np.asarray(indices, dtype=np.int64)
-    flags, seen = removed.cpu().numpy(), weights.cpu().numpy() > 0
-    unseen = chosen[~seen[chosen]].tolist()
+    flags, counted = removed.cpu().numpy(), weights.cpu().numpy()
+    unseen = chosen[counted[chosen] <= 0].tolist()
     if unseen:
         raise RemovalError(
             f"indices {listing(unseen)} were never trained on: training's sampler or limits left "
@@ -164,11 +165,24 @@ def check_free(indices: Sequence[int], removed: Tensor, weights: Tensor) -> None
             f"indices {listing(gone)} were forgotten already: leave them out, or give "
             "already='skip', which passes over them as a request that is repeated needs it"
         )
-    if len(indices) >= int((~flags & seen).sum()):
+    if len(indices) >= np.count_nonzero((counted > 0) & ~flags):
         raise RemovalError(
             f"the request would forget all {len(indices)} remaining points: there is no model "
             "of no data; delete the model instead"
         )
+
+
+def passed_over(indices: Sequence[int], over: Tensor | None) -> list[bool]:
+    """Which of the indices are to be left out of a request: those of ``over`` (n,), or none.
+
+    Example:
+        >>> passed_over([2, 0], torch.tensor([True, False, False]))
+        [False, True]
+    """
+    if over is None:
+        return [False] * len(indices)
+    found: list[bool] = over.cpu()[list(indices)].tolist()
+    return found
 
 
 def check_batch(x: Tensor, targets: Tensor, indices: Sequence[int] | None = None) -> None:
