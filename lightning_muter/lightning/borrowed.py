@@ -58,7 +58,7 @@ class RandomState:
 
     python: Any
     numpy: Any
-    torch: Tensor
+    host: Tensor
     device: torch.device
     accelerator: Tensor | None
 
@@ -77,7 +77,7 @@ class RandomState:
         finally:
             random.setstate(self.python)
             np.random.set_state(self.numpy)  # noqa: NPY002
-            torch.set_rng_state(self.torch)
+            torch.set_rng_state(self.host)
             if self.accelerator is not None:
                 torch.cuda.set_rng_state(self.accelerator, self.device)
 

@@ -59,6 +59,22 @@ def test_a_downdated_system_is_solved_to_rounding_without_a_factorisation(
     torch.testing.assert_close(found.value, expected, rtol=1e-11, atol=1e-13)
 
 
+def test_requests_in_a_row_take_as_many_iterations_as_the_first() -> None:
+    """Each takes out a direction of its own, which later ones need not meet again."""
+    p, usable = 400, torch.ones(1, dtype=torch.bool)
+    rows, rhs = rows_of(11, 3 * p, p), torch.zeros(p, dtype=torch.float64)
+    rest = DenseCurvature(rows.T @ rows)
+    for row in rows[:8]:
+        start, rhs = rest, rhs + row
+        removed = RemovedPoints.of([OuterProducts(row.unsqueeze(0), usable)], 0.0)
+        rest = start.without(removed)
+        found = rest.solver().solve(rhs)
+        assert found.status == "converged" and found.iterations == 1 and found.residual < 1e-12
+        torch.testing.assert_close(found.value, torch.linalg.solve(rest.matrix, rhs))
+        # what a request leaves is its own: from where it started another one goes as it did
+        assert torch.equal(start.without(removed).solver().solve(rhs).value, found.value)
+
+
 def test_heavy_factors_go_into_the_matrix() -> None:
     whole = problem()
     rest = whole.without(RemovedPoints.of([one(2, 15)], 0.0))
