@@ -88,7 +88,7 @@ class L2Ball(Threat):
         return torch.where(whole, self._scale_to_sphere(v, low, high), self.project(x, v))
 
     def merit(self, delta: Tensor, grad: Tensor) -> Tensor:
-        return delta.new_zeros(len(delta))
+        return delta.new_zeros(delta.shape[0])
 
     def active(self, x: Tensor, delta: Tensor) -> Tensor:
         return self._reached(row_norm(delta)).squeeze(1)
