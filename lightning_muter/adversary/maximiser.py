@@ -187,8 +187,11 @@ class _Ascent:
 
     def open(self, limit: Tensor) -> Tensor:
         """Which points (m,) the map still moves by more than their limit (n,), and may."""
-        moving = torch.nonzero(self.moved > limit).squeeze(1)
-        return moving[self.led[moving] & self.hopeful[moving]] if moving.numel() else moving
+        moving = self.moved > limit
+        found = torch.nonzero(moving)
+        if found.numel():
+            found = torch.nonzero(moving & self.led & self.hopeful)
+        return found.squeeze(1)
 
     def found(self) -> InnerMaximum:
         """Where the points are now, with the gradients and losses of the loss itself."""

@@ -152,7 +152,7 @@ class UnlearningMemory:
             entry: what else the ledger should say of the request.
         """
         flags = self.removed.clone()
-        flags[indices] = True
+        flags.numpy()[indices] = True
         record = {"request": len(self.ledger) + 1, "indices": indices, **entry}
         return replace(
             self,
