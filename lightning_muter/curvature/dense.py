@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -51,6 +50,7 @@ class DenseCurvature(Curvature):
     damping: float = 0.0
     _solvers: dict[float, DenseSolver] = field(default_factory=dict, repr=False, compare=False)
     _steps: dict[float, Steps] = field(default_factory=dict, repr=False, compare=False)
+    _own: dict[float, DenseSolver] = field(default_factory=dict, repr=False, compare=False)
     _places: dict[torch.device, tuple[Tensor, dict[float, DenseSolver]]] = field(
         default_factory=dict, repr=False, compare=False
     )
@@ -87,7 +87,7 @@ class DenseCurvature(Curvature):
         base, solvers = self._places[omega.device]
         removed = self.removed.to(device, omega)
         steps = {damping: one.to(device) for damping, one in self._steps.items()}
-        return DenseCurvature(base, removed, self.damping, solvers, steps, self._places)
+        return DenseCurvature(base, removed, self.damping, solvers, steps, _places=self._places)
 
     def add(self, part: PointCurvature, facts: PointFacts | None = None) -> None:
         """Add the curvature of some points; a matrix keeps no ``facts`` of theirs."""
@@ -103,9 +103,14 @@ class DenseCurvature(Curvature):
         self.base.diagonal().add_(scale)
 
     def without(self, removed: RemovedPoints) -> DenseCurvature:
-        """The sum without some more points; folded where the factors became heavy."""
+        """The sum without some more points; folded where the factors became heavy.
+
+        A sum that a solve had to factorise is what the rest is taken from.
+        """
+        if self._own:
+            return replace(self.folded(), _solvers=self._own).without(removed)
         steps = {damping: one.of(removed.subtracted) for damping, one in self._steps.items()}
-        rest = replace(self, removed=self.removed.joined(removed), _steps=steps)
+        rest = replace(self, removed=self.removed.joined(removed), _steps=steps, _own={})
         heavy = rest.removed.nbytes > _FOLDED * self.base.numel() * self.base.element_size()
         return rest.folded() if heavy else rest
 
@@ -148,6 +153,12 @@ class DenseCurvature(Curvature):
             self._solvers[self.damping] = DenseSolver(damped.matrix)
         return self._solvers[self.damping]
 
+    def own_solver(self) -> DenseSolver:
+        """The factorisation of this sum itself, computed once."""
+        if self.damping not in self._own:
+            self._own[self.damping] = DenseSolver(self.matrix)
+        return self._own[self.damping]
+
     @property
     def steps(self) -> Steps:
         """What solves with this sum, and with those that it comes from, left for the next."""
@@ -186,10 +197,6 @@ class DowndatedSolver:
         self.curvature = curvature
         self._base = curvature.base_solver()
 
-    @cached_property
-    def _own(self) -> DenseSolver:
-        return DenseSolver(self.curvature.matrix)
-
     def solve(self, rhs: Tensor) -> Solution:
         """x (p,) for b (p,), with its residual and status.
 
@@ -198,7 +205,7 @@ class DowndatedSolver:
         """
         found = self._iterated(rhs) if self._base.definite else None
         if found is None:
-            return self._own.solve(rhs)
+            return self.curvature.own_solver().solve(rhs)
         value, iterations = found
         residual = relative_residual(self.curvature.matvec(value) - rhs, rhs)
         return finite(Solution(value, residual, iterations, Status.CONVERGED))

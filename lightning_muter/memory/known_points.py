@@ -114,7 +114,7 @@ class KnownPoints:
         found = np.full(len(rows), -1)
         if len(positions) and len(rows):
             named = np.asarray(positions, dtype=np.int64)
-            inside = np.flatnonzero((named >= 0) & (named < len(self.digests)))
+            inside = np.flatnonzero((named >= 0) & (named < self.digests.shape[0]))
             named = named[inside]
             known = self.digests.cpu().contiguous().numpy().view(np.int64)[named]
             same = (_words(b"".join(rows))[inside] == known).all(axis=1)

@@ -77,8 +77,9 @@ def _serialised(tensor: Tensor | Sequence[Any]) -> tuple[bytes, list[memoryview]
     value = value.double() if value.is_floating_point() else value
     head = f"{value.dtype}{tuple(value.shape[1:])}".encode()
     whole = value.contiguous().reshape(-1).view(torch.uint8).numpy().data
-    width = len(whole) // max(len(value), 1)
-    return head, [whole[k * width : (k + 1) * width] for k in range(len(value))]
+    n = value.shape[0]
+    width = len(whole) // max(n, 1)
+    return head, [whole[k * width : (k + 1) * width] for k in range(n)]
 
 
 def listing(values: Sequence[Any]) -> str:
@@ -191,11 +192,12 @@ def check_batch(x: Tensor, targets: Tensor, indices: Sequence[int] | None = None
     Raises:
         RemovalError: with the sizes.
     """
-    sizes = {len(x), len(targets), len(x if indices is None else indices)}
+    n = x.shape[0]
+    sizes = {n, targets.shape[0], n if indices is None else len(indices)}
     if len(sizes) > 1:
         named = "" if indices is None else f" and {len(indices)} indices"
         raise RemovalError(
-            f"a removal batch has {len(x)} inputs, {len(targets)} targets{named}: give one of each "
+            f"a removal batch has {n} inputs, {len(targets)} targets{named}: give one of each "
             "for every point"
         )
     if x.is_floating_point() and not bool(torch.isfinite(x).all()):

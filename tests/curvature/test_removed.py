@@ -75,6 +75,24 @@ def test_requests_in_a_row_take_as_many_iterations_as_the_first() -> None:
         assert torch.equal(start.without(removed).solver().solve(rhs).value, found.value)
 
 
+def test_a_sum_that_had_to_be_factorised_serves_what_follows(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    p, damping = 400, 0.5
+    rows, rhs = rows_of(12, p + 100, p), rows_of(13, 1, p)[0]
+    large = OuterProducts(rows[:90], torch.ones(90, dtype=torch.bool))
+    small = RemovedPoints.of([OuterProducts(rows[-1:], torch.ones(1, dtype=torch.bool))], 0.01)
+    rest = DenseCurvature(rows.T @ rows).without(RemovedPoints.of([large], 0.0))
+    assert not rest.removed.empty
+    found = rest.damped(damping).solver().solve(rhs)
+    assert found.status == "converged" and found.iterations == 0  # conjugate gradients gave up
+    expected = torch.linalg.solve(rest.without(small).damped(damping).matrix, rhs)
+    monkeypatch.setattr("torch.linalg.cholesky_ex", None)
+    again = rest.without(small).damped(damping).solver().solve(rhs)
+    assert again.status == "converged" and again.iterations < 10 and again.residual < 1e-12
+    torch.testing.assert_close(again.value, expected)
+
+
 def test_heavy_factors_go_into_the_matrix() -> None:
     whole = problem()
     rest = whole.without(RemovedPoints.of([one(2, 15)], 0.0))
