@@ -108,7 +108,9 @@ class DenseCurvature(Curvature):
         A sum that a solve had to factorise is what the rest is taken from.
         """
         if self._own:
-            return replace(self.folded(), _solvers=self._own).without(removed)
+            own = self._own.get(0.0)
+            base = self.folded().base if own is None else own.matrix
+            return DenseCurvature(base, damping=self.damping, _solvers=self._own).without(removed)
         steps = {damping: one.of(removed.subtracted) for damping, one in self._steps.items()}
         rest = replace(self, removed=self.removed.joined(removed), _steps=steps, _own={})
         heavy = rest.removed.nbytes > _FOLDED * self.base.numel() * self.base.element_size()
