@@ -128,7 +128,7 @@ def maximise(
     limit = torch.full_like(ascent.moved, max(tol, rounding))
     history: Anderson | None = None
     for k in range(max_iter):
-        todo = torch.nonzero((ascent.moved > limit) & ascent.led & ascent.hopeful).squeeze(1)
+        todo = ascent.open(limit)
         if todo.numel() == 0:
             break
         if k == _PLAIN:
@@ -167,8 +167,10 @@ class _Ascent:
         self.bends = bends
         self.slack = 10 * torch.finfo(dtype).eps
         self.delta = torch.zeros_like(x) if start is None else threat.project(x, start)
-        self.level, self.slope = input_gradient(x + self.delta, _EVERYONE)
+        begin = x if start is None else x + self.delta
+        self.level, self.slope = input_gradient(begin, _EVERYONE)
         self.size = torch.full_like(x[:, :1], torch.inf)
+        self.mapping = True
         self.weight = self.link.weight(self.level, self.slope)
         self.mapped = threat.ascend(x, self.delta, self.slope * self.weight, self.size)
         self.moved = threat.distance(x, self.mapped - self.delta)
@@ -185,6 +187,14 @@ class _Ascent:
         """Points (n,) that have a gradient to go by where they are."""
         return self.slope.any(dim=1)
 
+    def open(self, limit: Tensor) -> Tensor:
+        """Which points (m,) the map still moves by more than their limit (n,), and may."""
+        moving = self.moved > limit
+        found = torch.nonzero(moving)
+        if found.numel():
+            found = torch.nonzero(moving & self.led & self.hopeful)
+        return found.squeeze(1)
+
     def found(self) -> InnerMaximum:
         """Where the points are now, with the gradients and losses of the loss itself."""
         grad = self.link.gradient(self.level, self.slope)
@@ -199,7 +209,7 @@ class _Ascent:
         point, now, size = (_of(one, some) for one in (self.x, self.delta, self.size))
         level, slope, weight = (_of(one, some) for one in (self.level, self.slope, self.weight))
         image, shown = _of(self.mapped, some), slope * weight
-        mapping = bool(torch.isinf(size).all())
+        mapping = self.mapping or bool(torch.isinf(size).all())
         candidate = image if mapping else threat.ascend(point, now, shown, size)
         if history is not None:
             residual = image - now
@@ -210,10 +220,10 @@ class _Ascent:
                 candidate = torch.where(bold, proposal, candidate)
         new_level, new_slope = self.input_gradient(point + candidate, some)
         before, after = (threat.merit(delta, shown) for delta in (now, candidate))
-        gain = weight.squeeze(1) * self.link.gain(level, new_level) + after - before
-        better = gain >= 0
+        better = (new_level >= level) & (after >= before)  # for then the loss has risen as well
         risen = bool(better.all())
         if not risen:
+            gain = weight.squeeze(1) * self.link.gain(level, new_level) + after - before
             inputs = (row_norm(shown) * (row_norm(point) + row_norm(candidate))).squeeze(1)
             size_of_level = weight.squeeze(1) * (self.link.unit + level.abs())
             # rounding is of the level, of the inputs that it is computed from, and of the merit
@@ -222,6 +232,7 @@ class _Ascent:
         if not risen:
             spared = better if history is None else better | bold
             self.fell[some] |= ~spared.squeeze(1)
+            self.mapping = False
         if risen:
             delta, slope, level = candidate, new_slope, new_level
         else:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from lightning_muter.curvature.point import PointCurvature
 from lightning_muter.curvature.removed import RemovedPoints
 from lightning_muter.linalg.cg import conjugate_gradients
 from lightning_muter.linalg.cholesky import DenseSolver
+from lightning_muter.linalg.deflation import Steps
 from lightning_muter.linalg.lanczos import largest_eigenvalue
 from lightning_muter.linalg.solution import Solution, Status, finite, relative_residual
 from lightning_muter.parallel import Group
@@ -28,6 +29,9 @@ _FOLDED = 0.25
 #: the residual of a system that is solved with the factor of M_0; iterations, then M_r's own factor
 _TOL = 1e-12
 _ITERATIONS = 40
+#: directions of earlier solves that are left out of later ones, one for so many parameters: they
+#: weigh a twenty-fifth of the matrix
+_RECYCLED = 50
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,8 @@ class DenseCurvature(Curvature):
     removed: RemovedPoints = field(default_factory=RemovedPoints)
     damping: float = 0.0
     _solvers: dict[float, DenseSolver] = field(default_factory=dict, repr=False, compare=False)
+    _steps: dict[float, Steps] = field(default_factory=dict, repr=False, compare=False)
+    _own: dict[float, DenseSolver] = field(default_factory=dict, repr=False, compare=False)
     _places: dict[torch.device, tuple[Tensor, dict[float, DenseSolver]]] = field(
         default_factory=dict, repr=False, compare=False
     )
@@ -84,7 +90,8 @@ class DenseCurvature(Curvature):
             self._places[omega.device] = self.base.to(device), {}
         base, solvers = self._places[omega.device]
         removed = self.removed.to(device, omega)
-        return DenseCurvature(base, removed, self.damping, solvers, self._places)
+        steps = {damping: one.to(device) for damping, one in self._steps.items()}
+        return DenseCurvature(base, removed, self.damping, solvers, steps, _places=self._places)
 
     def add(self, part: PointCurvature, facts: PointFacts | None = None) -> None:
         """Add the curvature of some points; a matrix keeps no ``facts`` of theirs."""
@@ -100,8 +107,16 @@ class DenseCurvature(Curvature):
         self.base.diagonal().add_(scale)
 
     def without(self, removed: RemovedPoints) -> DenseCurvature:
-        """The sum without some more points; folded where the factors became heavy."""
-        rest = replace(self, removed=self.removed.joined(removed))
+        """The sum without some more points; folded where the factors became heavy.
+
+        A sum that a solve had to factorise is what the rest is taken from.
+        """
+        if self._own:
+            own = self._own.get(0.0)
+            base = self.folded().base if own is None else own.matrix
+            return DenseCurvature(base, damping=self.damping, _solvers=self._own).without(removed)
+        steps = {damping: one.of(removed.subtracted) for damping, one in self._steps.items()}
+        rest = replace(self, removed=self.removed.joined(removed), _steps=steps, _own={})
         heavy = rest.removed.nbytes > _FOLDED * self.base.numel() * self.base.element_size()
         return rest.folded() if heavy else rest
 
@@ -126,7 +141,7 @@ class DenseCurvature(Curvature):
         product = self.base @ v
         if self.damping:
             product.add_(v, alpha=self.damping)
-        return product if self.removed.empty else product.sub_(self.removed.matvec(v))
+        return product if self.removed.empty else self.removed.subtracted(product, v)
 
     def base_diagonal(self) -> Tensor:
         return self.base.diagonal() + self.damping
@@ -143,6 +158,17 @@ class DenseCurvature(Curvature):
             damped = DenseCurvature(self.base, damping=self.damping)
             self._solvers[self.damping] = DenseSolver(damped.matrix)
         return self._solvers[self.damping]
+
+    def own_solver(self) -> DenseSolver:
+        """The factorisation of this sum itself, computed once."""
+        if self.damping not in self._own:
+            self._own[self.damping] = DenseSolver(self.matrix)
+        return self._own[self.damping]
+
+    @property
+    def steps(self) -> Steps:
+        """What solves with this sum, and with those that it comes from, left for the next."""
+        return self._steps.setdefault(self.damping, Steps(self.p // _RECYCLED))
 
     def estimate(self, rhs: Tensor, tol: float = 1e-3) -> Solution:
         if self.p <= EIGEN_LIMIT or self._has_factor:
@@ -161,7 +187,7 @@ class DenseCurvature(Curvature):
         start = torch.randn(self.p, generator=generator, dtype=torch.float64).to(matrix)
         if self._has_factor:
             solver = self.base_solver()
-            inverse = largest_eigenvalue(lambda v: solver.other_half(solver.half(v)), start)
+            inverse = largest_eigenvalue(solver.inverse, start)
             return 1 / inverse, largest_eigenvalue(self.matvec, start)
         low = torch.lobpcg(matrix, X=start.unsqueeze(1), largest=False, niter=30)[0]
         high = torch.lobpcg(matrix, X=start.unsqueeze(1), largest=True, niter=30)[0]
@@ -177,18 +203,15 @@ class DenseCurvature(Curvature):
 class DowndatedSolver:
     """Solves M x = b by conjugate gradients, with M_0 = L Lᵀ as the preconditioner.
 
-    They run on I - L⁻¹ (Σ_S D_i) L⁻ᵀ, which is the identity less a little: a few iterations end at
-    rounding, and none of them multiplies by M_0. Where M_0 or M is not positive definite, or is too
-    far from M_0, M is formed and treated as `DenseSolver` treats a matrix.
+    M is M_0 less a little: a few iterations end at rounding, and none of them multiplies by M_0.
+    What the solves of earlier requests met is left out of them (`Deflation`). Where M_0 or M is not
+    positive definite, or is too far from M_0, M is formed and treated as `DenseSolver` treats a
+    matrix.
     """
 
     def __init__(self, curvature: DenseCurvature) -> None:
         self.curvature = curvature
         self._base = curvature.base_solver()
-
-    @cached_property
-    def _own(self) -> DenseSolver:
-        return DenseSolver(self.curvature.matrix)
 
     def solve(self, rhs: Tensor) -> Solution:
         """x (p,) for b (p,), with its residual and status.
@@ -198,7 +221,7 @@ class DowndatedSolver:
         """
         found = self._iterated(rhs) if self._base.definite else None
         if found is None:
-            return self._own.solve(rhs)
+            return self.curvature.own_solver().solve(rhs)
         value, iterations = found
         residual = relative_residual(self.curvature.matvec(value) - rhs, rhs)
         return finite(Solution(value, residual, iterations, Status.CONVERGED))
@@ -206,24 +229,36 @@ class DowndatedSolver:
     def _iterated(self, rhs: Tensor) -> tuple[Tensor, int] | None:
         """x (p,) and the iterations that it took; None where they met negative curvature or more.
 
-        The iteration of `cg.iterate`, of one system and summed up in x: two triangular solves and
-        one product with the factors each, and next to nothing else.
+        The iteration of `cg.iterate`, of one system: two triangular solves and one product with
+        the factors each, and next to nothing else, since M z = r - Σ_S D_i z for z = M_0⁻¹ r.
         """
-        base, removed = self._base, self.curvature.removed
-        rest = base.half(rhs)
-        direction, square = rest, float(torch.dot(rest, rest))
-        value, limit = torch.zeros_like(rhs), _TOL**2 * square
+        removed, steps = self.curvature.removed, self.curvature.steps
+        deflation = steps.deflation()
+        value, rest = torch.zeros_like(rhs), rhs
+        if deflation is not None:
+            value, rest = deflation.start(rhs)
+        limit, square = _TOL**2 * _square(rhs), _square(rest)
+        direction = product = torch.zeros_like(rhs)
+        height = math.inf
         for iteration in range(_ITERATIONS):
             if square <= limit:
                 return value, iteration
-            along = base.other_half(direction)
-            product = direction - base.half(removed.matvec(along))
+            near = self._base.inverse(rest)
+            image = removed.subtracted(rest, near)
+            if deflation is not None:
+                near, image = deflation.left_out(near, image)
+            before, height = height, float(torch.dot(rest, near))
+            direction = torch.add(near, direction, alpha=height / before)
+            product = torch.add(image, product, alpha=height / before)
             curvature = float(torch.dot(direction, product))
             if not curvature > 0:
                 return None
-            step = square / curvature
-            value.add_(along, alpha=step)
-            rest = rest.sub(product, alpha=step)
-            before, square = square, float(torch.dot(rest, rest))
-            direction = torch.add(rest, direction, alpha=square / before)
+            value.add_(direction, alpha=height / curvature)
+            rest = rest.sub(product, alpha=height / curvature)
+            square = _square(rest)
+            steps.keep(direction, product)
         return (value, _ITERATIONS) if square <= limit else None
+
+
+def _square(v: Tensor) -> float:
+    return float(torch.dot(v, v))

@@ -203,13 +203,13 @@ class HeadTotal(HeadHessian):
 
     @cached_property
     def _flat(self) -> tuple[Tensor, Tensor, Tensor] | None:
-        """The sum as diag(d) + Uᵀ V, few rows each, for few points of a single output.
+        """The sum as diag(d) + U V, of few columns and rows, for few points of a single output.
 
         With a = diagonal ∘ w and f_k the factors of B, G diag(b) Gᵀ is r² b on the diagonal, and
         the rest of D_i lies in the span of h̃, r a and u_k = r f_k + s (wᵀf_k) h̃.
 
         Returns:
-            d (p,), U and V (k, p); None where that is no shorter way.
+            d (p,), U (p, k) and V (k, p); None where that is no shorter way.
         """
         points, b = self.points, self.response
         n, c = points.r.shape
@@ -218,22 +218,22 @@ class HeadTotal(HeadHessian):
         if n * (2 + b.factors.shape[1]) > _FLAT * points.features.shape[1]:
             return None
         weights, r, h, w = points.weights.unsqueeze(1), points.r, points.features, points.weight
-        s = points.s.entry(0, 0).unsqueeze(1)
+        s, column = points.s.entry(0, 0).unsqueeze(1), w.T
         along = b.diagonal * w
-        bent = s + s * s * (along @ w.T)
+        bent = torch.addcmul(s, s * s, along @ column)
         a, u, diagonal = along * r, b.factors * r.unsqueeze(2), b.diagonal
         if points.biased:
             a, u, diagonal = F.pad(a, (0, 1)), F.pad(u, (0, 1)), F.pad(diagonal, (0, 1))
-        u = torch.addcmul(u, s.unsqueeze(2) * (b.factors @ w.T), h.unsqueeze(1)).flatten(0, 1)
+        u = torch.addcmul(u, s.unsqueeze(2) * (b.factors @ column), h.unsqueeze(1)).flatten(0, 1)
         slopes, heights = weights * s, (weights * b.coefficients).flatten().unsqueeze(1)
         first = torch.addcmul(weights * bent * h, slopes, a)
         other = torch.cat([first, slopes * h, heights * u])
-        return (weights * r * r).T[0] @ diagonal, torch.cat([h, a, u]), other
+        return torch.mv(diagonal.T, (weights * r * r).squeeze(1)), torch.cat([h, a, u]).T, other
 
     def matvec(self, v: Tensor) -> Tensor:
         if self._flat is not None:
-            diagonal, rows, others = self._flat
-            return torch.addmv(diagonal * v, rows.T, others @ v)
+            diagonal, columns, rows = self._flat
+            return torch.addmv(diagonal * v, columns, rows @ v)
         # `direct` and `spread(respond(couple))` at once: u = V h̃ and the last products are shared
         points, f = self.points, self.points.weight.shape[1]
         matrix, weights = points.matrix_form(v), points.weights.unsqueeze(1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
@@ -101,7 +102,7 @@ class KeptCurvature(PointCurvature):
         tensors = {name: one.to(device) for name, one in self.tensors().items()}
         return type(self).restore(self.facts(), tensors, omega)
 
-    @property
+    @cached_property
     def nbytes(self) -> int:
         """Bytes that the factors take."""
         return sum(one.numel() * one.element_size() for one in self.tensors().values())

@@ -94,11 +94,11 @@ class RemovedPoints:
         """The same on another device, where ω* (p,) is."""
         return replace(self, parts=tuple(one.to(device, omega) for one in self.parts))
 
-    def matvec(self, v: Tensor) -> Tensor:
-        """Products with v (p,)."""
-        total = self.shift * v
+    def subtracted(self, product: Tensor, v: Tensor) -> Tensor:
+        """A product (p,) less that of the sum with v (p,)."""
+        total = torch.sub(product, v, alpha=self.shift)
         for part in self.parts:
-            total.add_(part.matvec(v))
+            total.sub_(part.matvec(v))
         return total
 
     def subtract_from(self, matrix: Tensor) -> None:

@@ -174,7 +174,7 @@ class ShardedDense(Curvature):
         product = self._spread(self.rows @ v)
         if self.damping:
             product.add_(v, alpha=self.damping)
-        return product if self.removed.empty else product - self.removed.matvec(v)
+        return product if self.removed.empty else self.removed.subtracted(product, v)
 
     def _spread(self, own: Tensor) -> Tensor:
         """Every process's share (own,) of a vector, together (p,)."""

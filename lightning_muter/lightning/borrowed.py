@@ -5,16 +5,18 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import chain
+from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_muter.errors import StateError
 from lightning_muter.models import ModelView
 
-__all__ = ["borrowed", "kept_random_state", "random_state_unless_done"]
+__all__ = ["RandomState", "borrowed", "random_state_unless_done"]
 
 
 @contextmanager
@@ -50,17 +52,34 @@ def _device(module: nn.Module, default: torch.device) -> torch.device:
     return next(iter(places), default)
 
 
-@contextmanager
-def kept_random_state(device: torch.device) -> Iterator[None]:
-    """The global random states of Python, NumPy and PyTorch as they were, after any ending."""
-    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
-    devices = [device] if device.type == "cuda" else []
-    try:
-        with torch.random.fork_rng(devices):
+@dataclass(frozen=True)
+class RandomState:
+    """The global random states of Python, NumPy and PyTorch at one moment."""
+
+    python: Any
+    numpy: Any
+    host: Tensor
+    device: torch.device
+    accelerator: Tensor | None
+
+    @classmethod
+    def now(cls, device: torch.device) -> RandomState:
+        """What they are, on the host and on ``device``."""
+        numpy = np.random.get_state()  # noqa: NPY002
+        own = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+        return cls(random.getstate(), numpy, torch.get_rng_state(), device, own)
+
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """Put them back after any ending of the block."""
+        try:
             yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)  # noqa: NPY002
+        finally:
+            random.setstate(self.python)
+            np.random.set_state(self.numpy)  # noqa: NPY002
+            torch.set_rng_state(self.host)
+            if self.accelerator is not None:
+                torch.cuda.set_rng_state(self.accelerator, self.device)
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from torch.utils.data import Dataset, SubsetRandomSampler
 
 from lightning_muter.errors import ConfigurationError
 from lightning_muter.lightning.after_training import AfterTraining, refuse_spawned, report
-from lightning_muter.lightning.borrowed import borrowed, kept_random_state
+from lightning_muter.lightning.borrowed import RandomState, borrowed
 from lightning_muter.lightning.data import TrainingPoints, training_points
 from lightning_muter.lightning.fidelity.averaging import Updates
 from lightning_muter.lightning.fidelity.decay import decay_of
@@ -70,7 +70,7 @@ def build_memory(
     refuse_relearning(forgotten(keeper.memory), keeper.overwrite)
     check_free(keeper.memory_dir, keeper.overwrite)
     group, checkpoint = process_group(trainer), _checkpoint(trainer, ckpt_path)
-    with _weights_of(model, checkpoint), kept_random_state(group.device):
+    with _weights_of(model, checkpoint), RandomState.now(group.device).kept():
         keeper.settings = keeper.settings.of(model)
         view = keeper.settings.view(model)
         points = training_points(datamodule, keeper.settings.batch).settled()

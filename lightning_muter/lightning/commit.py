@@ -11,6 +11,8 @@ from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from typing import NamedTuple
 
+from torch import nn
+
 from lightning_muter.errors import ConfigurationError, MuterError, StateError
 from lightning_muter.lightning.keeper import MemoryKeeper
 from lightning_muter.memory.folder import MemoryStore
@@ -89,7 +91,7 @@ class Destination:
                     bring_model_up_to_date(self.store)
             yield
 
-    def newest(self, keeper: MemoryKeeper | None) -> UnlearningMemory:
+    def newest(self, keeper: MemoryKeeper | None, module: nn.Module) -> UnlearningMemory:
         """The memory in hand, or the folder's where another process has served requests since."""
         if self.store is None or (
             self.held is not None
@@ -97,7 +99,9 @@ class Destination:
         ):
             assert self.held is not None  # without a folder there is one
             return self.held
-        return UnlearningMemory.read(self.store, None if keeper is None else keeper.settings)
+        # a callback's loss may be an attribute's name until there is a module
+        settings = None if keeper is None else keeper.settings.of(module)
+        return UnlearningMemory.read(self.store, settings)
 
     def check_model(self, newest: UnlearningMemory, view: ModelView) -> None:
         """Refuse a module that is neither the newest memory's nor that of the one in hand.

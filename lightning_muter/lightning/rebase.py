@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 
 from lightning_muter.arguments import whole
 from lightning_muter.errors import ConfigurationError
-from lightning_muter.lightning.borrowed import borrowed, kept_random_state
+from lightning_muter.lightning.borrowed import RandomState, borrowed
 from lightning_muter.lightning.commit import Destination
 from lightning_muter.lightning.data import training_points
 from lightning_muter.lightning.flavour import pl, rank_zero_info
@@ -49,7 +49,8 @@ def rebase(
     destination = Destination.of(memory, keeper, process_group(trainer))
     group = destination.group
     with destination.writing():
-        with kept_random_state(group.device), group.together():
+        random_state = RandomState.now(group.device)
+        with random_state.kept(), group.together():
             state = current_memory(destination, keeper, module)
             if not METHODS[state.settings.method].has_memory:
                 raise ConfigurationError(
@@ -61,7 +62,7 @@ def rebase(
             points = training_points(datamodule, state.settings.batch)
             bar = bar_of(trainer)
             rest = RemainingPoints(state, points, places_of(state, points, bar), group, bar)
-        with kept_random_state(group.device), borrowed(view, group.device):
+        with random_state.kept(), borrowed(view, group.device):
             found = _measured(state.to(group.device), view, rest, newton_steps)
         after = found.memory.to(state.omega_star.device)
         committed = destination.replace(after, view).memory

@@ -26,6 +26,7 @@ from lightning_muter.memory.points import (
     check_named,
     digests_of,
     listing,
+    passed_over,
     training_indices,
 )
 from lightning_muter.unlearning.serving import RemovalBatch
@@ -76,13 +77,13 @@ def listed_indices(removals: Any) -> list[int]:
     return training_indices(flat) if named else []
 
 
-def check_listed(memory: UnlearningMemory, indices: list[int], passed_over: Tensor) -> Asked:
+def check_listed(memory: UnlearningMemory, indices: list[int], over: Tensor | None) -> Asked:
     """Refuse indices that the memory cannot forget without their data; what they ask otherwise.
 
     Args:
         memory: that is asked.
         indices: of training points.
-        passed_over: points (n,) that are left out where they are asked for.
+        over: points (n,) that are left out where they are asked for; None for none.
 
     Raises:
         RemovalError: with the offending indices, or the memory keeps no rows.
@@ -100,15 +101,13 @@ def check_listed(memory: UnlearningMemory, indices: list[int], passed_over: Tens
             f"points, 0 to {memory.n - 1}"
         )
     check_named(indices)
-    over = passed_over.cpu()[indices].tolist()
-    asked = tuple(i for i, out in zip(indices, over, strict=True) if not out)
-    check_free(list(asked), memory.removed, memory.weights)
-    already = tuple(i for i, out in zip(indices, over, strict=True) if out)
+    asked, already = _apart(indices, over)
+    check_free(asked, memory.removed, memory.weights)
     return Asked(None, indices=asked, already=already)
 
 
 def check_removals(
-    memory: UnlearningMemory, removals: RemovalDataModule, passed_over: Tensor
+    memory: UnlearningMemory, removals: RemovalDataModule, over: Tensor | None
 ) -> Asked:
     """Refuse the whole call before its first request; what it asks for otherwise.
 
@@ -118,7 +117,7 @@ def check_removals(
     Args:
         memory: that is asked.
         removals: the request.
-        passed_over: points (n,) that are left out where they are asked for.
+        over: points (n,) that are left out where they are asked for; None for none.
 
     Raises:
         RemovalError: with the offending indices.
@@ -131,11 +130,15 @@ def check_removals(
         positions = removals.indices
         names = _names(memory, points, positions)
         _check_fixed(memory, removals, positions, names)
-    over = passed_over.cpu()[names].tolist()
-    indices = [i for i, out in zip(names, over, strict=True) if not out]
+    indices, already = _apart(names, over)
     check_free(indices, memory.removed, memory.weights)
-    already = [i for i, out in zip(names, over, strict=True) if out]
-    return Asked(removals.located(points, positions, names), points, tuple(indices), tuple(already))
+    return Asked(removals.located(points, positions, names), points, indices, already)
+
+
+def _apart(names: Sequence[int], over: Tensor | None) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The points to forget, and those that are passed over."""
+    pairs = list(zip(names, passed_over(names, over), strict=True))
+    return tuple(i for i, out in pairs if not out), tuple(i for i, out in pairs if out)
 
 
 def _names(memory: UnlearningMemory, points: TrainingPoints, positions: Sequence[int]) -> list[int]:

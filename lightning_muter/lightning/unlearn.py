@@ -16,11 +16,7 @@ from torch.utils.data import DataLoader
 
 from lightning_muter.arguments import number, whole
 from lightning_muter.errors import ConfigurationError, StateError
-from lightning_muter.lightning.borrowed import (
-    borrowed,
-    kept_random_state,
-    random_state_unless_done,
-)
+from lightning_muter.lightning.borrowed import RandomState, borrowed, random_state_unless_done
 from lightning_muter.lightning.commit import Destination
 from lightning_muter.lightning.data import RemovalDataModule
 from lightning_muter.lightning.flavour import pl, rank_zero_info, refuse_other
@@ -91,7 +87,8 @@ def _serve(
     extras: _Extras,
 ) -> UnlearningResult:
     start, group, bar = time.perf_counter(), destination.group, bar_of(trainer)
-    with kept_random_state(group.device), group.together():
+    random_state = RandomState.now(group.device)
+    with random_state.kept(), group.together():
         state = current_memory(destination, keeper, module)
         view = state.settings.view(module)
         destination.check_model(state, view)
@@ -104,7 +101,7 @@ def _serve(
         if extras.certificate is not None:
             publisher = Publisher.prepare(extras.certificate, here, view, asked, group, bar)
         server = Server(here, view, group, extras.passed_over(state))
-        with kept_random_state(group.device):
+        with random_state.kept():
             if asked.by_index:
                 server.serve_indices(asked.indices, asked.already)
             else:
@@ -205,9 +202,9 @@ class _Extras:
             return replace(self, certificate=certificate, inner_gap=gap)
         return replace(self, certificate=certificate)
 
-    def passed_over(self, memory: UnlearningMemory) -> Tensor:
+    def passed_over(self, memory: UnlearningMemory) -> Tensor | None:
         """The points (n,) that are left out of the call, since an earlier one forgot them."""
-        return memory.removed & self.skips
+        return memory.removed if self.skips else None
 
     @property
     def reads_the_rest(self) -> bool:
@@ -253,9 +250,7 @@ def current_memory(
     destination: Destination, keeper: MemoryKeeper | None, module: pl.LightningModule
 ) -> UnlearningMemory:
     """The memory to serve from, of this very moment where a folder is kept."""
-    if keeper is not None:  # whose loss may be an attribute's name until there is a module
-        keeper.settings = keeper.settings.of(module)
-    found = destination.newest(keeper)
+    found = destination.newest(keeper, module)
     if keeper is not None and destination.held is None:
         _check_keeper(keeper, found)
     return found
@@ -330,7 +325,7 @@ def _publish(
         return replace(found, memory=memory)
     if evaluation is None:
         remaining = RemainingPoints(memory, asked.points, asked.places, group, bar)
-        with kept_random_state(group.device), server.view.at(memory.omega):
+        with RandomState.now(group.device).kept(), server.view.at(memory.omega):
             evaluation = remaining.objective(server.view).gradient()
     bound = strong_convexity_bound(memory, evaluation, extras.inner_gap)
     return replace(found, memory=memory, bound=bound)

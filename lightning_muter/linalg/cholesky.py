@@ -64,7 +64,7 @@ class DenseSolver:
         """
         if self._factor is None:
             return self._indefinite(rhs) or self._spectral(rhs)
-        value = self.other_half(self.half(rhs))
+        value = self.inverse(rhs)
         residual = relative_residual(self.matrix @ value - rhs, rhs)
         return finite(Solution(value, residual, 0, Status.CONVERGED))
 
@@ -76,24 +76,15 @@ class DenseSolver:
         """
         return torch.cholesky_solve(rhs, self._cholesky(), upper=True)
 
-    def half(self, rhs: Tensor) -> Tensor:
-        """L⁻¹ b (p,) of a definite A = L Lᵀ.
-
-        Raises:
-            SolverError: A is not positive definite.
-        """
-        factor, column = self._cholesky().mT, rhs.unsqueeze(1)
-        found: Tensor = torch.linalg.solve_triangular(factor, column, upper=False).squeeze(1)
-        return found
-
-    def other_half(self, rhs: Tensor) -> Tensor:
-        """L⁻ᵀ b (p,) of a definite A = L Lᵀ.
+    def inverse(self, rhs: Tensor) -> Tensor:
+        """A⁻¹ b (p,) of a definite A = L Lᵀ, without its residual.
 
         Raises:
             SolverError: A is not positive definite.
         """
         factor, column = self._cholesky(), rhs.unsqueeze(1)
-        found: Tensor = torch.linalg.solve_triangular(factor, column, upper=True).squeeze(1)
+        half = torch.linalg.solve_triangular(factor.mT, column, upper=False)
+        found: Tensor = torch.linalg.solve_triangular(factor, half, upper=True).squeeze(1)
         return found
 
     def _cholesky(self) -> Tensor:

@@ -68,4 +68,4 @@ def own_scale(a: Tensor) -> tuple[Tensor, Tensor]:
                 [ 0.0000,  0.0000]])
     """
     largest: Tensor = torch.linalg.vector_norm(a, torch.inf, dim=1, keepdim=True)
-    return a / torch.where(largest > 0, largest, 1.0), largest
+    return a / (largest + (largest == 0)), largest

@@ -114,7 +114,7 @@ class KnownPoints:
         found = np.full(len(rows), -1)
         if len(positions) and len(rows):
             named = np.asarray(positions, dtype=np.int64)
-            inside = np.flatnonzero((named >= 0) & (named < len(self.digests)))
+            inside = np.flatnonzero((named >= 0) & (named < self.digests.shape[0]))
             named = named[inside]
             known = self.digests.cpu().contiguous().numpy().view(np.int64)[named]
             same = (_words(b"".join(rows))[inside] == known).all(axis=1)
@@ -187,6 +187,8 @@ class KnownPoints:
         """Whether a forgotten one among the points has an equal that is left."""
         named = np.asarray(indices)
         forgotten = named[self.removed.cpu().numpy()[named]]
+        if not len(forgotten):
+            return False
         gone = {row.tobytes() for row in self.digests.cpu().numpy()[forgotten]}
         left = self.match(list(gone)).indices
         return any(bool(self.living[i]) for i in left if i is not None)

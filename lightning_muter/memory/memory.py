@@ -100,7 +100,7 @@ class UnlearningMemory:
     @property
     def p(self) -> int:
         """How many parameters the memory covers."""
-        return len(self.omega_star)
+        return self.omega_star.shape[0]
 
     @property
     def remaining(self) -> list[int]:
@@ -124,8 +124,8 @@ class UnlearningMemory:
 
     def shared(self, group: Group) -> UnlearningMemory:
         """The memory with this process's share of the points' curvature, where it can be shared."""
-        kept = self.curvature
-        return self if kept is None else replace(self, curvature=kept.shared(group))
+        kept = None if self.curvature is None else self.curvature.shared(group)
+        return self if kept is self.curvature else replace(self, curvature=kept)
 
     def whole(self) -> UnlearningMemory:
         """The memory with all of its curvature, as a folder needs it; every process must ask."""
@@ -152,7 +152,7 @@ class UnlearningMemory:
             entry: what else the ledger should say of the request.
         """
         flags = self.removed.clone()
-        flags[indices] = True
+        flags.numpy()[indices] = True
         record = {"request": len(self.ledger) + 1, "indices": indices, **entry}
         return replace(
             self,

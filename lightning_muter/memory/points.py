@@ -24,6 +24,7 @@ __all__ = [
     "digest",
     "digests_of",
     "listing",
+    "passed_over",
     "refuse_changed",
     "training_indices",
 ]
@@ -76,8 +77,9 @@ def _serialised(tensor: Tensor | Sequence[Any]) -> tuple[bytes, list[memoryview]
     value = value.double() if value.is_floating_point() else value
     head = f"{value.dtype}{tuple(value.shape[1:])}".encode()
     whole = value.contiguous().reshape(-1).view(torch.uint8).numpy().data
-    width = len(whole) // max(len(value), 1)
-    return head, [whole[k * width : (k + 1) * width] for k in range(len(value))]
+    n = value.shape[0]
+    width = len(whole) // max(n, 1)
+    return head, [whole[k * width : (k + 1) * width] for k in range(n)]
 
 
 def listing(values: Sequence[Any]) -> str:
@@ -151,8 +153,8 @@ def check_free(indices: Sequence[int], removed: Tensor, weights: Tensor) -> None
         RemovalError: with the offending values.
     """
     chosen = np.asarray(indices, dtype=np.int64)
-    flags, seen = removed.cpu().numpy(), weights.cpu().numpy() > 0
-    unseen = chosen[~seen[chosen]].tolist()
+    flags, counted = removed.cpu().numpy(), weights.cpu().numpy()
+    unseen = chosen[counted[chosen] <= 0].tolist()
     if unseen:
         raise RemovalError(
             f"indices {listing(unseen)} were never trained on: training's sampler or limits left "
@@ -164,11 +166,24 @@ def check_free(indices: Sequence[int], removed: Tensor, weights: Tensor) -> None
             f"indices {listing(gone)} were forgotten already: leave them out, or give "
             "already='skip', which passes over them as a request that is repeated needs it"
         )
-    if len(indices) >= int((~flags & seen).sum()):
+    if len(indices) >= np.count_nonzero((counted > 0) & ~flags):
         raise RemovalError(
             f"the request would forget all {len(indices)} remaining points: there is no model "
             "of no data; delete the model instead"
         )
+
+
+def passed_over(indices: Sequence[int], over: Tensor | None) -> list[bool]:
+    """Which of the indices are to be left out of a request: those of ``over`` (n,), or none.
+
+    Example:
+        >>> passed_over([2, 0], torch.tensor([True, False, False]))
+        [False, True]
+    """
+    if over is None:
+        return [False] * len(indices)
+    found: list[bool] = over.cpu()[list(indices)].tolist()
+    return found
 
 
 def check_batch(x: Tensor, targets: Tensor, indices: Sequence[int] | None = None) -> None:
@@ -177,11 +192,12 @@ def check_batch(x: Tensor, targets: Tensor, indices: Sequence[int] | None = None
     Raises:
         RemovalError: with the sizes.
     """
-    sizes = {len(x), len(targets), len(x if indices is None else indices)}
+    n = x.shape[0]
+    sizes = {n, targets.shape[0], n if indices is None else len(indices)}
     if len(sizes) > 1:
         named = "" if indices is None else f" and {len(indices)} indices"
         raise RemovalError(
-            f"a removal batch has {len(x)} inputs, {len(targets)} targets{named}: give one of each "
+            f"a removal batch has {n} inputs, {len(targets)} targets{named}: give one of each "
             "for every point"
         )
     if x.is_floating_point() and not bool(torch.isfinite(x).all()):

@@ -8,7 +8,6 @@ t still has. It is ascended instead, and the loss is read off at the end. Source
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -24,7 +23,8 @@ __all__ = ["IDENTITY", "SOFTPLUS", "Link"]
 #: what a threat is shown of a gradient: nothing smaller than exp(-460) = 1e-200 or larger than its
 #: inverse. Threats go by directions, and the own scale of a smoothed one is far from either end.
 _LOG_SHOWN = 460.0
-_SHOWN = math.exp(-_LOG_SHOWN), math.exp(_LOG_SHOWN)
+#: sizes that are shown as they are, and whose squares fit
+_ORDINARY = 1e-140, 1e140
 
 
 @dataclass(frozen=True)
@@ -54,10 +54,11 @@ class Link:
         arithmetic.
         """
         log_rate = self.log_rate(level).unsqueeze(1)
-        rate, norm = log_rate.exp(), row_norm(slope)
-        size = rate * norm
-        if torch.equal(size.clamp(*_SHOWN), size):
+        rate = log_rate.exp()
+        size = rate * torch.linalg.vector_norm(slope, dim=1, keepdim=True)
+        if torch.equal(size.clamp(*_ORDINARY), size):
             return rate
+        norm = row_norm(slope)
         log_size = log_rate + norm.log()
         shown = log_size.clamp(-_LOG_SHOWN, _LOG_SHOWN)
         ordinary = (shown == log_size) | (norm == 0)

@@ -32,14 +32,14 @@ def _cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(outputs, targets.long(), reduction="none")
 
 
-def _signs(outputs: Tensor, targets: Tensor) -> Tensor:
-    """Labels 0 and 1 as -1 and 1 (n,)."""
-    return 2.0 * targets.reshape(len(outputs)).to(outputs) - 1.0
+def _wrong(outputs: Tensor, targets: Tensor) -> Tensor:
+    """The sign (n,) of the other label: of labels 0 and 1 it is 1 and -1."""
+    return 1.0 - 2.0 * targets.reshape(outputs.shape[0]).to(outputs)
 
 
 def _logistic(outputs: Tensor, targets: Tensor) -> Tensor:
     logits = outputs.reshape(len(outputs))
-    return F.softplus(-_signs(logits, targets) * logits)
+    return F.softplus(_wrong(logits, targets) * logits)
 
 
 def _squared(outputs: Tensor, targets: Tensor) -> Tensor:
@@ -75,8 +75,8 @@ def _sign_odds(outputs: Tensor, targets: Tensor) -> Tensor:
 
 def _sign_rise(outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """`_sign_odds` and their derivative (n, 1)."""
-    logits = _single_precision(outputs.reshape(len(outputs)))
-    wrong = -_signs(logits, targets)
+    logits = _single_precision(outputs.reshape(outputs.shape[0]))
+    wrong = _wrong(logits, targets)
     return wrong * logits, wrong.unsqueeze(1)
 
 
@@ -96,7 +96,7 @@ def _cross_entropy_derivatives(z: Tensor, y: Tensor) -> tuple[Tensor, OutputCurv
 
 def _logistic_derivatives(z: Tensor, y: Tensor) -> tuple[Tensor, OutputCurvature]:
     logits = z.reshape(-1, 1)
-    wrong = -_signs(logits.squeeze(1), y).unsqueeze(1)
+    wrong = _wrong(logits, y).unsqueeze(1)
     odds = wrong * logits
     share = torch.sigmoid(odds)  # of the other label
     return wrong * share, Diagonal(share * torch.sigmoid(-odds))
@@ -158,7 +158,7 @@ class PointLoss:
     summed: bool = False
 
     def _check_outputs(self, outputs: Tensor) -> None:
-        if self.one_output and outputs.numel() != len(outputs):
+        if self.one_output and outputs.numel() != outputs.shape[0]:
             raise ConfigurationError(
                 f"loss {self.name!r} needs one output a point, got outputs of shape "
                 f"{tuple(outputs.shape)}; use a head of one output or another loss"

@@ -87,6 +87,8 @@ class Diagonal(OutputCurvature):
         return self.values[:, a] if a == b else torch.zeros_like(self.values[:, a])
 
     def dense(self) -> Tensor:
+        if self.values.shape[1] == 1:
+            return self.values.unsqueeze(2)
         return torch.diag_embed(self.values)
 
     def row(self, a: int, u: Tensor) -> Tensor:

@@ -64,8 +64,8 @@ class Constrained:
             inverse, geometry.normal.unsqueeze(1)[:, some], -normal_scale.unsqueeze(1)[:, some]
         )
         tv = base.apply(v)
-        values, basis, usable = _bent(torch.bmm(v.mT, tv), s)
-        bend = DiagonalLowRank(inverse, torch.bmm(basis.mT, tv.mT), values).compressed()
+        values, factors, usable = _bent(torch.bmm(v.mT, tv), s, tv)
+        bend = DiagonalLowRank(inverse, factors, values).compressed()
         if bend.factors.shape[1]:
             base = DiagonalLowRank(
                 inverse,
@@ -111,12 +111,13 @@ class Constrained:
         return Dense((x @ rhs.mT + rest @ x.mT) * usable[:, None, None]), usable
 
 
-def _bent(inner: Tensor, s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """S (I - VᵀTV S)⁻¹ of every point by its eigenvalues (n, C) and vectors (n, C, C).
+def _bent(inner: Tensor, s: Tensor, tv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """TV S (I - VᵀTV S)⁻¹ VᵀT of every point, by coefficients (n, C) and factors (n, C, d).
 
     Args:
         inner: VᵀTV (n, C, C).
         s: S (n, C, C).
+        tv: TV (n, d, C).
 
     Returns:
         They, and at which points (n,) K is positive definite: all eigenvalues of VᵀTV S below 1.
@@ -125,10 +126,10 @@ def _bent(inner: Tensor, s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     if s.shape[1] == 1:  # numbers: eigenvalues need no iteration
         below = product < 1 - 1e-8
         rest = torch.where(below, 1 - product, 1.0)
-        return (s / rest).squeeze(2), torch.ones_like(s), below.flatten()
+        return (s / rest).squeeze(2), tv.mT, below.flatten()
     eye = torch.eye(s.shape[1], dtype=s.dtype, device=s.device)
     usable = torch.linalg.eigvals(product).real.amax(dim=1) < 1 - 1e-8
     eye_minus = torch.where(usable[:, None, None], eye - product, eye)
     middle = torch.linalg.solve(eye_minus.mT, s.mT).mT
     values, basis = torch.linalg.eigh((middle + middle.mT) / 2)
-    return values, basis, usable
+    return values, torch.bmm(basis.mT, tv.mT), usable

@@ -54,11 +54,13 @@ class DiagonalLowRank:
 
     def compressed(self) -> DiagonalLowRank:
         """The same matrices without the factors that vanish, to rounding, at every point."""
-        size = self.coefficients.abs() * self.factors.square().sum(dim=2)
-        scale = torch.finfo(size.dtype).eps * self.diagonal.abs().amax(dim=1, keepdim=True)
-        kept = (size > scale).any(dim=0)
-        if bool(kept.all()):
+        size = self.coefficients.abs() * (self.factors * self.factors).sum(dim=2)
+        largest = torch.linalg.vector_norm(self.diagonal, torch.inf, dim=1, keepdim=True)
+        scale = torch.finfo(size.dtype).eps * largest
+        flags = (size > scale).any(dim=0).tolist()
+        if all(flags):
             return self
+        kept = [k for k, flag in enumerate(flags) if flag] if any(flags) else slice(0)
         return replace(self, factors=self.factors[:, kept], coefficients=self.coefficients[:, kept])
 
     def congruence(self, jacobian: Tensor) -> Dense:

@@ -135,7 +135,7 @@ class Threat(ABC):
         named = (("eps", self.eps), ("data_range", low), ("data_range", high))
         for name, values in (*named, ("mean", self.mean), ("std", self.std)):
             check_channels(name, values, x)
-        return self.scaling.pixels(x.detach()).reshape(len(x), -1)
+        return self.scaling.pixels(x.detach()).reshape(x.shape[0], -1)
 
     def moved(self, x: Tensor, delta: Tensor) -> Tensor:
         """Inputs (n, ...) that training receives, perturbed by δ (n, d) in pixels: x + δ / std."""

@@ -95,7 +95,7 @@ class L2Ball(Threat):
         return unit if self.data_range is None else self._scale_to_sphere(unit, *self.bounds(x))
 
     def merit(self, delta: Tensor, grad: Tensor) -> Tensor:
-        return delta.new_zeros(len(delta))
+        return delta.new_zeros(delta.shape[0])
 
     def active(self, x: Tensor, delta: Tensor) -> Tensor:
         return self._reached(row_norm(delta)).squeeze(1)

@@ -142,7 +142,8 @@ class Scaling:
 
         They keep their digits where the way to the module goes on through `normalised`.
         """
-        points = flat.reshape(len(flat), *like.shape[1:])
+        inner = like.shape[1:]
+        points = flat if flat.shape[1:] == inner else flat.reshape(flat.shape[0], *inner)
         return points.to(like) if self.identity else points
 
     def slope(self, x: Tensor) -> Tensor:

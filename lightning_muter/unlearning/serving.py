@@ -11,7 +11,13 @@ from torch import Tensor
 from lightning_muter.errors import ConfigurationError, RemovalError
 from lightning_muter.linalg.solution import Status
 from lightning_muter.memory.memory import UnlearningMemory
-from lightning_muter.memory.points import check_batch, check_free, check_named, training_indices
+from lightning_muter.memory.points import (
+    check_batch,
+    check_free,
+    check_named,
+    passed_over,
+    training_indices,
+)
 from lightning_muter.models import BatchForm, Beside, ModelView
 from lightning_muter.models.beside import Name
 from lightning_muter.parallel import Group
@@ -42,7 +48,7 @@ class Server:
         memory: the memory to start from, on the module's device.
         view: of the module in the user's hands.
         group: the processes that serve the same batches.
-        passed_over: points (n,) that are left out of every batch; none by default.
+        over: points (n,) that are passed over in every batch; none by default.
     """
 
     def __init__(
@@ -50,14 +56,14 @@ class Server:
         memory: UnlearningMemory,
         view: ModelView,
         group: Group | None = None,
-        passed_over: Tensor | None = None,
+        over: Tensor | None = None,
     ) -> None:
         self.memory = memory
         self.view = view
         self.group = group or Group()
         self.outcomes: list[Outcome] = []
         self.already: list[int] = []
-        self._passed_over = None if passed_over is None else passed_over.cpu()
+        self._passed_over = over
 
     @property
     def served(self) -> list[int]:
@@ -132,9 +138,7 @@ class Server:
 
     def _left(self, named: list[int]) -> list[int]:
         """The rows of a batch that are not passed over."""
-        if self._passed_over is None:
-            return list(range(len(named)))
-        over = self._passed_over[named].tolist()
+        over = passed_over(named, self._passed_over)
         self.already += [index for index, out in zip(named, over, strict=True) if out]
         return [k for k, out in enumerate(over) if not out]
 

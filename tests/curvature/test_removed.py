@@ -59,6 +59,40 @@ def test_a_downdated_system_is_solved_to_rounding_without_a_factorisation(
     torch.testing.assert_close(found.value, expected, rtol=1e-11, atol=1e-13)
 
 
+def test_requests_in_a_row_take_as_many_iterations_as_the_first() -> None:
+    """Each takes out a direction of its own, which later ones need not meet again."""
+    p, usable = 400, torch.ones(1, dtype=torch.bool)
+    rows, rhs = rows_of(11, 3 * p, p), torch.zeros(p, dtype=torch.float64)
+    rest = DenseCurvature(rows.T @ rows)
+    for row in rows[:8]:
+        start, rhs = rest, rhs + row
+        removed = RemovedPoints.of([OuterProducts(row.unsqueeze(0), usable)], 0.0)
+        rest = start.without(removed)
+        found = rest.solver().solve(rhs)
+        assert found.status == "converged" and found.iterations == 1 and found.residual < 1e-12
+        torch.testing.assert_close(found.value, torch.linalg.solve(rest.matrix, rhs))
+        # what a request leaves is its own: from where it started another one goes as it did
+        assert torch.equal(start.without(removed).solver().solve(rhs).value, found.value)
+
+
+def test_a_sum_that_had_to_be_factorised_serves_what_follows(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    p, damping = 400, 0.5
+    rows, rhs = rows_of(12, p + 100, p), rows_of(13, 1, p)[0]
+    large = OuterProducts(rows[:90], torch.ones(90, dtype=torch.bool))
+    small = RemovedPoints.of([OuterProducts(rows[-1:], torch.ones(1, dtype=torch.bool))], 0.01)
+    rest = DenseCurvature(rows.T @ rows).without(RemovedPoints.of([large], 0.0))
+    assert not rest.removed.empty
+    found = rest.damped(damping).solver().solve(rhs)
+    assert found.status == "converged" and found.iterations == 0  # conjugate gradients gave up
+    expected = torch.linalg.solve(rest.without(small).damped(damping).matrix, rhs)
+    monkeypatch.setattr("torch.linalg.cholesky_ex", None)
+    again = rest.without(small).damped(damping).solver().solve(rhs)
+    assert again.status == "converged" and again.iterations < 10 and again.residual < 1e-12
+    torch.testing.assert_close(again.value, expected)
+
+
 def test_heavy_factors_go_into_the_matrix() -> None:
     whole = problem()
     rest = whole.without(RemovedPoints.of([one(2, 15)], 0.0))
