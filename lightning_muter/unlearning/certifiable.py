@@ -5,8 +5,6 @@ Source: ours (docs/certificates.md).
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import torch
 from torch import Tensor
 
@@ -134,26 +132,21 @@ def _reach(threat: Threat) -> Reach:
     )
 
 
-def linear_objective(
-    settings: Settings, view: ModelView, batches: Iterable[Batch]
-) -> LinearRobustObjective:
-    """The robust objective of points in closed form, read and checked once; all in float64.
+def linear_objective(settings: Settings, view: ModelView, batch: Batch) -> LinearRobustObjective:
+    """The robust objective of points in closed form; all in float64.
 
     Args:
         settings: of the memory; what they cannot tell is checked here.
         view: of the module.
-        batches: the points.
+        batch: the points, which the objective keeps.
 
     Raises:
         ConfigurationError: with the condition that fails.
     """
     check_certifiable(settings, view)
     head = _head(settings, view)
-    found: list[tuple[Tensor, Tensor, Tensor]] = []
     with measuring(head.module), torch.no_grad():
-        for batch in batches:
-            found.append(_read(head, batch))
-    x, y, weights = (torch.cat(parts) for parts in zip(*found, strict=True))
+        x, y, weights = _read(head, batch)
     return LinearRobustObjective(
         points=LinearPoints(x, y, weights),
         outputs=Outputs(head.layer.out_features, x.shape[1], head.layer.bias is not None),
