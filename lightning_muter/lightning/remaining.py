@@ -94,7 +94,7 @@ def _parts(
     """The rows of today's data set, and where each part of them begins."""
     for block in bar(blocks(range(len(points)), size), "the points", len(points), len):
         with torch.inference_mode(False):
-            x, targets, beside = points.batch(block)
+            x, targets, beside = points.lying(block)
         yield block.start, x, targets, beside
 
 

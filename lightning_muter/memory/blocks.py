@@ -6,7 +6,7 @@ was every row's digest is known, and none has to be computed; of any other block
 
 from __future__ import annotations
 
-import hashlib
+import hmac
 
 import numpy as np
 import torch
@@ -29,16 +29,17 @@ def count(n: int) -> int:
 def block_digest(key: bytes, x: Tensor, targets: Tensor, beside: Beside = NOTHING) -> bytes:
     """One keyed 16-byte digest of some points x (m, ...) with their targets (m, ...).
 
-    It is of the values of which `digests_of` has one a point, of all of them in a row.
+    It is of the values of which `digests_of` has one a point, of all of them in a row; by SHA-256,
+    for which processors have instructions: twice as fast as what a single point is digested by.
     """
-    total = hashlib.blake2b(key=key, digest_size=DIGEST_BYTES, person=b"block of points")
+    total = hmac.new(key, b"a block of points", "sha256")
     for column in (x, targets, *beside.rows.values()):
         head, values = serialised(column)
         parts = values if isinstance(values, list) else [values]
         total.update(head + f"{len(column)} in {[len(one) for one in parts]}".encode())
         for one in parts:
             total.update(one)
-    return total.digest()
+    return total.digest()[:DIGEST_BYTES]
 
 
 def recognised(

@@ -158,8 +158,17 @@ def linear_objective(settings: Settings, view: ModelView, batch: Batch) -> Linea
 
 def _read(head: LinearHead, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
     """Inputs, targets and weights of a batch, where the module is the linear model of them."""
-    flat = batch.x.reshape(len(batch), -1)
-    h, outputs = head.features(batch.x)
+    if head.straight(batch.x) is None:
+        _check_linear(head, batch.x)
+    check_targets(head.loss, batch.targets, head.layer.out_features)
+    x, y = batch.x.reshape(len(batch), -1), batch.targets.reshape(len(batch))
+    return x.double(), y.double(), batch.weights.double()
+
+
+def _check_linear(head: LinearHead, x: Tensor) -> None:
+    """Refuse a module whose head reads other numbers than x, or that returns others than it."""
+    flat = x.reshape(len(x), -1)
+    h, outputs = head.features(x)
     if h.shape != flat.shape or not torch.equal(h, flat):
         raise _refused(
             f"the head {head.names[0].removesuffix('.weight')!r} reads features that the module "
@@ -174,5 +183,3 @@ def _read(head: LinearHead, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         raise _refused(
             "the module's outputs are not its head's own", "return the head's outputs from forward"
         )
-    check_targets(head.loss, batch.targets, head.layer.out_features)
-    return flat.double(), batch.targets.reshape(len(batch)).double(), batch.weights.double()
