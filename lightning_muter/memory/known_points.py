@@ -83,15 +83,17 @@ class KnownPoints:
             fixed: which points (n,) a position can name; all by default.
         """
         words = np.frombuffer(b"".join(rows), dtype=np.int64).reshape(-1, _WORDS)
-        found, unknown, surplus = self._matched(words, positions, fixed)
+        found, unknown, surplus = self._matched(words, self._in_place(words, positions, fixed))
         indices = [None if index < 0 else index for index in found.tolist()]
         return Match(indices, unknown, surplus)
 
-    def _matched(
-        self, rows: Words, positions: Sequence[int], fixed: Tensor | None
-    ) -> tuple[Tensor, list[int], list[int]]:
-        """The training point (m,) of each row or -1, and what `Match` says of the others."""
-        found = self._in_place(rows, positions, fixed)
+    def _matched(self, rows: Words, found: Tensor) -> tuple[Tensor, list[int], list[int]]:
+        """The training point (m,) of each row or -1, and what `Match` says of the others.
+
+        Args:
+            rows: their digests.
+            found: the points (m,) that are known by their positions, -1 for those that are not.
+        """
         others = torch.nonzero(found < 0).flatten().tolist()
         unknown: list[int] = []
         surplus: list[int] = []
@@ -201,7 +203,13 @@ class KnownPoints:
         Args:
             rows: their digests (m, 16).
         """
-        found, unknown, surplus = self._matched(_words(rows), range(len(rows)), self.living)
+        words, living = _words(rows), self.living
+        found = self._in_place(words, range(len(rows)), None)
+        lies = torch.zeros_like(living)
+        lies[found[found >= 0]] = True
+        if not bool(lies[living].all()):  # one may lie where an equal point was forgotten
+            found[(found >= 0) & ~living[found]] = -1
+        found, unknown, surplus = self._matched(words, found)
         where = torch.full((len(self.digests),), -1, dtype=torch.long)
         held = torch.nonzero(found >= 0).flatten()
         where[found[held]] = held

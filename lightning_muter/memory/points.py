@@ -122,6 +122,8 @@ def training_indices(values: Iterable[Any]) -> list[int]:
             "such as [3, 17]"
         )
     given = list(plain)
+    if all(type(value) is int for value in given):
+        return given
     indices = [integer(value) for value in given]
     wrong = [value for value, index in zip(given, indices, strict=True) if index is None]
     if wrong:
