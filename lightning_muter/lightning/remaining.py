@@ -37,7 +37,8 @@ def places_of(memory: UnlearningMemory, points: TrainingPoints, bar: Bar) -> Ten
     Raises:
         RemovalError: a point that is left has no row; all of them are named.
     """
-    found = [memory.recognised(*part) for part in _parts(points, _BATCH, bar)]
+    found = [rows_of_digests([])]
+    found += [memory.recognised(*part) for part in _parts(points, _BATCH, bar)]
     return _rows(memory, torch.cat(found))
 
 
@@ -52,7 +53,7 @@ def read_once(memory: UnlearningMemory, points: TrainingPoints, view: ModelView,
         ConfigurationError: rows of different shapes.
     """
     kept: list[Tensor] = []
-    digests = []
+    digests = [rows_of_digests([])]
     for start, x, targets, beside in _parts(points, _READ, bar):
         kept = kept or [_room(len(points), one) for one in (x, targets)]
         x, targets = (_put(one, into, start) for one, into in zip((x, targets), kept, strict=True))

@@ -122,9 +122,11 @@ class TrainingWatch:
         """
         trainer, n = self._trainer, len(self._points)
         held, received, together = torch.zeros(n, 16), torch.zeros(n, 16), torch.zeros(count(n), 16)
-        mine = list(blocks(range(n), BLOCK))[trainer.global_rank :: trainer.world_size]
-        width, total = None, sum(map(len, mine))
-        for block in bar_of(trainer)(mine, "reading the points", total, len):
+        everyone = list(blocks(range(n), BLOCK))
+        mine = everyone[trainer.global_rank :: trainer.world_size]
+        looked_at = mine or everyone[:1]  # so that no process waits where another one refuses
+        width, total = None, sum(map(len, looked_at))
+        for block in bar_of(trainer)(looked_at, "reading the points", total, len):
             x, targets, beside = self._points.finite(block)
             some = slice(block.start, block.stop)
             x_given, y_given, rows = trainer.precision_plugin.convert_input(
@@ -141,6 +143,8 @@ class TrainingWatch:
             after = (x_given, y_given, *as_given.tensors().values())
             if any(_narrower(b, a) for a, b in zip(before, after, strict=True)):
                 received[some] = _rows(digests_of(self.key, x_given, y_given, as_given))
+        if not mine:
+            held, received, together = (torch.zeros_like(t) for t in (held, received, together))
         device = trainer.strategy.root_device
         held, received, together = (
             self._reduce(t.to(device)).cpu().to(torch.uint8) for t in (held, received, together)
