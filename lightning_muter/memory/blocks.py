@@ -62,19 +62,19 @@ def recognised(
         targets: (m, ...).
         beside: what forward takes of the points beside x.
     """
-    found = torch.empty(len(x), DIGEST_BYTES, dtype=torch.uint8)
+    if blocks is None:
+        return rows_of_digests(digests_of(key, x, targets, beside))
+    found, changed = torch.empty(len(x), DIGEST_BYTES, dtype=torch.uint8), False
     for start in range(0, len(x), BLOCK):
         some = slice(start, min(start + BLOCK, len(x)))
         own = x[some], targets[some], beside.part(some)
         number = (first + start) // BLOCK
         stored = known[number * BLOCK : (number + 1) * BLOCK]
-        as_it_was = blocks is not None and len(stored) == len(own[0]) > 0
-        # of rows that moved the first one tells without a look at the others
-        as_it_was = as_it_was and _same(stored[0], digests_of(key, *_first(*own))[0])
-        if as_it_was and blocks is not None and _same(blocks[number], block_digest(key, *own)):
-            found[some] = stored
-        else:
-            found[some] = rows_of_digests(digests_of(key, *own))
+        # behind a block that changed rows may have moved, which the first of them tells
+        moved = len(stored) != len(own[0])
+        moved = moved or (changed and _differs(stored[0], _first_digest(key, *own)))
+        changed = moved or _differs(blocks[number], block_digest(key, *own))
+        found[some] = rows_of_digests(digests_of(key, *own)) if changed else stored
     return found
 
 
@@ -84,9 +84,9 @@ def rows_of_digests(digests: list[bytes]) -> Tensor:
     return torch.from_numpy(flat.reshape(-1, DIGEST_BYTES))
 
 
-def _first(x: Tensor, targets: Tensor, beside: Beside) -> tuple[Tensor, Tensor, Beside]:
-    return x[:1], targets[:1], beside.part(slice(1))
+def _first_digest(key: bytes, x: Tensor, targets: Tensor, beside: Beside) -> bytes:
+    return digests_of(key, x[:1], targets[:1], beside.part(slice(1)))[0]
 
 
-def _same(stored: Tensor, digest: bytes) -> bool:
-    return bool(stored.cpu().numpy().tobytes() == digest)
+def _differs(stored: Tensor, digest: bytes) -> bool:
+    return bool(stored.cpu().numpy().tobytes() != digest)
