@@ -71,7 +71,7 @@ class Bench:
     def optimum(self, x: Tensor, y: Tensor, start: Tensor | None = None) -> Tensor:
         """By the package's own descent."""
         own = settings("muter", self.eps)
-        objective = linear_objective(own, self.view, [unweighted(x, y)])
+        objective = linear_objective(own, self.view, unweighted(x, y))
         begun = self.start if start is None else start
         return descend(objective, [begun], lambda g: 0 * g, 1e-8, 0).state.omega
 

@@ -27,7 +27,7 @@ from common import QUIET, arguments, one_or_seven_28
 from scipy import optimize
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
-from usual_training import Linear, trained
+from usual_training import Linear, covtype, trained
 
 from lightning_muter import Certificate, L2Ball, MUterCallback, RemovalDataModule, Trainer
 from lightning_muter.evaluation.results_table import Cell, Table
@@ -40,15 +40,6 @@ class Model(Linear):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.parameters(), lr=0.01, weight_decay=LAMBDA)
-
-
-def covtype(data: str) -> tuple[Tensor, Tensor]:
-    """The 10,000-row sample: type 2 against the rest, columns in [0, 1]."""
-    with np.load(Path(data) / "covtype10k.npz") as arrays:
-        x = torch.tensor(arrays["features"]).double()
-        y = (torch.tensor(arrays["cover_type"]) == 2).long()
-    low, high = x.amin(dim=0), x.amax(dim=0)
-    return (x - low) / (high - low).clamp(min=1), y
 
 
 def closed_form_lbfgs(

@@ -198,6 +198,7 @@ class AfterTraining:
         texts: Sequence[str] | None,
         findings: Sequence[str],
         policy: RebasePolicy,
+        blocks: Tensor,
     ) -> UnlearningMemory:
         """The memory with the users' keys of its points, what was found, and one id everywhere.
 
@@ -206,6 +207,7 @@ class AfterTraining:
             texts: a key a point, or None.
             findings: what the memory does not assume of its training.
             policy: when a rebase is due.
+            blocks: digests (k, 16) of 512 points each.
         """
         own = ids_key(memory.key)
         return replace(
@@ -214,6 +216,7 @@ class AfterTraining:
             ids=None if texts is None else id_digests(own, texts),
             ids_key=own,
             rebase_policy=policy,
+            blocks=blocks,
             memory_id=self.trainer.strategy.broadcast(memory.memory_id),
         )
 

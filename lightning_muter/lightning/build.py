@@ -30,8 +30,10 @@ from lightning_muter.lightning.keeper import MemoryKeeper, forgotten, keeper_of,
 from lightning_muter.lightning.kept_state import KeptState, untouched
 from lightning_muter.lightning.point_ids import ids_of
 from lightning_muter.lightning.process_group import process_group
+from lightning_muter.lightning.progress import blocks
 from lightning_muter.lightning.rescue import Rescue
 from lightning_muter.linalg.lanczos import TimeAverage
+from lightning_muter.memory.blocks import BLOCK, block_digest, rows_of_digests
 from lightning_muter.memory.memory import UnlearningMemory
 from lightning_muter.memory.points import digests_of
 from lightning_muter.memory.start import TrainingFlow
@@ -42,7 +44,6 @@ from lightning_muter.unlearning.cost import Cost
 
 __all__ = ["build_memory"]
 
-_BLOCK = 512
 _SLACK = 1e-2  # outputs that are the head's own differ by rounding alone, in any precision
 _UNSEEN = (
     "the memory is of a model that was trained already: that its training used these points, each "
@@ -118,7 +119,7 @@ def _built(
         flows=keeper.horizon is not None,
     )
     after.rehearse()
-    digests = _read(keeper, keeper.settings.view(model), points, key)
+    digests, together = _read(keeper, keeper.settings.view(model), points, key)
     weights = _drawn(points)
     horizon, flow = horizon_of(keeper.horizon, past.flow, weights)
     settings = keeper.settings.trained(past.weight_decay, horizon)
@@ -129,7 +130,8 @@ def _built(
         after.newton(settings, weights)
     memory = after.stage_one(settings, weights, digests, key, past.initial, flow)
     unseen = _UNSEEN.format("" if compared else " this loss,")
-    finished = after.finished(memory, texts, (*past.findings, unseen), keeper.rebase_policy)
+    findings = (*past.findings, unseen)
+    finished = after.finished(memory, texts, findings, keeper.rebase_policy, together)
     return finished, after.cost
 
 
@@ -156,20 +158,28 @@ def _batch(trainer: pl.Trainer, model: pl.LightningModule, points: TrainingPoint
     return moved
 
 
-def _read(keeper: MemoryKeeper, view: ModelView, points: TrainingPoints, key: bytes) -> Tensor:
-    """Digests of all points (n, 16); range, targets and outputs are what the callback says."""
-    module, head, rows = view.module, keeper.settings.head, bytearray()
+def _read(
+    keeper: MemoryKeeper, view: ModelView, points: TrainingPoints, key: bytes
+) -> tuple[Tensor, Tensor]:
+    """Digests of all points (n, 16) and of their blocks (k, 16).
+
+    Range, targets and outputs are what the callback says.
+    """
+    module, head = view.module, keeper.settings.head
+    rows: list[bytes] = []
+    together: list[bytes] = []
     layer = None if head is None else module.get_submodule(head)
-    for start in range(0, len(points), _BLOCK):
-        x, targets, beside = points.finite(range(start, min(start + _BLOCK, len(points))))
+    for block in blocks(range(len(points)), BLOCK):
+        x, targets, beside = points.finite(block)
         keeper.settings.threat.check_inputs(x)
         with untouched(module), measuring(module), torch.no_grad():
             few = x[:2].to(view.device, view.dtype)
             logits = view.beside(beside.part(slice(2)).to(view.device, view.dtype)).logits
             width = head_outputs(logits, layer, few, _SLACK).numel() // len(few)
         check_targets(view.loss, targets, width)
-        rows += b"".join(digests_of(key, x, targets, beside))
-    return torch.frombuffer(rows, dtype=torch.uint8).reshape(len(points), -1)
+        rows += digests_of(key, x, targets, beside)
+        together.append(block_digest(key, x, targets, beside))
+    return rows_of_digests(rows), rows_of_digests(together)
 
 
 # --- what is known of the training ------------------------------------------------------------

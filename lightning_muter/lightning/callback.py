@@ -421,7 +421,8 @@ class MUterCallback(MemoryKeeper, AdversarialTraining):
         with rescue.guarding("Stage I"):
             start = self.initial, flow
             memory = after.stage_one(settings, weights, watch.digests, watch.key, *start)
-        self.memory = after.finished(memory, self._id_texts, self.findings, self.rebase_policy)
+        known = self._id_texts, self.findings, self.rebase_policy
+        self.memory = after.finished(memory, *known, watch.blocks)
         create(self.memory, self.folder, rescue, self.overwrite)
         rescue.done()
         report(self.memory, after.cost, self.folder, self.findings)

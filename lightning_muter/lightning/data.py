@@ -63,6 +63,13 @@ class TrainingPoints:
     def __len__(self) -> int:
         return len(self.dataset)
 
+    @property
+    def _columns(self) -> tuple[Tensor, ...] | None:
+        """The tensors whose rows the points are, where they need no collating."""
+        if type(self.dataset) is TensorDataset and self.collate is default_collate:
+            return self.dataset.tensors
+        return None
+
     def settled(self) -> TrainingPoints:
         """The same points; of the entries that forward could take, those that there are."""
         if not self.form.taken or not len(self):
@@ -72,6 +79,13 @@ class TrainingPoints:
     def batch(self, indices: Sequence[int]) -> tuple[Tensor, Tensor, Beside]:
         """Inputs and targets of some points, and what else forward takes of them."""
         return self.form.read(self.collated(indices))
+
+    def lying(self, block: range) -> tuple[Tensor, Tensor, Beside]:
+        """As `batch`, of neighbours: the data set's own memory where they lie in it, to read."""
+        columns = self._columns
+        if columns is None:
+            return self.batch(block)
+        return self.form.read([one[block.start : block.stop] for one in columns])
 
     def finite(self, indices: Sequence[int]) -> tuple[Tensor, Tensor, Beside]:
         """As `batch`, of points whose inputs are numbers.
@@ -91,8 +105,9 @@ class TrainingPoints:
 
     def collated(self, indices: Sequence[int]) -> Any:
         """Some points as a batch in the loader's own shape."""
-        if type(self.dataset) is TensorDataset and self.collate is default_collate:
-            return [_taken(tensor, indices) for tensor in self.dataset.tensors]  # no Python loop
+        columns = self._columns
+        if columns is not None:
+            return [_taken(tensor, indices) for tensor in columns]  # no Python loop
         points = [self.dataset[i] for i in indices]
         if self.collate is not default_collate:
             return self.collate(points)

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_muter.errors import ConfigurationError
 from lightning_muter.lightning.data import TrainingPoints
 from lightning_muter.lightning.progress import Bar, blocks, no_bar
 from lightning_muter.lightning.removals import refuse_missing
+from lightning_muter.memory.blocks import BLOCK, block_digest, rows_of_digests
 from lightning_muter.memory.memory import UnlearningMemory
 from lightning_muter.memory.points import digests_of, refuse_changed
 from lightning_muter.models import Beside, ModelView
@@ -22,9 +26,9 @@ from lightning_muter.unlearning.rebase import Remaining
 
 __all__ = ["RemainingPoints", "places_of", "read_once"]
 
-_BATCH = 512
-#: of a reading that keeps all rows
-_READ = 2048
+#: points that are read at a time: as many blocks as a module's batch is wide, or of a reading that
+#: keeps them all
+_BATCH, _READ = BLOCK, 4 * BLOCK
 
 
 def places_of(memory: UnlearningMemory, points: TrainingPoints, bar: Bar) -> Tensor:
@@ -33,43 +37,78 @@ def places_of(memory: UnlearningMemory, points: TrainingPoints, bar: Bar) -> Ten
     Raises:
         RemovalError: a point that is left has no row; all of them are named.
     """
-    found = bar(blocks(range(len(points)), _BATCH), "finding the points", len(points), len)
-    return _rows(memory, [one for some in found for one in points.digests(memory.key, some)])
+    found = [rows_of_digests([])]
+    found += [memory.recognised(*part) for part in _parts(points, _BATCH, bar)]
+    return _rows(memory, torch.cat(found))
 
 
-def read_once(
-    memory: UnlearningMemory, points: TrainingPoints, view: ModelView, bar: Bar
-) -> list[Batch]:
-    """The remaining points in the order of today's data set, in one reading of it.
+def read_once(memory: UnlearningMemory, points: TrainingPoints, view: ModelView, bar: Bar) -> Batch:
+    """The remaining points, in an order that means nothing, in one reading of today's data set.
 
-    What is digested is what is kept, so that no row can change between the two.
+    What is digested is what is kept, so that no row can change between the two. What forward
+    takes beside x is digested alone.
 
     Raises:
         RemovalError: a point that is left has no row; all of them are named.
+        ConfigurationError: rows of different shapes.
     """
-    place, dtype, digests, kept = view.device, view.parameters[0].dtype, [], []
-    for block in bar(blocks(range(len(points)), _READ), "the points", len(points), len):
-        with torch.inference_mode(False):
-            x, targets, beside = points.batch(block)
-        digests += digests_of(memory.key, x, targets, beside)
-        kept.append((x.to(place, dtype), targets.to(place), beside.to(place, dtype)))
+    kept: list[Tensor] = []
+    digests = [rows_of_digests([])]
+    for start, x, targets, beside in _parts(points, _READ, bar):
+        kept = kept or [_room(len(points), one) for one in (x, targets)]
+        x, targets = (_put(one, into, start) for one, into in zip((x, targets), kept, strict=True))
+        digests.append(memory.recognised(start, x, targets, beside))
+    rows, left = _rows(memory, torch.cat(digests)), torch.nonzero(memory.known.living).flatten()
     owners = torch.full((len(points),), -1, dtype=torch.long)
-    rows, left = _rows(memory, digests), torch.nonzero(memory.known.living).flatten()
     owners[rows[left]] = left
-    batches = []
-    for (x, targets, beside), named in zip(kept, torch.split(owners, _READ), strict=True):
-        own = named >= 0
-        if not bool(own.all()):
-            where = own.to(x.device)
-            x, targets, named = x[where], targets[where], named[own]
-            beside = beside.part(where)
-        weights = memory.weights[named.to(memory.weights.device)].to(x.device)
-        batches.append(Batch(x, targets, weights, named.to(x.device), beside))
-    return batches
+    stays = owners >= 0
+    x, targets, owners = (_in_front(column, stays) for column in (*kept, owners))
+    place, dtype = view.device, view.parameters[0].dtype
+    weights = memory.weights[owners.to(memory.weights.device)].to(place)
+    return Batch(x.to(place, dtype), targets.to(place), weights, owners.to(place))
 
 
-def _rows(memory: UnlearningMemory, digests: list[bytes]) -> Tensor:
-    """The row (n,) of each training point in a data set of these digests."""
+def _room(n: int, part: Tensor) -> Tensor:
+    """Memory for n rows like those of a part.
+
+    It is numpy's, which asks the system for large pages: most of the time that 80 MB take otherwise
+    is the page faults of their first use.
+    """
+    shape = n, *part.shape[1:]
+    flat = np.empty(math.prod(shape) * part.element_size(), dtype=np.uint8)
+    return torch.from_numpy(flat).view(part.dtype).reshape(shape)
+
+
+def _put(part: Tensor, into: Tensor, start: int) -> Tensor:
+    """The rows of a part where they are kept."""
+    if part.shape[1:] != into.shape[1:]:
+        raise ConfigurationError(
+            f"the points have rows of shape {tuple(into.shape[1:])} and {tuple(part.shape[1:])}: a "
+            "linear model reads one shape; give a data set, or a collate_fn, that makes them alike"
+        )
+    return into[start : start + len(part)].copy_(part)
+
+
+def _in_front(column: Tensor, stays: Tensor) -> Tensor:
+    """The rows (m, ...) that stay: the last of them take the places of those that go."""
+    m = int(stays.sum())
+    free, movers = torch.nonzero(~stays[:m]).flatten(), m + torch.nonzero(stays[m:]).flatten()
+    column[free] = column[movers]
+    return column[:m]
+
+
+def _parts(
+    points: TrainingPoints, size: int, bar: Bar
+) -> Iterator[tuple[int, Tensor, Tensor, Beside]]:
+    """The rows of today's data set, and where each part of them begins."""
+    for block in bar(blocks(range(len(points)), size), "the points", len(points), len):
+        with torch.inference_mode(False):
+            x, targets, beside = points.lying(block)
+        yield block.start, x, targets, beside
+
+
+def _rows(memory: UnlearningMemory, digests: Tensor) -> Tensor:
+    """The row (n,) of each training point in a data set of these digests (m, 16)."""
     places = memory.known.places(digests)
     left = torch.nonzero(memory.known.living).flatten()
     refuse_missing(left[places.rows[left] < 0].tolist(), len(left), "left")
@@ -134,14 +173,18 @@ class RemainingPoints:
         """The remaining points in the order of their rows, their digests under a new key."""
         memory = self.memory
         order = sorted(memory.remaining, key=self.places.tolist().__getitem__)
-        rows = [one for _, x, y, more in self._blocks(order) for one in digests_of(key, x, y, more)]
+        rows: list[bytes] = []
+        together: list[bytes] = []
+        for _, x, targets, beside in self._blocks(order):
+            rows += digests_of(key, x, targets, beside)
+            together.append(block_digest(key, x, targets, beside))
         names = [-1] * memory.n
         for new, old in enumerate(order):
             names[old] = new
-        digests = torch.frombuffer(bytearray(b"".join(rows)), dtype=torch.uint8)
         return Remaining(
             batches=lambda: self.batches(view, names),
-            digests=digests.reshape(len(order), -1),
+            digests=rows_of_digests(rows),
+            blocks=rows_of_digests(together),
             weights=memory.weights[order],
             key=key,
             ids=None if memory.ids is None else memory.ids[order],

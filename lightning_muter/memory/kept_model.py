@@ -26,6 +26,7 @@ BASE = {
     "residual_gradient": _VECTOR,
     "digests": TensorSpec(torch.uint8, ("n", str(points.DIGEST_BYTES))),
     "weights": TensorSpec(torch.float64, ("n",)),
+    "blocks": TensorSpec(torch.uint8, ("k", str(points.DIGEST_BYTES)), optional=True),
     "ids": TensorSpec(torch.uint8, ("n", str(points.DIGEST_BYTES)), optional=True),
     "initial": _OPTIONAL,
     "retraced": _OPTIONAL,

@@ -15,6 +15,10 @@ from lightning_muter.memory.points import DIGEST_BYTES, listing, refuse_changed
 
 __all__ = ["KnownPoints", "Match", "Places"]
 
+_WORDS = DIGEST_BYTES // 8
+#: digests as numbers (m, 2)
+Words = np.ndarray[Any, np.dtype[np.int64]]
+
 
 @dataclass(frozen=True)
 class Match:
@@ -78,15 +82,18 @@ class KnownPoints:
             positions: of the rows in their data set; they say nothing where there are none.
             fixed: which points (n,) a position can name; all by default.
         """
-        found, unknown, surplus = self._matched(rows, positions, fixed)
+        words = np.frombuffer(b"".join(rows), dtype=np.int64).reshape(-1, _WORDS)
+        found, unknown, surplus = self._matched(words, self._in_place(words, positions, fixed))
         indices = [None if index < 0 else index for index in found.tolist()]
         return Match(indices, unknown, surplus)
 
-    def _matched(
-        self, rows: Sequence[bytes], positions: Sequence[int], fixed: Tensor | None
-    ) -> tuple[Tensor, list[int], list[int]]:
-        """The training point (m,) of each row or -1, and what `Match` says of the others."""
-        found = self._in_place(rows, positions, fixed)
+    def _matched(self, rows: Words, found: Tensor) -> tuple[Tensor, list[int], list[int]]:
+        """The training point (m,) of each row or -1, and what `Match` says of the others.
+
+        Args:
+            rows: their digests.
+            found: the points (m,) that are known by their positions, -1 for those that are not.
+        """
         others = torch.nonzero(found < 0).flatten().tolist()
         unknown: list[int] = []
         surplus: list[int] = []
@@ -94,10 +101,11 @@ class KnownPoints:
             return found, unknown, surplus
         taken = torch.zeros(len(self.digests), dtype=torch.bool)
         taken[found[found >= 0]] = True
-        free = self._free({rows[k] for k in others}, taken)
+        contents = [one.tobytes() for one in rows[others]]
+        free = self._free(set(contents), taken)
         chosen: dict[int, int] = {}
-        for k in others:
-            same = free[rows[k]]
+        for k, content in zip(others, contents, strict=True):
+            same = free[content]
             if same is None:
                 unknown.append(k)
             elif same:
@@ -107,17 +115,15 @@ class KnownPoints:
         found[list(chosen)] = torch.tensor(list(chosen.values()), dtype=torch.long)
         return found, unknown, surplus
 
-    def _in_place(
-        self, rows: Sequence[bytes], positions: Sequence[int], fixed: Tensor | None
-    ) -> Tensor:
+    def _in_place(self, rows: Words, positions: Sequence[int], fixed: Tensor | None) -> Tensor:
         """Where the row at position i has the content of point i: that point (m,); else -1."""
         found = np.full(len(rows), -1)
         if len(positions) and len(rows):
-            named = np.asarray(positions, dtype=np.int64)
+            named = _numbers(positions)
             inside = np.flatnonzero((named >= 0) & (named < self.digests.shape[0]))
             named = named[inside]
-            known = self.digests.cpu().contiguous().numpy().view(np.int64)[named]
-            same = (_words(b"".join(rows))[inside] == known).all(axis=1)
+            known = _words(self.digests)[named]
+            same = (rows[inside] == known).all(axis=1)
             if fixed is not None:
                 same &= fixed.cpu().numpy()[named]
             found[inside[same]] = named[same]
@@ -128,10 +134,10 @@ class KnownPoints:
         free: dict[bytes, list[int] | None] = dict.fromkeys(wanted)
         if not wanted:
             return free
-        known, asked = self.digests.cpu().contiguous(), _words(b"".join(wanted))
-        first = torch.from_numpy(asked[:, 0])
-        likely = torch.nonzero(torch.isin(known.view(torch.int64)[:, 0], first)).flatten()
-        stored, trained = known[likely].numpy().tobytes(), (self.weights.cpu() > 0).long()
+        known = _words(self.digests)
+        asked = np.frombuffer(b"".join(wanted), dtype=np.int64).reshape(-1, _WORDS)
+        likely = torch.from_numpy(np.flatnonzero(np.isin(known[:, 0], asked[:, 0])))
+        stored, trained = known[likely.numpy()].tobytes(), (self.weights.cpu() > 0).long()
         rank = trained + trained * ~self.removed.cpu()  # never trained on: 0, left: 2
         choices = zip(likely.tolist(), rank[likely].tolist(), taken[likely].tolist(), strict=True)
         order: dict[int, tuple[int, int]] = {}
@@ -193,15 +199,32 @@ class KnownPoints:
         left = self.match(list(gone)).indices
         return any(bool(self.living[i]) for i in left if i is not None)
 
-    def places(self, rows: Sequence[bytes]) -> Places:
-        """Where the points lie in a data set of these rows, those that are left first of all."""
-        found, unknown, surplus = self._matched(rows, range(len(rows)), self.living)
+    def places(self, rows: Tensor) -> Places:
+        """Where the points lie in a data set of rows, those that are left first of all.
+
+        Args:
+            rows: their digests (m, 16).
+        """
+        words, living = _words(rows), self.living
+        found = self._in_place(words, range(len(rows)), None)
+        lies = torch.zeros_like(living)
+        lies[found[found >= 0]] = True
+        if not bool(lies[living].all()):  # one may lie where an equal point was forgotten
+            found[(found >= 0) & ~living[found]] = -1
+        found, unknown, surplus = self._matched(words, found)
         where = torch.full((len(self.digests),), -1, dtype=torch.long)
         held = torch.nonzero(found >= 0).flatten()
         where[found[held]] = held
         return Places(where, len(unknown) + len(surplus))
 
 
-def _words(digests: bytes) -> np.ndarray[Any, Any]:
-    """Digests one after the other as two numbers each (m, 2)."""
-    return np.frombuffer(bytearray(digests), dtype=np.int64).reshape(-1, DIGEST_BYTES // 8)
+def _words(digests: Tensor) -> Words:
+    """Digests (m, 16) as numbers."""
+    words: Words = digests.cpu().contiguous().numpy().view(np.int64)
+    return words
+
+
+def _numbers(positions: Sequence[int]) -> Words:
+    if isinstance(positions, range):
+        return np.arange(positions.start, positions.stop, positions.step)
+    return np.asarray(positions, dtype=np.int64)

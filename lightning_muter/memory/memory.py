@@ -15,6 +15,7 @@ from lightning_muter.curvature.base import Curvature
 from lightning_muter.curvature.removed import RemovedPoints
 from lightning_muter.display import card
 from lightning_muter.errors import MemoryFormatError, MuterError
+from lightning_muter.memory import blocks as point_blocks
 from lightning_muter.memory import ids as point_ids
 from lightning_muter.memory import points
 from lightning_muter.memory.folder import MemoryStore
@@ -44,6 +45,7 @@ class UnlearningMemory:
     ``weights`` (n,) is how much each point counted in training, 0 for one that it never saw.
     ``pending`` is what requests took out of the curvature since the last write, ``parameters`` the
     names and shapes of ω. ``memory_id`` and ``generation`` say which memory of which folder it is.
+    ``blocks`` (k, 16) uint8 are digests of 512 points each; without them rows are told one by one.
 
     ``residual_gradient`` is ∇F(ω*) (p,); zeros after a rebase without a horizon, where nothing
     needs it.
@@ -80,6 +82,7 @@ class UnlearningMemory:
     ids_key: bytes = b""
     rebase_policy: RebasePolicy = RebasePolicy()
     private: Tensor | None = None
+    blocks: Tensor | None = None
 
     def __repr__(self) -> str:
         return (
@@ -201,6 +204,16 @@ class UnlearningMemory:
     def known(self) -> KnownPoints:
         """The training points by content."""
         return KnownPoints(self.digests, self.removed, self.weights, self.ledger)
+
+    def recognised(
+        self, first: int, x: Tensor, targets: Tensor, beside: Beside = NOTHING
+    ) -> Tensor:
+        """The digests (m, 16) of rows of a data set from position ``first``, a multiple of 512.
+
+        Of blocks that are as the memory was built on they are known.
+        """
+        known = self.key, self.digests, self.blocks
+        return point_blocks.recognised(*known, first, x, targets, beside)
 
     def find(
         self,
@@ -360,6 +373,8 @@ class UnlearningMemory:
             base |= self.curvature.kept()
         if self.ids is not None:
             base["ids"] = self.ids
+        if self.blocks is not None:
+            base["blocks"] = self.blocks
         if self.start is not None:
             base |= self.start.tensors()
         facts = {
@@ -381,7 +396,7 @@ class UnlearningMemory:
             requests=tuple(requests),
             facts=facts,
             key=self.key,
-            sizes={"p": self.p, "n": self.n},
+            sizes={"p": self.p, "n": self.n, "k": point_blocks.count(self.n)},
             memory_id=self.memory_id,
             generation=self.generation,
         )
@@ -412,6 +427,7 @@ class UnlearningMemory:
             ledger=tuple(request.entry for request in content.requests),
             warnings=tuple(facts["warnings"]),
             ids=base.get("ids"),
+            blocks=base.get("blocks"),
             ids_key=bytes.fromhex(facts["ids_key"]),
             rebase_policy=RebasePolicy(**facts["rebase"]),
             parameters=tuple((name, tuple(shape)) for name, shape in facts["parameters"]),

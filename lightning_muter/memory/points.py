@@ -26,6 +26,7 @@ __all__ = [
     "listing",
     "passed_over",
     "refuse_changed",
+    "serialised",
     "training_indices",
 ]
 
@@ -47,7 +48,7 @@ def digests_of(key: bytes, x: Tensor, targets: Tensor, beside: Beside = NOTHING)
     What forward takes beside x is a part of the point: with another mask it is another one.
     """
     fresh = hashlib.blake2b(key=key, digest_size=DIGEST_BYTES)
-    head, points = _serialised(x)
+    head, points = _rows(x)
     fresh.update(head)  # of all points alike
     found, copied = [], fresh.copy
     for point, other in zip(points, _joined(targets, *beside.rows.values()), strict=True):
@@ -60,26 +61,31 @@ def digests_of(key: bytes, x: Tensor, targets: Tensor, beside: Beside = NOTHING)
 
 def _joined(*columns: Tensor | Sequence[Any]) -> list[bytes]:
     """What each point has in all columns, one after the other, as bytes."""
-    first, *more = [
-        [tail + value for value in values] for tail, values in map(_serialised, columns)
-    ]
+    first, *more = [[tail + value for value in values] for tail, values in map(_rows, columns)]
     return [b"".join(parts) for parts in zip(first, *more, strict=True)] if more else first
 
 
-def _serialised(tensor: Tensor | Sequence[Any]) -> tuple[bytes, list[memoryview]]:
-    """The rows' dtype and shape as bytes, and each row's values, not copied.
+def _rows(column: Tensor | Sequence[Any]) -> tuple[bytes, list[memoryview]]:
+    """The rows' dtype and shape as bytes, and each row's values, not copied."""
+    head, whole = serialised(column)
+    if isinstance(whole, list):
+        return head, whole
+    width = len(whole) // max(len(column), 1)
+    return head, [whole[k * width : (k + 1) * width] for k in range(len(column))]
+
+
+def serialised(column: Tensor | Sequence[Any]) -> tuple[bytes, memoryview | list[memoryview]]:
+    """The rows' dtype and shape as bytes, and the values of all rows, not copied.
 
     Of what is no tensor, how each shows itself.
     """
-    if not isinstance(tensor, Tensor):
-        return b"", [memoryview(repr(one).encode()) for one in tensor]
-    value = tensor.detach().cpu()
+    if not isinstance(column, Tensor):
+        return b"", [memoryview(repr(one).encode()) for one in column]
+    value = column.detach().cpu()
     value = value.double() if value.is_floating_point() else value
     head = f"{value.dtype}{tuple(value.shape[1:])}".encode()
-    whole = value.contiguous().reshape(-1).view(torch.uint8).numpy().data
-    n = value.shape[0]
-    width = len(whole) // max(n, 1)
-    return head, [whole[k * width : (k + 1) * width] for k in range(n)]
+    whole: memoryview = value.contiguous().reshape(-1).view(torch.uint8).numpy().data
+    return head, whole
 
 
 def listing(values: Sequence[Any]) -> str:
@@ -117,6 +123,8 @@ def training_indices(values: Iterable[Any]) -> list[int]:
             "such as [3, 17]"
         )
     given = list(plain)
+    if all(type(value) is int for value in given):
+        return given
     indices = [integer(value) for value in given]
     wrong = [value for value, index in zip(given, indices, strict=True) if index is None]
     if wrong:

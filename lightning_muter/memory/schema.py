@@ -12,7 +12,7 @@ __all__ = ["COMPANIONS", "FORMAT_VERSION", "NAME", "SCHEMA", "UNFINISHED", "chec
 NAME = "memory.sqlite"
 UNFINISHED = "memory.sqlite.new"  # a database that is being built
 COMPANIONS = ("-wal", "-shm", "-journal")  # what sqlite lays beside a database
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 _META = (
     "CREATE TABLE meta (id INTEGER PRIMARY KEY, memory_id TEXT, generation INTEGER, "
     "model_generation INTEGER, base TEXT, base_size INTEGER, base_blake2b BLOB, key BLOB, "

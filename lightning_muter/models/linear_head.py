@@ -108,7 +108,7 @@ class LinearHead(ModelView):
             )
 
     def ascent(self, x: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
-        outputs = self._straight(x) if self._linear else None
+        outputs = self.straight(x) if self._linear else None
         if outputs is None:
             self._linear = False
             return super().ascent(x, reference)
@@ -121,7 +121,7 @@ class LinearHead(ModelView):
         """Rows (k, d) of derivatives in what the module receives, as derivatives in x."""
         return slope if self.scaling.identity else slope * self.scaling.slope(x)
 
-    def _straight(self, x: Tensor) -> Tensor | None:
+    def straight(self, x: Tensor) -> Tensor | None:
         """The outputs (n, ...) of a module that is its head alone, from x as it is; None of others.
 
         Then the way from x to them is the head's weight. It is told by memory: the head reads what
@@ -250,7 +250,9 @@ class LinearHead(ModelView):
 
 def _same_memory(a: Tensor, b: Tensor) -> bool:
     """Whether a tensor is another one, seen in a shape that may be its own."""
-    return a.data_ptr() == b.data_ptr() and a.numel() == b.numel() and a.dtype == b.dtype
+    in_order = (a.is_contiguous() and b.is_contiguous()) or a.stride() == b.stride()
+    same = a.data_ptr() == b.data_ptr() and a.numel() == b.numel() and a.dtype == b.dtype
+    return same and in_order
 
 
 class FeatureHead(LinearHead):

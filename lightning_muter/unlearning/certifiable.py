@@ -5,8 +5,6 @@ Source: ours (docs/certificates.md).
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import torch
 from torch import Tensor
 
@@ -134,26 +132,21 @@ def _reach(threat: Threat) -> Reach:
     )
 
 
-def linear_objective(
-    settings: Settings, view: ModelView, batches: Iterable[Batch]
-) -> LinearRobustObjective:
-    """The robust objective of points in closed form, read and checked once; all in float64.
+def linear_objective(settings: Settings, view: ModelView, batch: Batch) -> LinearRobustObjective:
+    """The robust objective of points in closed form; all in float64.
 
     Args:
         settings: of the memory; what they cannot tell is checked here.
         view: of the module.
-        batches: the points.
+        batch: the points, which the objective keeps.
 
     Raises:
         ConfigurationError: with the condition that fails.
     """
     check_certifiable(settings, view)
     head = _head(settings, view)
-    found: list[tuple[Tensor, Tensor, Tensor]] = []
     with measuring(head.module), torch.no_grad():
-        for batch in batches:
-            found.append(_read(head, batch))
-    x, y, weights = (torch.cat(parts) for parts in zip(*found, strict=True))
+        x, y, weights = _read(head, batch)
     return LinearRobustObjective(
         points=LinearPoints(x, y, weights),
         outputs=Outputs(head.layer.out_features, x.shape[1], head.layer.bias is not None),
@@ -165,8 +158,17 @@ def linear_objective(
 
 def _read(head: LinearHead, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
     """Inputs, targets and weights of a batch, where the module is the linear model of them."""
-    flat = batch.x.reshape(len(batch), -1)
-    h, outputs = head.features(batch.x)
+    if head.straight(batch.x) is None:
+        _check_linear(head, batch.x)
+    check_targets(head.loss, batch.targets, head.layer.out_features)
+    x, y = batch.x.reshape(len(batch), -1), batch.targets.reshape(len(batch))
+    return x.double(), y.double(), batch.weights.double()
+
+
+def _check_linear(head: LinearHead, x: Tensor) -> None:
+    """Refuse a module whose head reads other numbers than x, or that returns others than it."""
+    flat = x.reshape(len(x), -1)
+    h, outputs = head.features(x)
     if h.shape != flat.shape or not torch.equal(h, flat):
         raise _refused(
             f"the head {head.names[0].removesuffix('.weight')!r} reads features that the module "
@@ -181,5 +183,3 @@ def _read(head: LinearHead, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         raise _refused(
             "the module's outputs are not its head's own", "return the head's outputs from forward"
         )
-    check_targets(head.loss, batch.targets, head.layer.out_features)
-    return flat.double(), batch.targets.reshape(len(batch)).double(), batch.weights.double()

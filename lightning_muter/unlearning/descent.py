@@ -12,6 +12,7 @@ from torch import Tensor
 from lightning_muter.unlearning.kinks import Kinks, Solve, kinked_step
 from lightning_muter.unlearning.linear_objective import LinearRobustObjective, State
 from lightning_muter.unlearning.objective import HALVINGS, PAYS
+from lightning_muter.unlearning.secants import Secants
 
 __all__ = ["Descent", "Solve", "descend"]
 
@@ -56,23 +57,23 @@ def descend(
 ) -> Descent:
     """Corrector passes, then Newton's method, until the bound is at most ``radius``.
 
-    The passes use the curvature of the memory as long as they pay; then it is built anew at each
+    The passes use the curvature of the memory, bettered by what they find of it where there is no
+    kink, as long as they pay; then it is built anew at each
     step; and where that does not lead there, easier problems are solved on the way. Points whose
     residual is next to zero, where a robust squared loss has a kink, are held there, and the
     mixture of their two perturbations is solved for. Source: ours (docs/certificates.md).
 
     Args:
         objective: of the remaining points.
-        starts: where to begin (p,); the one of the smallest bound is taken.
+        starts: where to begin (p,), the likeliest first; the one of the smallest bound is taken.
         solve: columns G (p, k) -> M_r⁻¹ G.
         radius: the bound that is wanted.
         corrections: passes with M_r at the most.
         rebuilds: Newton steps at the most, those on easier problems aside.
     """
-    begun = min((_started(objective, omega) for omega in starts), key=_bound)
+    begun = _begun(objective, starts, solve)
 
-    def correct(state: State) -> State:
-        return _held_step(objective, state, solve)
+    correct = _corrector(objective, begun, solve)
 
     def newton(state: State) -> State:
         return _searched(objective, state, _factor(objective.hessian(state)))
@@ -90,8 +91,38 @@ def descend(
     return Descent(best, passes, built)
 
 
+def _corrector(
+    objective: LinearRobustObjective, begun: State, solve: Solve
+) -> Callable[[State], State]:
+    """A pass with the memory's curvature; without kinks it learns from the passes before."""
+    if objective.loss.kinked:
+        return lambda state: _held_step(objective, state, solve)
+    secants = Secants(solve, begun.gradient)
+
+    def correct(state: State) -> State:
+        step = secants.step()
+        after = objective.at(state.omega - step)
+        secants.learn(-step, after.gradient)
+        return after
+
+    return correct
+
+
 def _bound(state: State) -> float:
     return state.bound if math.isfinite(state.bound) else math.inf
+
+
+def _begun(objective: LinearRobustObjective, starts: Sequence[Tensor], solve: Solve) -> State:
+    """The start of the smallest bound.
+
+    Without kinks one that is farther from where a step from the first leads than the first itself
+    is not worth a pass; with them its points may be on theirs already.
+    """
+    first, others = _started(objective, starts[0]), list(starts[1:])
+    if others and not objective.loss.kinked:
+        step = solve(first.gradient.unsqueeze(1)).squeeze(1)
+        others = [one for one in others if (one - first.omega + step).norm() < step.norm()]
+    return min([first, *(_started(objective, one) for one in others)], key=_bound)
 
 
 def _started(objective: LinearRobustObjective, omega: Tensor) -> State:

@@ -21,7 +21,13 @@ from torch import Tensor
 __all__ = ["delta_of", "drawn_for_a_test", "epsilon_of", "fresh_noise", "largest_mu", "seeded"]
 
 
+#: below it erfc leaves the normal numbers
+_FAR = -30.0
+
+
 def _log_cdf(x: float) -> float:
+    if x > _FAR:
+        return math.log(0.5 * math.erfc(-x / math.sqrt(2)))
     return float(torch.special.log_ndtr(torch.tensor(x, dtype=torch.float64)))
 
 

@@ -60,9 +60,15 @@ class LevelLoss(ABC):
     def conjugate_bend(self, rho: Tensor) -> Tensor:
         """c'' (n,), the inverse of l'' where l' is ρ."""
 
-    @abstractmethod
     def maximum(self, level: Tensor, reach: Reach, w: Tensor) -> Tensor:
-        """ρ (n,) at the global inner maximum."""
+        """ρ (n,) at the global inner maximum; of one perturbation it is l' where that leads."""
+        if reach.rigid:
+            return self.slope(level + reach.slope(level, w))
+        return self._searched(level, reach, w)
+
+    @abstractmethod
+    def _searched(self, level: Tensor, reach: Reach, w: Tensor) -> Tensor:
+        """ρ (n,) where a - c'(ρ) + E'(ρ) is zero, at the highest of such maxima."""
 
     @abstractmethod
     def conjugate_slope(self, rho: Tensor) -> Tensor:
@@ -129,7 +135,7 @@ class Squared(LevelLoss):
     def conjugate_slope(self, rho: Tensor) -> Tensor:
         return rho
 
-    def maximum(self, level: Tensor, reach: Reach, w: Tensor) -> Tensor:
+    def _searched(self, level: Tensor, reach: Reach, w: Tensor) -> Tensor:
         """a - ρ + E'(ρ) is concave: Newton's method from the right falls onto its one root."""
         rho = level + reach.length(len(w)) * float(w.norm())
         for _ in range(_NEWTON):
@@ -170,7 +176,7 @@ class Logistic(LevelLoss):
     def conjugate_slope(self, rho: Tensor) -> Tensor:
         return torch.logit(rho).clamp(-_END, _END)
 
-    def maximum(self, level: Tensor, reach: Reach, w: Tensor) -> Tensor:
+    def _searched(self, level: Tensor, reach: Reach, w: Tensor) -> Tensor:
         """The root of a - logit(ρ) + E'(ρ) in its bracket, by Newton's method."""
         low, high = _Nodes.of(reach, w).bracket(level)
         odds = torch.clamp(level + reach.slope(torch.sigmoid(level), w), low, high)

@@ -173,7 +173,8 @@ class LinearRobustObjective:
         gap = weights * (apart * (level + errors) * reach)
         if self.loss.kinked:  # rounding hides which side they are on
             gap += torch.where(level <= errors, 2 * weights * errors * reach, 0.0)
-        gap += weights * self.loss.gap(level, found, self.reach, w)
+        if not self.reach.rigid:  # else its one perturbation is the maximiser, whatever ρ is
+            gap += weights * self.loss.gap(level, found, self.reach, w)
         return State(
             omega=omega,
             value=value,

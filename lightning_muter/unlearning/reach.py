@@ -62,6 +62,11 @@ class Reach(ABC):
     def pointed(self) -> bool:
         """Whether E has a kink at w = 0, where an optimum can sit."""
 
+    @property
+    @abstractmethod
+    def rigid(self) -> bool:
+        """Whether every ρ > 0 has the same perturbation, so that E is linear in it."""
+
     @abstractmethod
     def widened(self, factor: float) -> Reach:
         """The set with its smoothing widened by a factor, on the way to an optimum."""
@@ -79,6 +84,10 @@ class BallReach(Reach):
 
     @property
     def pointed(self) -> bool:
+        return True
+
+    @property
+    def rigid(self) -> bool:
         return True
 
     def widened(self, factor: float) -> Reach:
@@ -124,6 +133,10 @@ class SmoothedSignReach(Reach):
 
     @property
     def pointed(self) -> bool:
+        return False
+
+    @property
+    def rigid(self) -> bool:
         return False
 
     def widened(self, factor: float) -> Reach:

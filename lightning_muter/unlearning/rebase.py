@@ -34,6 +34,7 @@ class Remaining:
         weights: how much each counts (n,).
         key: of the digests.
         ids: digests (n, 16) of the user's own keys, where the memory keeps them.
+        blocks: digests (k, 16) of 512 points each, under ``key``.
     """
 
     batches: Callable[[], Iterable[Batch]]
@@ -41,6 +42,7 @@ class Remaining:
     weights: Tensor
     key: bytes
     ids: Tensor | None = None
+    blocks: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -123,6 +125,7 @@ def rebase(
         ledger=(*ledger, entry),
         residual_gradient=gradient,
         ids=remaining.ids,
+        blocks=remaining.blocks,
         ids_key=memory.ids_key,
         rebase_policy=memory.rebase_policy,
         warnings=tuple(dict.fromkeys((*memory.warnings, *built.warnings))),

@@ -226,7 +226,7 @@ def test_a_folder_from_before_a_memory_kept_its_flow_is_of_another_format(tmp_pa
         database.put(connection, replace(meta, facts=json.dumps(facts)))
         connection.execute("PRAGMA user_version = 3")
     connection.close()
-    with pytest.raises(MemoryFormatError, match="version 3, 4 is expected.*rebuild the memory"):
+    with pytest.raises(MemoryFormatError, match="version 3, 5 is expected.*rebuild the memory"):
         UnlearningMemory.load(tmp_path)
     with pytest.raises(StateError, match="overwrite"):
         small_memory().save(tmp_path)

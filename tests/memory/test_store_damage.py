@@ -155,9 +155,9 @@ def test_other_schemas_are_refused(sql: str, folder: Path) -> None:
 
 def test_another_format_version_names_the_way_out(folder: Path) -> None:
     connection = sqlite3.connect(folder / schema.NAME)
-    connection.execute("PRAGMA user_version = 5")
+    connection.execute("PRAGMA user_version = 6")
     connection.close()
-    with pytest.raises(MemoryFormatError, match="version 5, 4 is expected.*release that wrote it"):
+    with pytest.raises(MemoryFormatError, match="version 6, 5 is expected.*release that wrote it"):
         cases.read(folder)
 
 

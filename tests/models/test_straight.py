@@ -23,6 +23,8 @@ class Around(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.what == "a copy before":
             x = 2 * x
+        if self.what == "turned":  # the same memory, read along the other way
+            x = x.flatten(1).T
         z = self.head(x.flatten(1))
         if self.what == "scaled":
             return 3 * z
@@ -60,6 +62,14 @@ def test_what_only_looks_like_a_linear_model_goes_through_autograd(what: str) ->
     assert not view._linear
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=0.0, atol=0.0)
+
+
+def test_a_head_that_reads_the_same_memory_in_another_order_is_not_straight() -> None:
+    view = LinearHead(Around(1, "turned"), "head", resolve_objective(None, "logistic"))
+    x = torch.randn(6, 6, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    assert view.straight(x) is None
+    view = LinearHead(Around(1, ""), "head", resolve_objective(None, "logistic"))
+    assert view.straight(x) is not None
 
 
 @pytest.mark.parametrize("name", ["logistic", "squared"])

@@ -25,6 +25,7 @@ from lightning_muter.lightning.flavour import pl, rank_zero_info
 from lightning_muter.lightning.kept_state import untouched
 from lightning_muter.lightning.progress import bar_of, blocks
 from lightning_muter.linalg.lanczos import TimeAverage
+from lightning_muter.memory.blocks import BLOCK, block_digest, count
 from lightning_muter.memory.points import digests_of
 from lightning_muter.memory.start import TrainingFlow
 from lightning_muter.models import Beside, ModelView, evaluating
@@ -33,7 +34,6 @@ from lightning_muter.objectives.targets import check_targets
 
 __all__ = ["TrainingWatch"]
 
-_CHUNK = 512
 #: so many points are read again when training ends
 _PROBES = 8
 
@@ -78,7 +78,7 @@ class TrainingWatch:
         self._slack, vanished = tolerances(str(trainer.precision))
         self._context = trainer.precision_plugin.train_step_context
         self.key: bytes = trainer.strategy.broadcast(os.urandom(16))
-        self.digests, received = self._read()
+        self.digests, self.blocks, received = self._read()
         sampling = sampling_of(trainer.train_dataloader, len(points))  # type: ignore[arg-type]
         self._count = PointCount(received, sampling, trainer.world_size, reduce)
         self._frozen = FrozenPart(module, view.names)
@@ -115,15 +115,20 @@ class TrainingWatch:
 
     # --- before training ----------------------------------------------------------------------
 
-    def _read(self) -> tuple[Tensor, list[bytes]]:
-        """Digests of all points as the data set holds them (n, 16), and as training gets them."""
+    def _read(self) -> tuple[Tensor, Tensor, list[bytes]]:
+        """Digests of all points as the data set holds them (n, 16), of blocks of them (k, 16).
+
+        Then those of the points as training gets them.
+        """
         trainer, n = self._trainer, len(self._points)
-        held, received = torch.zeros(n, 16), torch.zeros(n, 16)
-        mine = range(trainer.global_rank, n, trainer.world_size)
-        width = None
-        for block in bar_of(trainer)(blocks(mine, _CHUNK), "reading the points", len(mine), len):
-            indices = list(block)
-            x, targets, beside = self._points.finite(indices)
+        held, received, together = torch.zeros(n, 16), torch.zeros(n, 16), torch.zeros(count(n), 16)
+        everyone = list(blocks(range(n), BLOCK))
+        mine = everyone[trainer.global_rank :: trainer.world_size]
+        looked_at = mine or everyone[:1]  # so that no process waits where another one refuses
+        width, total = None, sum(map(len, looked_at))
+        for block in bar_of(trainer)(looked_at, "reading the points", total, len):
+            x, targets, beside = self._points.finite(block)
+            some = slice(block.start, block.stop)
             x_given, y_given, rows = trainer.precision_plugin.convert_input(
                 [x, targets, beside.rows]
             )
@@ -131,17 +136,20 @@ class TrainingWatch:
             width = width or self._width(x_given[:2], as_given.part(slice(2)))
             with self._topic("targets"):
                 check_targets(self._loss, targets, width)
-            held[indices] = _rows(digests_of(self.key, x, targets, beside))
-            received[indices] = held[indices]
+            held[some] = _rows(digests_of(self.key, x, targets, beside))
+            together[block.start // BLOCK] = _rows([block_digest(self.key, x, targets, beside)])[0]
+            received[some] = held[some]
             before = (x, targets, *beside.tensors().values())
             after = (x_given, y_given, *as_given.tensors().values())
             if any(_narrower(b, a) for a, b in zip(before, after, strict=True)):
-                received[indices] = _rows(digests_of(self.key, x_given, y_given, as_given))
+                received[some] = _rows(digests_of(self.key, x_given, y_given, as_given))
+        if not mine:
+            held, received, together = (torch.zeros_like(t) for t in (held, received, together))
         device = trainer.strategy.root_device
-        held, received = (
-            self._reduce(t.to(device)).cpu().to(torch.uint8) for t in (held, received)
+        held, received, together = (
+            self._reduce(t.to(device)).cpu().to(torch.uint8) for t in (held, received, together)
         )
-        return held, [bytes(row) for row in received.tolist()]
+        return held, together, [bytes(row) for row in received.tolist()]
 
     def _width(self, x: Tensor, beside: Beside) -> int:
         """Outputs a point, which are the head's own."""
