@@ -387,9 +387,9 @@ def test_heavy_probes_cost_no_products_where_none_weighs_much(
 def test_the_preconditioner_is_the_inverse_of_blocks_and_heavy_probes() -> None:
     rows, cpu = coupled(), torch.device("cpu")
     blocks = ClassBlocks.of(rows.blocks, rows.shift, Group(), 10**9, cpu)
-    assert blocks.heavy is not None and len(blocks.heavy.points) == 400 // 8
+    assert blocks.heavy is not None and len(blocks.heavy.probes.points) == 400 // 8
     assert blocks.nbytes == 8 * 16 * 12**2 + 4 * 50 * rows.p + 8 * 2 * 50**2
-    heavy = torch.isin(torch.arange(400), blocks.heavy.points)
+    heavy = torch.isin(torch.arange(400), blocks.heavy.probes.points)
     assert float(torch.cat([one.probe_sizes() for one in rows.blocks])[heavy].min()) > 0
     whole = PointRows.cat(rows.blocks)
     width = 12
@@ -414,7 +414,7 @@ def test_the_preconditioner_is_the_inverse_of_blocks_and_heavy_probes() -> None:
     close = {"rtol": 1e-4, "atol": 1e-5}
     torch.testing.assert_close(blocks.apply(eye), expected(everyone, rows.shift), **close)
     # a point that is gone, and a coin that counts a probe twice, are known
-    gone = int(blocks.heavy.points[7])
+    gone = int(blocks.heavy.probes.points[7])
     now = blocks.now(rows.without([gone]).blocks, rows.shift)
     assert now.heavy is not None
     weights = everyone.clone()
@@ -423,7 +423,7 @@ def test_the_preconditioner_is_the_inverse_of_blocks_and_heavy_probes() -> None:
     other = rows.resampled()
     assert other is not None
     coins = blocks.now(other.blocks, rows.shift).heavy
-    assert coins is not None and set(coins.weights.tolist()) == {0.0, 2.0}
+    assert coins is not None and set(coins.probes.weights.tolist()) == {0.0, 2.0}
 
 
 def test_whole_blocks_of_few_points_on_a_wide_head_are_shared() -> None:
