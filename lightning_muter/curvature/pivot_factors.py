@@ -9,8 +9,8 @@ from torch import Tensor
 
 __all__ = ["PivotFactors"]
 
-#: of σ: a point that is not in a class's span adds less than this to the class's block
-_LEFT = 0.1
+#: times σ: the trace of what a class's block has outside the span of the class's pivots
+_LEFT = 2.0
 _STEPS = 32  # columns for which there is room at first
 
 
@@ -19,8 +19,8 @@ class PivotFactors:
     """A_c⁻¹ = (I + Hᵀ Z_c H) / σ of A_c = σI + P_c Hᵀ D_c H P_c for g classes.
 
     H (n, F̃) are the points' features, D_c what they weigh in class c, and P_c projects on the span
-    of the class's pivots, by which pivoted Cholesky of D^½ HHᵀ D^½ leaves less than a tenth of σ of
-    every point. Z_c is negative semidefinite on the pivots and zero elsewhere, so that A_c⁻¹ is
+    of the class's pivots, by which pivoted Cholesky of D^½ HHᵀ D^½ leaves a trace of less than 2 σ.
+    Z_c is negative semidefinite on the pivots and zero elsewhere, so that A_c⁻¹ is
     positive by its form. Source: ours (docs/theory.md).
 
     Attributes:
@@ -78,7 +78,7 @@ class PivotFactors:
 def _pivoted(gram: Tensor, roots: Tensor, left: float, most: int) -> tuple[Tensor, Tensor]:
     """Pivots (g, k) and columns (g, k, n) of D^½ G D^½ ≈ Σ_j l_j l_jᵀ, all classes at once.
 
-    A class is done once no point's rest is more than ``left``; its further columns are zero.
+    A class is done once the trace of its rest is at most ``left``; its further columns are zero.
     """
     g, n = roots.shape
     rest = roots.square() * gram.diagonal()
@@ -86,7 +86,7 @@ def _pivoted(gram: Tensor, roots: Tensor, left: float, most: int) -> tuple[Tenso
     pivots: list[Tensor] = []
     for j in range(most):
         top, at = rest.max(dim=1, keepdim=True)
-        todo = top > left
+        todo = rest.sum(dim=1, keepdim=True) > left
         if not bool(todo.any()):
             break
         if j == columns.shape[1]:
@@ -94,7 +94,7 @@ def _pivoted(gram: Tensor, roots: Tensor, left: float, most: int) -> tuple[Tenso
         known = columns[:, :j]
         there = known.gather(2, at.unsqueeze(1).expand(-1, j, -1))
         column = roots * roots.gather(1, at) * gram[at[:, 0]] - (there.mT @ known).squeeze(1)
-        column = torch.where(todo, column / top.clamp(min=left).sqrt(), 0.0)
+        column = torch.where(todo, column / top.clamp(min=left / n).sqrt(), 0.0)
         rest = (rest - column.square()).clamp(min=0.0).scatter_(1, at, 0.0)
         columns[:, j] = column
         pivots.append(at)
