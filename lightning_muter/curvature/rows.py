@@ -216,6 +216,17 @@ class RowsCurvature(Curvature):
         own = self.blocks[0][:_SAMPLE].gradient()
         return self.group.sum(own.to(self.group.device))
 
+    @cached_property
+    def holders(self) -> Tensor:
+        """How many points pull each output of a softmax up, r_c < 0 (C,); empty for other losses.
+
+        An output that none pulls is held by weight decay alone.
+        """
+        own = [(one.points.r < 0).sum(dim=0).double().to(self.group.device) for one in self.blocks]
+        found = self.group.sum(torch.stack(own).sum(dim=0))
+        alone = all(len(one.points.sides) == 1 for one in self.blocks)
+        return found if self.centred and alone else found[:0]
+
     # --- products and solves --------------------------------------------------------------------
 
     def matvec(self, v: Tensor) -> Tensor:

@@ -241,6 +241,20 @@ def test_a_point_that_has_no_row_is_refused() -> None:
         forget_rows(built("cross_entropy", "l2", "muter", "dense"), [2])
 
 
+@pytest.mark.parametrize("loss", ["cross_entropy", "TRADES", "several labels"])
+def test_a_request_that_removes_a_class_s_last_point_says_so(loss: str) -> None:
+    memory, y = built(loss, "l2", "muter", "rows"), targets(loss, LOSSES[loss][1])
+    own = (y if y.ndim == 1 else y.argmax(dim=1)) == 2
+    gone, others = torch.nonzero(own).flatten().tolist(), torch.nonzero(~own).flatten().tolist()
+    once = forget_rows(memory, gone[:-1])
+    assert not any("no point is left" in said for said in once.warnings)
+    last = forget_rows(once.memory, gone[-1:])
+    found = [said for said in last.warnings if "no point is left of class 2:" in said]
+    assert len(found) == (loss == "cross_entropy")
+    again = forget_rows(last.memory, others[:1])  # said once
+    assert not any("no point is left" in said for said in again.warnings)
+
+
 #: bytes -> blocks of 7 x 7 numbers that fit; in float32 where those of float64 do not
 BUDGETS = {10**9: 5, 1200: 5, 600: 3, 1: 1}
 
