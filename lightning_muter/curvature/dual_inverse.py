@@ -176,7 +176,7 @@ class DualInverse:
         return cls(span, factors, probes, shift, rows.points.s.sums_to_zero, rows[:1])
 
     def now(self, rows: Sequence[PointRows], shift: float) -> DualInverse:
-        """The same, with what probes weigh in some rows, and another shift for what is not in Π."""
+        """The same, with what probes weigh in some rows; a smaller σ scales all but their span."""
         return replace(self, probes=self.probes.now(rows))
 
     @property

@@ -11,6 +11,8 @@ __all__ = ["PivotFactors"]
 
 #: times σ: the trace of what a class's block has outside the span of the class's pivots
 _LEFT = 2.0
+#: roundings of a class's heaviest point: what is left of a point by fewer is noise
+_NOISE = 16
 _STEPS = 32  # columns for which there is room at first
 
 
@@ -49,13 +51,14 @@ class PivotFactors:
         roots = weights.sqrt()
         pivots, columns = _pivoted(gram, roots, _LEFT * shift, min(most, len(gram)))
         k = pivots.shape[1]
-        # K_SS = RᵀR with R upper triangular in the order of the pivots, and Hᵀ = Qᵀ⁻ᵀ Lᵀ there
+        # D^½ HHᵀ D^½ is RᵀR on the pivots; rows R⁻ᵀ D^½ H of them are an orthonormal basis
         corner = columns.gather(2, pivots.unsqueeze(1).expand(-1, k, -1)).double().triu()
         unused = corner.diagonal(dim1=1, dim2=2) <= 0
         corner.diagonal(dim1=1, dim2=2).masked_fill_(unused, 1.0)
         seen = (columns @ columns.mT).double() / shift
         eye = torch.eye(k, dtype=torch.float64, device=gram.device)
-        half = torch.linalg.solve_triangular(torch.linalg.cholesky(seen + eye), eye, upper=False)
+        factor, _ = torch.linalg.cholesky_ex(seen + eye)
+        half = torch.linalg.solve_triangular(factor, eye, upper=False)
         own = roots.gather(1, pivots).double().masked_fill(unused, 0.0).unsqueeze(2)
         outer = own * torch.linalg.solve_triangular(corner, eye, upper=True)
         inner = outer @ (half.mT @ half - eye) @ outer.mT
@@ -82,6 +85,7 @@ def _pivoted(gram: Tensor, roots: Tensor, left: float, most: int) -> tuple[Tenso
     """
     g, n = roots.shape
     rest = roots.square() * gram.diagonal()
+    noise = _NOISE * torch.finfo(gram.dtype).eps * rest.amax(dim=1, keepdim=True)
     columns = roots.new_zeros(g, min(_STEPS, most), n)
     pivots: list[Tensor] = []
     for j in range(most):
@@ -95,7 +99,8 @@ def _pivoted(gram: Tensor, roots: Tensor, left: float, most: int) -> tuple[Tenso
         there = known.gather(2, at.unsqueeze(1).expand(-1, j, -1))
         column = roots * roots.gather(1, at) * gram[at[:, 0]] - (there.mT @ known).squeeze(1)
         column = torch.where(todo, column / top.clamp(min=left / n).sqrt(), 0.0)
-        rest = (rest - column.square()).clamp(min=0.0).scatter_(1, at, 0.0)
+        rest = (rest - column.square()).scatter_(1, at, 0.0)
+        rest = torch.where(rest > noise, rest, 0.0)
         columns[:, j] = column
         pivots.append(at)
     found = torch.cat(pivots, dim=1) if pivots else torch.zeros(g, 0, dtype=torch.int64)

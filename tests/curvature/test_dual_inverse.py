@@ -142,6 +142,21 @@ def test_pivots_leave_little_of_a_class_s_block_outside_their_span() -> None:
         torch.testing.assert_close(inverse, torch.linalg.inv(block))
 
 
+@pytest.mark.parametrize("scale", [30.0, 3000.0])
+def test_points_that_are_there_often_are_pivots_once(scale: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    h = torch.randn(40, 30, generator=generator).repeat(30, 1)
+    weights = scale * torch.rand(1, 1200, generator=generator)
+    found = PivotFactors.of(torch.arange(1), h @ h.T, weights, 1.0, 1200)
+    assert found.pivots.shape[1] == 30  # rounding of 1,200 points is none
+    total = torch.zeros(30, 1, 1200)
+    found.add_to(total, h.T.unsqueeze(1))
+    inverse = torch.eye(30).double() + (total[:, 0] @ h).double()
+    block = (h.double().T * weights[0].double()) @ h.double() + torch.eye(30).double()
+    error = torch.linalg.eigvalsh((inverse + inverse.T) / 2 - torch.linalg.inv(block)).abs()
+    assert float(error.max()) < 2e-9 * float(block.trace())
+
+
 def test_eigenvalues_too_far_apart_for_float32_are_taken_in_float64() -> None:
     rows = few(points=8, probes=1)
     single = tuple(one.converted(torch.float32) for one in rows.blocks)
