@@ -140,6 +140,9 @@ def test_pivots_leave_little_of_a_class_s_block_outside_their_span() -> None:
         found.add_to(total, pairs)
         inverse = (torch.eye(50).double() + total[:, c] @ h) / shift
         torch.testing.assert_close(inverse, torch.linalg.inv(block))
+        whole = (h.T * weights[c]) @ h + shift * torch.eye(50).double()
+        ratios = torch.linalg.eigvals(inverse @ whole).real  # docs/theory.md
+        assert float(ratios.min()) >= 0.2 and float(ratios.max()) <= 5
 
 
 @pytest.mark.parametrize("scale", [30.0, 3000.0])
