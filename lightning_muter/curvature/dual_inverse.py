@@ -23,6 +23,9 @@ _APART = 1e5
 #: bytes that are read faster in float32
 _LARGE = 1 << 26
 _TOGETHER = 64  # classes whose pivots are found at once
+#: points more or less for which it is not made anew: each one adds products, as the others' blocks
+#: are exact and a request's right-hand side lies in what its own points had
+_GONE = 2
 _FEWEST = 8  # pivots a class for which there must be room
 
 
@@ -174,6 +177,10 @@ class DualInverse:
         numbers = torch.arange(k, device=device).repeat(n)
         probes = ProbeWeights.of(rows.facts.indices[span.owners], numbers, gram, blocks)
         return cls(span, factors, probes, shift, rows.points.s.sums_to_zero, rows[:1])
+
+    def lasts(self, made: int, left: int) -> bool:
+        """Whether what was made of ``made`` points still serves the ``left`` ones."""
+        return abs(made - left) <= _GONE
 
     def now(self, rows: Sequence[PointRows], shift: float) -> DualInverse:
         """The same, with what probes weigh in some rows; a smaller σ scales all but their span."""

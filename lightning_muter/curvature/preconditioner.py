@@ -26,6 +26,9 @@ class Preconditioner(Protocol):
     def nbytes(self) -> int:
         """Bytes that it takes."""
 
+    def lasts(self, made: int, left: int) -> bool:
+        """Whether what was made of ``made`` points still serves the ``left`` ones."""
+
     def now(self, rows: Sequence[PointRows], shift: float) -> Preconditioner:
         """The same for fewer points, other weights of their probes and another σ."""
 

@@ -30,8 +30,6 @@ _PREFIX = "rows."  # of the names of tensors that are kept
 _LANCZOS = 20  # steps that estimate the extreme eigenvalues
 _SAMPLE = 16  # points of a typical request
 _RESIDENT = 0.6  # of an accelerator's free memory that rows take at the most; else the host's
-#: blocks of the preconditioner are made anew once fewer than this share of their points is left
-_RENEWED = 0.7
 #: bytes of float64 rows from which on the iteration runs on a float32 copy
 _LARGE = 1 << 26
 #: the residual that float32 products reach at the most, and how often they are refined
@@ -269,7 +267,7 @@ class RowsCurvature(Curvature):
     def preconditioner(self, device: torch.device) -> Preconditioner:
         """An approximate inverse, kept while requests have not taken too many of its points."""
         count, found = self._inverses.get(self.damping, (0, None))
-        if found is None or self.points < _RENEWED * count:
+        if found is None or not found.lasts(count, self.points):
             budget = self.options.budget
             found = preconditioner_of(self.blocks, self.shift, self.group, budget, device)
             self._inverses[self.damping] = (self.points, found)

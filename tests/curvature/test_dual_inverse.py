@@ -178,12 +178,21 @@ def test_it_solves_in_fewer_products_than_blocks() -> None:
     blocks = ClassBlocks.of(rows.blocks, rows.shift, Group(), 10**9, CPU)
     by_blocks = replace(rows, _inverses={rows.damping: (rows.points, blocks)}).solver().solve(rhs)
     assert found.iterations < 0.7 * by_blocks.iterations
-    # after a request, of what is left
-    left = rows.without([0, 3, 6])
-    again = left.solver().solve(rhs)
-    assert left.preconditioner(CPU).nbytes == rows.preconditioner(CPU).nbytes
-    matrix = torch.stack([left.matvec(v) for v in eye_of(rows)])
-    torch.testing.assert_close(again.value, torch.linalg.solve(matrix, rhs), rtol=1e-8, atol=1e-9)
+
+
+def test_it_is_made_anew_once_some_points_are_gone() -> None:
+    rows = few(points=20, probes=1)
+    first = rows.preconditioner(CPU)
+    for gone, kept in (([0, 3], True), ([0, 3, 6, 9, 12], False)):
+        left = rows.without(gone)
+        rhs = torch.stack([one.gradient() for one in rows.rows_of(gone)]).sum(dim=0)
+        found = left.solver().solve(rhs)
+        assert (left.preconditioner(CPU).nbytes == first.nbytes) == kept
+        matrix = torch.stack([left.matvec(v) for v in eye_of(rows)])
+        expected = torch.linalg.solve(matrix, rhs)
+        torch.testing.assert_close(found.value, expected, rtol=1e-8, atol=1e-9)
+    stale = replace(left, _inverses={rows.damping: (left.points, first)}).solver().solve(rhs)
+    assert found.iterations < 0.7 * stale.iterations
 
 
 def test_which_serves_is_chosen_by_sizes() -> None:
