@@ -22,6 +22,8 @@ _FIXED = 0.75
 _APART = 1e5
 #: bytes that are read faster in float32
 _LARGE = 1 << 26
+#: pivots a class at the most: making more takes longer than the products that they save
+_PIVOTS = 96
 _TOGETHER = 64  # classes whose pivots are found at once
 #: points more or less for which it is not made anew: each one adds products, as the others' blocks
 #: are exact and a request's right-hand side lies in what its own points had
@@ -155,7 +157,7 @@ class DualInverse:
             budget: bytes.
             device: where it is to lie.
         """
-        most = cls.room(blocks, budget)
+        most = min(_PIVOTS, cls.room(blocks, budget))
         rows = PointRows.cat([one.on(device) for one in blocks])
         if rows.nbytes > _LARGE:
             rows = rows.converted(torch.float32)
