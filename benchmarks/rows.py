@@ -132,9 +132,10 @@ def main() -> None:
     say(stage_one=time.perf_counter() - start,  rows_GB=rows.nbytes / 1e9,
         dense_GB=8e-9 * rows.p**2, **memory.summary)  # fmt: skip
     start = time.perf_counter()
-    blocks = rows.preconditioner(device)
-    say(blocks_seconds=time.perf_counter() - start, blocks=len(blocks.factors),
-        blocks_GB=blocks.nbytes / 1e9)  # fmt: skip
+    inverse = rows.preconditioner(device)
+    say(preconditioner=type(inverse).__name__,
+        preconditioner_seconds=time.perf_counter() - start,
+        preconditioner_GB=inverse.nbytes / 1e9)  # fmt: skip
     v = torch.randn(rows.p, dtype=torch.float64).to(device)
     float(rows.matvec(v)[0])
     start = time.perf_counter()

@@ -26,6 +26,8 @@ _WORTH = 8
 _SHARE = 0.999
 #: of the bytes, for the probes that weigh most
 _PROBES = 8
+#: blocks are made anew once fewer than this share of their points is left
+_RENEWED = 0.7
 
 
 def block_bytes(classes: int, width: int, dtype: torch.dtype) -> int:
@@ -103,6 +105,10 @@ class ClassBlocks:
         probes = [one.on(device) for one in own[0]]
         heavy = HeavyProbes.of(probes, own[1].to(device), blocks._halved_rows)
         return replace(blocks, heavy=heavy)
+
+    def lasts(self, made: int, left: int) -> bool:
+        """Whether blocks of ``made`` points still serve the ``left`` ones."""
+        return left >= _RENEWED * made
 
     def now(self, rows: Sequence[PointRows], shift: float) -> ClassBlocks:
         """The same blocks, with what probes weigh in some rows, and another shift."""

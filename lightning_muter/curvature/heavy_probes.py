@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_muter.curvature.point_rows import PointRows
+from lightning_muter.curvature.probe_weights import ProbeWeights
 
 __all__ = ["HeavyProbes"]
 
@@ -29,20 +30,12 @@ class HeavyProbes:
     many classes, which their blocks cannot know of. Source: ours (docs/theory.md).
 
     Attributes:
-        points: the training points (m,) that the probes are of.
-        numbers: which of its point's probes each is (m,).
         rows: Uᵀ (m, p), float32.
-        gram: UᵀU (m, m), float64.
-        weights: D (m,), float64.
-        factor: L of I + D^½ UᵀU D^½ = L Lᵀ (m, m), float64.
+        probes: the system of UᵀU and D.
     """
 
-    points: Tensor
-    numbers: Tensor
     rows: Tensor
-    gram: Tensor
-    weights: Tensor
-    factor: Tensor
+    probes: ProbeWeights
 
     @staticmethod
     def count(blocks: Sequence[PointRows], room: int) -> int:
@@ -97,42 +90,20 @@ class HeavyProbes:
             gram += own.double() @ own.double().T
             rows[:, c] = own
         points = torch.cat([one.facts.indices for one in probes])
-        found = cls(points, numbers, rows.reshape(m, -1), gram, gram.diagonal(), gram)
-        return found.weighing(probes_weights(probes, points, torch.zeros_like(numbers)))
+        alone = torch.zeros_like(numbers)  # rows of one probe each
+        own_weights = ProbeWeights.of(points, alone, gram, probes)
+        return cls(rows.reshape(m, -1), replace(own_weights, numbers=numbers))
 
     @property
     def nbytes(self) -> int:
         """Bytes that the probes take."""
-        return self.rows.numel() * self.rows.element_size() + 8 * 2 * self.gram.numel()
-
-    def weighing(self, weights: Tensor) -> HeavyProbes:
-        """The same probes with other weights (m,): 0 where a point is gone."""
-        root = weights.sqrt()
-        inner = root.unsqueeze(1) * self.gram * root
-        inner.diagonal().add_(1.0)
-        factor, _ = torch.linalg.cholesky_ex(inner)
-        return replace(self, weights=weights, factor=factor)
+        return self.rows.numel() * self.rows.element_size() + self.probes.nbytes
 
     def now(self, blocks: Sequence[PointRows]) -> HeavyProbes:
         """The same probes with the weights that they have in some rows."""
-        return self.weighing(probes_weights(blocks, self.points, self.numbers))
+        return replace(self, probes=self.probes.now(blocks))
 
     def apply(self, v: Tensor) -> Tensor:
         """(I + U D Uᵀ)⁻¹ v for rows v (k, p)."""
-        root = self.weights.sqrt().unsqueeze(1)
-        inner = root * (self.rows @ v.to(self.rows.dtype).T).double()
-        inner = root * torch.cholesky_solve(inner, self.factor)
+        inner = self.probes.solve(self.rows @ v.to(self.rows.dtype).T)
         return v - (inner.T.to(self.rows.dtype) @ self.rows).to(v.dtype)
-
-
-def probes_weights(blocks: Sequence[PointRows], points: Tensor, numbers: Tensor) -> Tensor:
-    """w_i c_ik (m,), float64, of some points' probes in rows; 0 of points that are not there."""
-    found = torch.zeros(len(points), dtype=torch.float64, device=points.device)
-    for one in blocks:
-        indices, order = one.facts.indices.to(points.device).sort()
-        place = torch.searchsorted(indices, points).clamp(max=max(len(indices) - 1, 0))
-        here = indices[place] == points if len(indices) else torch.zeros_like(points).bool()
-        at = order[place[here]].to(one.device)
-        own = one.points.weights[at] * one.coefficients[at, numbers[here].to(one.device)].double()
-        found[here] = own.to(points.device)
-    return found

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from lightning_muter.curvature.base import Curvature
-from lightning_muter.curvature.class_blocks import ClassBlocks
 from lightning_muter.curvature.point_rows import PointRows
+from lightning_muter.curvature.preconditioner import Preconditioner, preconditioner_of
 from lightning_muter.linalg.cg import conjugate_gradients, iterate
 from lightning_muter.linalg.lanczos import Krylov
 from lightning_muter.linalg.minres import minres
@@ -30,8 +30,6 @@ _PREFIX = "rows."  # of the names of tensors that are kept
 _LANCZOS = 20  # steps that estimate the extreme eigenvalues
 _SAMPLE = 16  # points of a typical request
 _RESIDENT = 0.6  # of an accelerator's free memory that rows take at the most; else the host's
-#: blocks of the preconditioner are made anew once fewer than this share of their points is left
-_RENEWED = 0.7
 #: bytes of float64 rows from which on the iteration runs on a float32 copy
 _LARGE = 1 << 26
 #: the residual that float32 products reach at the most, and how often they are refined
@@ -86,7 +84,7 @@ class RowsCurvature(Curvature):
     options: RowsOptions = RowsOptions()
     damping: float = 0.0
     group: Group = field(default_factory=Group)
-    _inverses: dict[float, tuple[int, ClassBlocks]] = field(
+    _inverses: dict[float, tuple[int, Preconditioner]] = field(
         default_factory=dict, repr=False, compare=False
     )
 
@@ -216,6 +214,17 @@ class RowsCurvature(Curvature):
         own = self.blocks[0][:_SAMPLE].gradient()
         return self.group.sum(own.to(self.group.device))
 
+    @cached_property
+    def holders(self) -> Tensor:
+        """How many points pull each output of a softmax up, r_c < 0 (C,); empty for other losses.
+
+        An output that none pulls is held by weight decay alone.
+        """
+        own = [(one.points.r < 0).sum(dim=0).double().to(self.group.device) for one in self.blocks]
+        found = self.group.sum(torch.stack(own).sum(dim=0))
+        alone = all(len(one.points.sides) == 1 for one in self.blocks)
+        return found if self.centred and alone else found[:0]
+
     # --- products and solves --------------------------------------------------------------------
 
     def matvec(self, v: Tensor) -> Tensor:
@@ -255,15 +264,14 @@ class RowsCurvature(Curvature):
     def solver(self) -> RowsSolver:
         return RowsSolver(self, self.options.tolerance)
 
-    def preconditioner(self, device: torch.device) -> ClassBlocks:
-        """The classes' blocks, kept while requests have not taken too many of their points."""
-        count, blocks = self._inverses.get(self.damping, (0, None))
-        if blocks is None or self.points < _RENEWED * count:
-            blocks = ClassBlocks.of(
-                self.blocks, self.shift, self.group, self.options.budget, device
-            )
-            self._inverses[self.damping] = (self.points, blocks)
-        return blocks.now(self.blocks, self.shift)
+    def preconditioner(self, device: torch.device) -> Preconditioner:
+        """An approximate inverse, kept while requests have not taken too many of its points."""
+        count, found = self._inverses.get(self.damping, (0, None))
+        if found is None or not found.lasts(count, self.points):
+            budget = self.options.budget
+            found = preconditioner_of(self.blocks, self.shift, self.group, budget, device)
+            self._inverses[self.damping] = (self.points, found)
+        return found.now(self.blocks, self.shift)
 
     def estimate(self, rhs: Tensor, tol: float = 1e-3) -> Solution:
         return RowsSolver(self, tol).solve(rhs)
@@ -286,11 +294,11 @@ class RowsCurvature(Curvature):
 class RowsSolver:
     """Solves M X = B by conjugate gradients on products with rows, all right-hand sides at once.
 
-    The classes' blocks precondition (`ClassBlocks`). Rows in float32, and many rows in float64 by a
-    copy, iterate in float32, which takes half the time; what that leaves by all digits is solved
-    again. Where M is indefinite minimum residuals take over and the status says so; without weight
-    decay and damping the solution is the shortest one for losses that a shift of all outputs
-    leaves as they are.
+    The span of few rows preconditions, or the classes' blocks (`preconditioner_of`). Rows in
+    float32, and many rows in float64 by a copy, iterate in float32, which takes half the time; what
+    that leaves by all digits is solved again. Where M is indefinite minimum residuals take over and
+    the status says so; without weight decay and damping the solution is the shortest one for losses
+    that a shift of all outputs leaves as they are.
 
     Args:
         curvature: M.
@@ -307,11 +315,11 @@ class RowsSolver:
             SolverError: the solution is not finite.
         """
         curvature, tol = self.curvature, self.tol
-        blocks = curvature.preconditioner(rhs.device)
-        single = curvature.single(rhs.device, curvature.options.budget - blocks.nbytes)
-        found = self._in_float32(rhs, blocks.apply, single)
+        inverse = curvature.preconditioner(rhs.device)
+        single = curvature.single(rhs.device, curvature.options.budget - inverse.nbytes)
+        found = self._in_float32(rhs, inverse.apply, single)
         if found.status is not Status.CONVERGED:
-            found = self._iterated(rhs, blocks.apply, found)
+            found = self._iterated(rhs, inverse.apply, found)
         if found.status is Status.INDEFINITE:
             again = self._by_minres(rhs)
             return replace(again, iterations=found.iterations + again.iterations, tol=tol)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lightning_muter.linalg.solution import Solution, Status
@@ -22,6 +23,7 @@ DECREMENT_LIMIT = 0.02
 UNFINISHED_LIMIT = 0.3
 #: an update longer than this multiple of ‖ω*‖ leaves what one quadratic model can describe
 UPDATE_LIMIT = 1.0
+_NAMED = 5  # classes that a sentence names
 
 
 @dataclass(frozen=True)
@@ -145,6 +147,7 @@ def request_warnings(
     stationary: float,
     distance: float,
     tied: float = 0.0,
+    emptied: Sequence[int] = (),
 ) -> tuple[str, ...]:
     """One sentence for each number of a request that is beyond its limit, with what to do.
 
@@ -155,8 +158,16 @@ def request_warnings(
         stationary: share of the removed points' maximisers that were stationary.
         distance: of ω* from the optimum that the request steps from; 0 where it assumes none.
         tied: share of the removed points whose two maximisers are too close to tell.
+        emptied: classes whose last points the request removes.
     """
     found = []
+    if emptied:
+        named = ", ".join(map(str, emptied[:_NAMED])) + (", ..." if emptied[_NAMED:] else "")
+        found.append(
+            f"no point is left of class {named}: its output falls for as long as weight decay "
+            "lets it, which one quadratic model does not follow; use corrector_steps=3 or more, or "
+            "train again"
+        )
     if solution.status.remedy and solution.status is not Status.MINIMUM_NORM:
         found.append(
             f"the system of the remaining points ended {solution.status}: {solution.status.remedy}"

@@ -221,11 +221,20 @@ def _outcome(
         gone.sums.share(gone.sums.stationary),
         _distance(memory),
         gone.sums.share(gone.sums.tied),
+        _emptied(memory, gone),
     )
     doubt = noise_warning(noise, memory.settings.probes)
     told = noise_warning(memory.summary.get("sketch_noise"), memory.settings.probes)
     warnings += () if doubt is None or told is not None else (doubt,)  # one is enough
     return Outcome(after, solution, gone.sums, time.perf_counter() - start, warnings, noise)
+
+
+def _emptied(memory: UnlearningMemory, gone: _Gone) -> list[int]:
+    """Classes that points held before a request and none after; rows alone know."""
+    before, after = memory.curvature, gone.remaining
+    if not isinstance(before, RowsCurvature) or not isinstance(after, RowsCurvature):
+        return []
+    return torch.nonzero((before.holders > 0) & (after.holders == 0)).flatten().tolist()
 
 
 @dataclass(frozen=True)

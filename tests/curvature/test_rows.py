@@ -241,6 +241,20 @@ def test_a_point_that_has_no_row_is_refused() -> None:
         forget_rows(built("cross_entropy", "l2", "muter", "dense"), [2])
 
 
+@pytest.mark.parametrize("loss", ["cross_entropy", "TRADES", "several labels"])
+def test_a_request_that_removes_a_class_s_last_point_says_so(loss: str) -> None:
+    memory, y = built(loss, "l2", "muter", "rows"), targets(loss, LOSSES[loss][1])
+    own = (y if y.ndim == 1 else y.argmax(dim=1)) == 2
+    gone, others = torch.nonzero(own).flatten().tolist(), torch.nonzero(~own).flatten().tolist()
+    once = forget_rows(memory, gone[:-1])
+    assert not any("no point is left" in said for said in once.warnings)
+    last = forget_rows(once.memory, gone[-1:])
+    found = [said for said in last.warnings if "no point is left of class 2:" in said]
+    assert len(found) == (loss == "cross_entropy")
+    again = forget_rows(last.memory, others[:1])  # said once
+    assert not any("no point is left" in said for said in again.warnings)
+
+
 #: bytes -> blocks of 7 x 7 numbers that fit; in float32 where those of float64 do not
 BUDGETS = {10**9: 5, 1200: 5, 600: 3, 1: 1}
 
@@ -387,9 +401,9 @@ def test_heavy_probes_cost_no_products_where_none_weighs_much(
 def test_the_preconditioner_is_the_inverse_of_blocks_and_heavy_probes() -> None:
     rows, cpu = coupled(), torch.device("cpu")
     blocks = ClassBlocks.of(rows.blocks, rows.shift, Group(), 10**9, cpu)
-    assert blocks.heavy is not None and len(blocks.heavy.points) == 400 // 8
+    assert blocks.heavy is not None and len(blocks.heavy.probes.points) == 400 // 8
     assert blocks.nbytes == 8 * 16 * 12**2 + 4 * 50 * rows.p + 8 * 2 * 50**2
-    heavy = torch.isin(torch.arange(400), blocks.heavy.points)
+    heavy = torch.isin(torch.arange(400), blocks.heavy.probes.points)
     assert float(torch.cat([one.probe_sizes() for one in rows.blocks])[heavy].min()) > 0
     whole = PointRows.cat(rows.blocks)
     width = 12
@@ -414,7 +428,7 @@ def test_the_preconditioner_is_the_inverse_of_blocks_and_heavy_probes() -> None:
     close = {"rtol": 1e-4, "atol": 1e-5}
     torch.testing.assert_close(blocks.apply(eye), expected(everyone, rows.shift), **close)
     # a point that is gone, and a coin that counts a probe twice, are known
-    gone = int(blocks.heavy.points[7])
+    gone = int(blocks.heavy.probes.points[7])
     now = blocks.now(rows.without([gone]).blocks, rows.shift)
     assert now.heavy is not None
     weights = everyone.clone()
@@ -423,7 +437,7 @@ def test_the_preconditioner_is_the_inverse_of_blocks_and_heavy_probes() -> None:
     other = rows.resampled()
     assert other is not None
     coins = blocks.now(other.blocks, rows.shift).heavy
-    assert coins is not None and set(coins.weights.tolist()) == {0.0, 2.0}
+    assert coins is not None and set(coins.probes.weights.tolist()) == {0.0, 2.0}
 
 
 def test_whole_blocks_of_few_points_on_a_wide_head_are_shared() -> None:

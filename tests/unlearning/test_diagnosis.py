@@ -126,3 +126,6 @@ def test_a_request_says_what_its_own_numbers_are() -> None:
     assert "corrector_steps" in sentences(Status.CONVERGED, 1.5, 1.0)[0]
     assert "newton_steps" in sentences(Status.CONVERGED, 0.5, 1.0, 0.4)[0]
     assert "20%" in sentences(Status.CONVERGED, 0.5, 0.2)[0]
+    solution = Solution(torch.zeros(1), 0.0, 0, Status.CONVERGED)
+    (said,) = request_warnings(solution, 0.5, 1.0, 1.0, 0.0, emptied=range(3, 10))
+    assert "class 3, 4, 5, 6, 7, ...:" in said and "corrector_steps" in said
