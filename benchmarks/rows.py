@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from lightning_muter import L2Ball, UnlearningMemory
 from lightning_muter.curvature.rows import RowsCurvature
+from lightning_muter.parallel import Group
 from lightning_muter.spec import Settings
 from lightning_muter.unlearning.point_problem import PointProblem
 from lightning_muter.unlearning.points import Batch
@@ -82,8 +83,9 @@ def build(net: nn.Sequential, x: Tensor, y: Tensor, dtype: str, tol: float) -> U
     digests, n = torch.zeros(len(x), 16, dtype=torch.uint8), len(x)
     ones = torch.ones(n, dtype=torch.float64, device=x.device)
     parts = [torch.arange(k, min(k + 512, n)) for k in range(0, n, 512)]
+    group = Group(device=x.device)
     batches = (Batch(x[some], y[some], ones[some], some) for some in parts)
-    (memory,) = build_memories(net, [settings], batches, digests, bytes(16))
+    (memory,) = build_memories(net, [settings], batches, digests, bytes(16), group=group)
     return memory
 
 

@@ -40,6 +40,10 @@ class PointFacts:
     def __getitem__(self, which: Tensor) -> PointFacts:
         return PointFacts(self.indices[which], self.stationary[which], self.active[which])
 
+    def to(self, device: torch.device) -> PointFacts:
+        """The same on a device."""
+        return PointFacts(*(t.to(device) for t in (self.indices, self.stationary, self.active)))
+
 
 class Solver(Protocol):
     """Solves M x = b for many b, what is costly computed once."""

@@ -89,7 +89,8 @@ class PointRows:
             diagonal = response.diagonal if bool(response.diagonal.any()) else None
         kept = [_bent(points, factors[:, k] @ w.T) for k in range(factors.shape[1])]
         slopes = torch.stack(kept, dim=1) if kept else r.new_zeros(n, 0, points.slopes.shape[1])
-        return cls(points, factors, slopes, coefficients, diagonal, facts).converted(dtype)
+        here = facts.to(r.device)
+        return cls(points, factors, slopes, coefficients, diagonal, here).converted(dtype)
 
     def __len__(self) -> int:
         return len(self.points.r)

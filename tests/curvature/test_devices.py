@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_muter.curvature.base import PointFacts
-from lightning_muter.curvature.head import HeadPoints, HeadTotal
+from lightning_muter.curvature.head import HeadHessian, HeadPoints, HeadTotal
 from lightning_muter.curvature.point_rows import PointRows
 from lightning_muter.curvature.removed import RemovedPoints
 from lightning_muter.objectives.output_curvature import Categorical
@@ -18,27 +18,40 @@ from lightning_muter.responses import DiagonalLowRank
 N, F, C = 3, 5, 4
 
 
-def total() -> HeadTotal:
-    q = torch.full((N, C), 1.0 / C, dtype=torch.float64)
-    points = HeadPoints(
-        features=torch.ones(N, F + 1, dtype=torch.float64),
+def points(device: str = "cpu") -> HeadPoints:
+    q = torch.full((N, C), 1.0 / C, dtype=torch.float64, device=device)
+    return HeadPoints(
+        features=torch.ones(N, F + 1, dtype=torch.float64, device=device),
         r=q - 0.5,
         s=Categorical(q),
-        weight=torch.ones(C, F, dtype=torch.float64),
-        weights=torch.ones(N, dtype=torch.float64),
+        weight=torch.ones(C, F, dtype=torch.float64, device=device),
+        weights=torch.ones(N, dtype=torch.float64, device=device),
     )
+
+
+def total() -> HeadTotal:
     response = DiagonalLowRank(
         torch.zeros(N, F, dtype=torch.float64),
         torch.ones(N, 1, F, dtype=torch.float64),
         torch.ones(N, 1, dtype=torch.float64),
     )
-    return HeadTotal(points, response, torch.ones(N, dtype=torch.bool))
+    return HeadTotal(points(), response, torch.ones(N, dtype=torch.bool))
+
+
+def facts() -> PointFacts:
+    everyone = torch.ones(N, dtype=torch.bool)
+    return PointFacts(torch.arange(N), everyone, torch.zeros(N, dtype=torch.float64))
 
 
 def rows() -> PointRows:
-    everyone = torch.ones(N, dtype=torch.bool)
-    facts = PointFacts(torch.arange(N), everyone, torch.zeros(N, dtype=torch.float64))
-    return PointRows.of(total(), facts, torch.float64)
+    return PointRows.of(total(), facts(), torch.float64)
+
+
+def test_rows_know_their_points_where_they_are() -> None:
+    """Probes are chosen by them: an index on the host would not go with an accelerator's rows."""
+    usable = torch.ones(N, dtype=torch.bool, device="meta")
+    own = PointRows.of(HeadHessian(points("meta"), usable), facts(), torch.float64)
+    assert all(one.is_meta for one in own.tensors().values())
 
 
 def test_factors_of_forgotten_points_are_multiplied_where_they_were_moved() -> None:
