@@ -38,7 +38,8 @@ def places_of(memory: UnlearningMemory, points: TrainingPoints, bar: Bar) -> Ten
         RemovalError: a point that is left has no row; all of them are named.
     """
     found = [rows_of_digests([])]
-    found += [memory.recognised(*part) for part in _parts(points, _BATCH, bar)]
+    parts = _parts(points, _BATCH, "finding the points", bar)
+    found += [memory.recognised(*part) for part in parts]
     return _rows(memory, torch.cat(found))
 
 
@@ -54,7 +55,7 @@ def read_once(memory: UnlearningMemory, points: TrainingPoints, view: ModelView,
     """
     kept: list[Tensor] = []
     digests = [rows_of_digests([])]
-    for start, x, targets, beside in _parts(points, _READ, bar):
+    for start, x, targets, beside in _parts(points, _READ, "the points", bar):
         kept = kept or [_room(len(points), one) for one in (x, targets)]
         x, targets = (_put(one, into, start) for one, into in zip((x, targets), kept, strict=True))
         digests.append(memory.recognised(start, x, targets, beside))
@@ -98,10 +99,10 @@ def _in_front(column: Tensor, stays: Tensor) -> Tensor:
 
 
 def _parts(
-    points: TrainingPoints, size: int, bar: Bar
+    points: TrainingPoints, size: int, what: str, bar: Bar
 ) -> Iterator[tuple[int, Tensor, Tensor, Beside]]:
     """The rows of today's data set, and where each part of them begins."""
-    for block in bar(blocks(range(len(points)), size), "the points", len(points), len):
+    for block in bar(blocks(range(len(points)), size), what, len(points), len):
         with torch.inference_mode(False):
             x, targets, beside = points.lying(block)
         yield block.start, x, targets, beside

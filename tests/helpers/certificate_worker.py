@@ -7,7 +7,7 @@ import warnings
 
 import pytorch_lightning as pl
 import torch
-from cases import QUIET
+from cases import QUIET, leave_group
 from linear_cases import L2, Linear, LinearData
 from safetensors.torch import save_file
 
@@ -36,3 +36,4 @@ if __name__ == "__main__":
     weights = callback.settings.view(model).get()
     found = {"private": memory.private, "omega": memory.omega, "model": weights}
     save_file({k: v.clone() for k, v in found.items()}, f"{path}.{trainer.global_rank}")
+    leave_group()

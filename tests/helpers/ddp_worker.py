@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytorch_lightning as pl
 import torch
-from cases import QUIET, Data, Net
+from cases import QUIET, Data, Net, leave_group
 from safetensors.torch import save_file
 from torch.utils.data import Dataset
 
@@ -68,3 +68,4 @@ if __name__ == "__main__":
     found["built_omega"] = callback.memory.omega
     if trainer.is_global_zero:
         save_file({k: v.clone() for k, v in found.items()}, path)
+    leave_group()

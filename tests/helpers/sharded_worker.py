@@ -6,7 +6,7 @@ import sys
 import warnings
 
 import torch
-from cases import trained_on
+from cases import leave_group, trained_on
 from safetensors.torch import save_file
 
 from lightning_muter import RemovalDataModule
@@ -40,3 +40,4 @@ if __name__ == "__main__":
     note("after")
     if trainer.is_global_zero:
         save_file({k: v.clone() for k, v in found.items()}, path)
+    leave_group()
