@@ -115,10 +115,11 @@ class DenseCurvature(Curvature):
             own = self._own.get(0.0)
             base = self.folded().base if own is None else own.matrix
             return DenseCurvature(base, damping=self.damping, _solvers=self._own).without(removed)
+        rest = replace(self, removed=self.removed.joined(removed), _steps={}, _own={})
+        if rest.removed.nbytes > _FOLDED * self.base.numel() * self.base.element_size():
+            return rest.folded()
         steps = {damping: one.of(removed.subtracted) for damping, one in self._steps.items()}
-        rest = replace(self, removed=self.removed.joined(removed), _steps=steps, _own={})
-        heavy = rest.removed.nbytes > _FOLDED * self.base.numel() * self.base.element_size()
-        return rest.folded() if heavy else rest
+        return replace(rest, _steps=steps)
 
     def kept(self) -> dict[str, Tensor]:
         return {"matrix": self.folded().base}
