@@ -333,7 +333,8 @@ def audits() -> Figure:
         share = next(c.share for c in source.cells if c.removed == removed)
         axis.set_title(f"{100 * share:.2g}% of the points, {kind}", fontsize=8)
         axis.set_xscale("log")
-        plain(axis.xaxis, (0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50))
+        far = axis.get_xlim()[1] > 10
+        plain(axis.xaxis, (0.02, 0.1, 1, 10, 100) if far else (0.02, 0.05, 0.1, 0.2, 0.5, 1, 2))
         axis.set_xlabel("KLoM of robust margins (nats)", fontsize=8)
         labels = [names.get(m, m) for m in methods] if axis is axes[0] else []
         axis.set_yticks(range(len(methods)), labels, fontsize=7)
