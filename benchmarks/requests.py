@@ -148,12 +148,14 @@ def measured(
         return trainer.unlearn(asked(i), model=model, memory=memory)
 
     in_ram = timed(requests, restore, in_hand, factorise)
+    in_a_row = timed(requests, restore, in_hand, lambda: None)  # with nothing in the caches' way
     restore()
     on_disk = timed(min(requests, 20), lambda: None, lambda i: trainer.unlearn(asked(i)), factorise)
     return {
         "p": memory.p,
         "points": memory.n,
         f"{kind}_in_ram": in_ram,
+        f"{kind}_in_a_row": in_a_row,
         f"{kind}_on_disk": on_disk,
     }
 
