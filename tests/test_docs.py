@@ -58,7 +58,7 @@ def test_the_code_of_a_page_runs(
     monkeypatch.setattr("sys.argv", ["python"])
     namespace: dict[str, Any] = {"__name__": "docs"}
     for code in [*blocks(DOCS / "api" / "index.md"), *blocks(DOCS / page)]:
-        exec(compile(code, page, "exec"), namespace)
+        exec(compile(code, page, "exec", dont_inherit=True), namespace)
 
 
 def test_code_within_a_list_is_indented_as_the_site_needs_it() -> None:
