@@ -14,6 +14,7 @@ from lightning_muter.linalg.solution import Operator, Solution, Status, finite, 
 __all__ = [
     "Krylov",
     "TimeAverage",
+    "decay_integral",
     "first_column",
     "flow",
     "inverse_square_root",
@@ -81,13 +82,23 @@ class TimeAverage:
     def integral(self, values: Tensor) -> Tensor:
         """Σ_k a_k (1 - exp(-s_k a)) / a of each eigenvalue a (m,), and Σ_k a_k s_k at a = 0."""
         times, shares = self._tensors(values)
-        one = values.unsqueeze(1)
-        small = one.abs() * times < 1e-12
-        safe = torch.where(small, torch.ones_like(small, dtype=values.dtype), one)
-        return torch.where(small, times, -torch.expm1(-times * safe) / safe) @ shares
+        return decay_integral(times, values.unsqueeze(1)) @ shares
 
     def _tensors(self, like: Tensor) -> tuple[Tensor, Tensor]:
         return like.new_tensor(self.times), like.new_tensor(self.shares)
+
+
+def decay_integral(time: Tensor, rate: Tensor) -> Tensor:
+    """∫₀ᵗ exp(-s a) ds for times t and rates a of shapes that go together; t at a = 0.
+
+    Example:
+        >>> decay_integral(torch.tensor([1.0, 2.0]), torch.tensor(0.0))
+        tensor([1., 2.])
+    """
+    x = time * rate
+    small = x.abs() < 1e-12
+    safe = torch.where(small, torch.ones_like(x), x)
+    return time * torch.where(small, torch.ones_like(x), -torch.expm1(-safe) / safe)
 
 
 class Krylov:

@@ -12,7 +12,7 @@ from torch import Tensor
 from lightning_muter.curvature.base import Curvature
 from lightning_muter.curvature.dense import DenseCurvature
 from lightning_muter.errors import ConfigurationError, SolverError
-from lightning_muter.linalg.lanczos import Krylov, TimeAverage, first_column
+from lightning_muter.linalg.lanczos import Krylov, TimeAverage, decay_integral, first_column
 from lightning_muter.memory.memory import UnlearningMemory
 from lightning_muter.memory.start import Start
 
@@ -23,9 +23,7 @@ _NODES = 20  # the first of them at a thousandth of the way
 _NEGLIGIBLE = 1e-6  # of the longest e(s), that is left out of it
 _TOL = 1e-10
 _STEPS = 500
-_SERIES = (
-    1e-4  # below it a closed form loses more digits to cancellation than its series leaves out
-)
+_SERIES = 1e-2  # below it the closed form's cancellation loses more than its series leaves out
 
 
 @dataclass(frozen=True)
@@ -82,7 +80,7 @@ class Way:
     def _moved(self, times: Tensor, offset: Tensor) -> Tensor:
         """e(s) - e(0) = ∫₀ˢ exp(-tM) dt (-∇F - M e(0)) (k, p), at some times (k,)."""
         along = -self.gradient - self.curvature.matvec(offset)
-        return self._function(along, lambda a: _integral(times, a.unsqueeze(1)))
+        return self._function(along, lambda a: decay_integral(times, a.unsqueeze(1)))
 
     @cached_property
     def directions(self) -> Tensor:
@@ -174,25 +172,17 @@ class Way:
             after = (end - left - inside).clamp(min=0)
             a = values.unsqueeze(1)
             decay = share * torch.exp(-after * a)
-            whole, first = _integral(inside, a), _first_moment(inside, a)
+            whole, first = decay_integral(inside, a), _first_moment(inside, a)
             right = decay * (inside * whole - first) / length
             found[:, 1:] += right
             found[:, :-1] += decay * whole - right
         return found
 
 
-def _integral(d: Tensor, a: Tensor) -> Tensor:
-    """∫₀ᵈ exp(-va) dv."""
-    x = d * a
-    safe = torch.where(x.abs() < _SERIES, torch.ones_like(x), x)
-    series = 1 - x / 2 + x.square() / 6
-    return d * torch.where(x.abs() < _SERIES, series, -torch.expm1(-safe) / safe)
-
-
 def _first_moment(d: Tensor, a: Tensor) -> Tensor:
     """∫₀ᵈ v exp(-va) dv."""
     x = d * a
-    small = x.abs() < 1e-2
+    small = x.abs() < _SERIES
     safe = torch.where(small, torch.ones_like(x), x)
     series = 0.5 - x / 3 + x.square() / 8 - x**3 / 30 + x**4 / 144
     exact = -(torch.expm1(-safe) + safe * torch.exp(-safe)) / safe.square()
