@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lightning_muter.curvature.kept import OfPoints
 from lightning_muter.curvature.point import AddBlock
+from lightning_muter.linalg.gram import gram
 from lightning_muter.objectives.output_curvature import OutputCurvature, restored_output
 from lightning_muter.responses import Dense, DiagonalLowRank, restored
 
@@ -115,8 +116,7 @@ class HeadHessian(OfPoints[HeadPoints]):
         h = points.features
         for a in range(c):
             for b in range(a, c):
-                weighted = points.s.entry(a, b) * points.weights
-                points.place(a, b, h.T @ (h * weighted.unsqueeze(1)), add)
+                points.place(a, b, gram(h, points.s.entry(a, b) * points.weights), add)
 
     @classmethod
     def restore(
@@ -132,6 +132,22 @@ class HeadHessian(OfPoints[HeadPoints]):
     def direct(self, v: Tensor) -> Tensor:
         weighted = self._slopes(v) * self.points.weights.unsqueeze(1)
         return self.points.vector_form(weighted.T @ self.points.features)
+
+
+def _moved(h: Tensor, q: Tensor, bent: Tensor) -> Tensor:
+    """Σ_i (q h̃h̃ᵀ + t h̃ᵀ + h̃ tᵀ) (F̃, F̃) for h̃ (n, F̃), q (n,) and t (n, F), 0 at the bias.
+
+    Where an L2 ball holds the perturbation of a single output's input along w, t is rounding: less
+    of it than the products have is left out.
+    """
+    size = torch.linalg.vector_norm(bent, torch.inf)
+    most = torch.linalg.vector_norm(q, torch.inf) * torch.linalg.vector_norm(h, torch.inf)
+    if bool(size <= torch.finfo(h.dtype).eps * most):
+        return gram(h, q)
+    left = h * (0.5 * q.unsqueeze(1))
+    left[:, : bent.shape[1]] += bent
+    half = h.T @ left
+    return half + half.T
 
 
 class HeadTotal(HeadHessian):
@@ -160,16 +176,14 @@ class HeadTotal(HeadHessian):
         for a in range(s.shape[1]):
             for c in range(a, s.shape[1]):
                 # G B Gᵀ falls into the four terms below
-                left = h * (0.5 * quadratic[:, a, c, None])
-                left[:, :f].addcmul_(weighted[:, a, None], t[:, :, c])
+                q, bent = quadratic[:, a, c], weighted[:, a, None] * t[:, :, c]
                 if a == c:
-                    half = h.T @ left
-                    block = half + half.T
+                    block = _moved(h, q, bent)
                 else:
-                    right = h * (0.5 * quadratic[:, a, c, None])
+                    right = h * q.unsqueeze(1)
                     right[:, :f].addcmul_(weighted[:, c, None], t[:, :, a])
-                    block = left.T @ h
-                    block.addmm_(h.T, right)
+                    block = h.T @ right
+                    block[:f] += bent.T @ h
                 b.add_weighted_sum(block[:f, :f], weighted[:, a] * r[:, c])
                 points.place(a, c, block, add)
 

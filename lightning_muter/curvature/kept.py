@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from lightning_muter.curvature.point import AddBlock, KeptCurvature, PointCurvature
+from lightning_muter.linalg.gram import gram, mirrored
 
 __all__ = ["Materialised", "OfPoints", "OuterProducts", "join", "rows_joined"]
 
@@ -78,7 +80,7 @@ class OuterProducts(KeptCurvature):
         self.rows = rows
 
     def add_to(self, add: AddBlock) -> None:
-        add(0, 0, self.rows.T @ self.rows)
+        add(0, 0, gram(self.rows))
 
     def direct(self, v: Tensor) -> Tensor:
         return self.rows.T @ (self.rows @ v)
@@ -100,16 +102,17 @@ class OuterProducts(KeptCurvature):
 class Materialised(KeptCurvature):
     """Σ w_i D_i as a matrix, where factors would weigh more or are not known.
 
+    What is stored of it is its upper triangle, row by row.
+
     Args:
-        packed: its upper triangle, row by row (p(p+1)/2,).
-        p: how many parameters.
+        matrix: (p, p), symmetric to the last bit, as its triangle gives it back.
     """
 
     kind = "matrix"
 
-    def __init__(self, packed: Tensor, p: int) -> None:
-        super().__init__(torch.ones(0, dtype=torch.bool, device=packed.device))
-        self.packed, self.p = packed, p
+    def __init__(self, matrix: Tensor) -> None:
+        super().__init__(torch.ones(0, dtype=torch.bool, device=matrix.device))
+        self.matrix = matrix
 
     @classmethod
     def of(cls, parts: Iterable[PointCurvature], p: int, device: torch.device) -> Materialised:
@@ -121,14 +124,7 @@ class Materialised(KeptCurvature):
 
         for part in parts:
             part.add_to(place)
-        return cls(matrix[_upper(p, device)], p)
-
-    @property
-    def matrix(self) -> Tensor:
-        """The matrix (p, p)."""
-        full = self.packed.new_zeros(self.p, self.p)
-        full[_upper(self.p, full.device)] = self.packed
-        return full + full.triu(1).T
+        return cls(mirrored(matrix))
 
     def add_to(self, add: AddBlock) -> None:
         add(0, 0, self.matrix)
@@ -137,20 +133,27 @@ class Materialised(KeptCurvature):
         return self.matrix @ v
 
     def tensors(self) -> dict[str, Tensor]:
-        return {"packed": self.packed}
+        return {"packed": self.matrix[_upper(self.matrix)]}
+
+    @cached_property
+    def nbytes(self) -> int:
+        p = len(self.matrix)
+        return p * (p + 1) // 2 * self.matrix.element_size()
 
     @classmethod
     def restore(
         cls, facts: Mapping[str, Any], tensors: Mapping[str, Tensor], omega: Tensor
     ) -> Materialised:
-        return cls(tensors["packed"], len(omega))
+        matrix = tensors["packed"].new_zeros(len(omega), len(omega))
+        matrix[_upper(matrix)] = tensors["packed"]
+        return cls(mirrored(matrix))
 
-    def joined(self, other: KeptCurvature) -> Materialised:
-        return Materialised(self.packed + other.tensors()["packed"], self.p)
+    def joined(self, other: KeptCurvature) -> Materialised | None:
+        return Materialised(self.matrix + other.matrix) if isinstance(other, Materialised) else None
 
 
-def _upper(p: int, device: torch.device) -> Tensor:
-    return torch.ones(p, p, dtype=torch.bool, device=device).triu()
+def _upper(matrix: Tensor) -> Tensor:
+    return torch.ones_like(matrix, dtype=torch.bool).triu()
 
 
 def join(parts: Iterable[KeptCurvature]) -> tuple[KeptCurvature, ...]:

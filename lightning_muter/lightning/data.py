@@ -298,6 +298,7 @@ class RemovalDataModule(pl.LightningDataModule):
         self._form = BatchForm.of(batch)
         self._points: TrainingPoints | None = None
         self._names: list[int] | None = None
+        self._read: RemovalBatch | None = None
         self._all = batch_size is None
         size = max(len(self.indices), 1) if batch_size is None else integer(batch_size)
         if size is None or size < 1:
@@ -310,12 +311,29 @@ class RemovalDataModule(pl.LightningDataModule):
             return self._points
         return training_points(self.source, form or self._form)
 
+    @property
+    def at_once(self) -> bool:
+        """Whether all points are one request."""
+        return self._all or self.batch_size >= len(self.indices)
+
     def located(
-        self, points: TrainingPoints, positions: list[int], names: list[int]
+        self,
+        points: TrainingPoints,
+        positions: list[int],
+        names: list[int],
+        read: RemovalBatch | None = None,
     ) -> RemovalDataModule:
-        """The request with its rows in a data set found, and the training indices that they are."""
+        """The request with its rows in a data set found.
+
+        Args:
+            points: the data set.
+            positions: of the rows.
+            names: the training indices that they are.
+            read: all of them, where they were read already; they are not read again.
+        """
         found = copy.copy(self)
         found.indices, found._names, found._points = positions, names, points
+        found._read = read
         found.batch_size = len(positions) if self._all else self.batch_size
         return found
 
@@ -334,6 +352,9 @@ class RemovalDataModule(pl.LightningDataModule):
 
     def requests(self) -> Iterator[RemovalBatch]:
         """The batches of `predict_dataloader`, read without a loader's machinery."""
+        if self._read is not None:
+            yield self._read
+            return
         self._refuse_ids()
         points = self.training_points()
         points.check_positions(self.indices)

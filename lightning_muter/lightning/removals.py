@@ -9,6 +9,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -123,16 +124,21 @@ def check_removals(
         RemovalError: with the offending indices.
     """
     points = removals.training_points(memory.settings.batch)
+    read: RemovalBatch | None = None
     if removals.ids is not None:
         names = memory.owned(removals.ids)
         positions = _positions(memory, points, names)
     else:
         positions = removals.indices
-        names = _names(memory, points, positions)
+        points.check_positions(positions)
+        check_named(positions)
+        read, digests = _read(memory, points, removals)
+        names = _names(memory, points, positions, digests)
         _check_fixed(memory, removals, positions, names)
+        read = None if read is None else read._replace(index=names)
     indices, already = _apart(names, over)
     check_free(indices, memory.removed, memory.weights)
-    return Asked(removals.located(points, positions, names), points, indices, already)
+    return Asked(removals.located(points, positions, names, read), points, indices, already)
 
 
 def _apart(names: Sequence[int], over: Tensor | None) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -141,16 +147,34 @@ def _apart(names: Sequence[int], over: Tensor | None) -> tuple[tuple[int, ...], 
     return tuple(i for i, out in pairs if not out), tuple(i for i, out in pairs if out)
 
 
-def _names(memory: UnlearningMemory, points: TrainingPoints, positions: Sequence[int]) -> list[int]:
-    """The training indices of rows of today's data set."""
-    points.check_positions(positions)
-    check_named(positions)
-    rows: list[bytes] = []
-    for first in range(0, len(positions), _BLOCK):
-        x, targets, beside = points.batch(positions[first : first + _BLOCK])
+def _read(
+    memory: UnlearningMemory, points: TrainingPoints, removals: RemovalDataModule
+) -> tuple[RemovalBatch | None, list[bytes]]:
+    """The rows of a request that is one batch, and the digests of any request's."""
+    if removals.at_once:
+        with torch.inference_mode(False):
+            x, targets, beside = points.batch(removals.indices)
+            check_batch(x, targets)
+            # the data set may use the place again, and what was digested is what is served
+            x, targets, beside = x.clone(), targets.clone(), beside.copied()
+        digests = digests_of(memory.key, x, targets, beside)
+        return RemovalBatch(x, targets, None, beside.entries(), digests), digests
+    digests = []
+    for first in range(0, len(removals.indices), _BLOCK):
+        x, targets, beside = points.batch(removals.indices[first : first + _BLOCK])
         check_batch(x, targets)
-        rows += digests_of(memory.key, x, targets, beside)
-    names = memory.known.named(rows, positions)
+        digests += digests_of(memory.key, x, targets, beside)
+    return None, digests
+
+
+def _names(
+    memory: UnlearningMemory,
+    points: TrainingPoints,
+    positions: Sequence[int],
+    digests: Sequence[bytes],
+) -> list[int]:
+    """The training indices of rows of today's data set."""
+    names = memory.known.named(digests, positions)
     if not memory.known.repeated(names):
         return names
     # a forgotten point lay there, and an equal one is left: which of them the row is, all rows tell

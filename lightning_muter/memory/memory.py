@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -214,27 +214,6 @@ class UnlearningMemory:
         """
         known = self.key, self.digests, self.blocks
         return point_blocks.recognised(*known, first, x, targets, beside)
-
-    def find(
-        self,
-        x: Tensor,
-        targets: Tensor,
-        positions: Sequence[int] = (),
-        beside: Beside = NOTHING,
-    ) -> list[int]:
-        """The training indices of points given by content; forgotten ones where no equal is left.
-
-        Args:
-            x: inputs (m, ...).
-            targets: (m, ...).
-            positions: of the points (m,), where they come from a data set: the point at i with the
-                content of training point i is that point.
-            beside: what forward takes of the points beside x.
-
-        Raises:
-            RemovalError: a point was never trained on, or is one more than there are of it.
-        """
-        return self.known.named(points.digests_of(self.key, x, targets, beside), positions)
 
     def owned(self, ids: list[str]) -> list[int]:
         """The training indices of all points that keys own, in the order of the keys.

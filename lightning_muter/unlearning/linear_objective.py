@@ -9,6 +9,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from lightning_muter.linalg.gram import gram
 from lightning_muter.unlearning.inner_dual import LevelLoss
 from lightning_muter.unlearning.reach import Reach
 
@@ -221,13 +222,13 @@ class LinearRobustObjective:
             bent = self.reach.mixed(state.rho[some], w)
             t = state.mixing[some].unsqueeze(1)
             rows = torch.cat([t * x[some] + bent, t], dim=1)
-            total += rows.T @ (rows * (weights * stiff)[some].unsqueeze(1))
+            total += gram(rows, (weights * stiff)[some])
         mixed = torch.nonzero(state.mixing.abs() < 1).flatten()
         if len(mixed):
             rows = torch.cat([x[mixed], torch.ones_like(x[mixed, :1])], dim=1)
             folding = self.loss.folding(state.level, state.rho, stiff)
             folding = (weights * folding * (1 - state.mixing.square()))[mixed]
-            total += rows.T @ (rows * folding.unsqueeze(1))
+            total += gram(rows, folding)
         total[:f, :f] += self.reach.curvature(weights, state.rho, w)
         half = self.outputs.back(total[:, :f], total[:, f])
         whole = self.outputs.back(half[:f].T, half[f])

@@ -15,6 +15,7 @@ from lightning_muter.memory.points import (
     check_batch,
     check_free,
     check_named,
+    digests_of,
     passed_over,
     training_indices,
 )
@@ -29,13 +30,15 @@ __all__ = ["RemovalBatch", "Server", "request_warnings", "worst_status"]
 class RemovalBatch(NamedTuple):
     """Points to forget: inputs (m, ...), targets (m, ...), and indices where they are known.
 
-    ``beside`` are the entries, by position or by name, that forward takes of them beside x.
+    ``beside`` are the entries, by position or by name, that forward takes of them beside x;
+    ``digests`` those of these very tensors, where they were computed already.
     """
 
     x: Any
     target: Any
     index: Any
     beside: Mapping[Name, Any] = {}
+    digests: Sequence[bytes] = ()
 
 
 class Server:
@@ -128,7 +131,9 @@ class Server:
         check_batch(x, targets, positions)
         if positions is not None:
             check_named(positions)
-        named = self.memory.find(x, targets, positions or (), beside)
+        digests = batch.digests if isinstance(batch, RemovalBatch) else ()
+        digests = digests or digests_of(self.memory.key, x, targets, beside)
+        named = self.memory.known.named(digests, positions or ())
         rows = self._left(named)
         indices = [named[k] for k in rows]
         check_free(indices, self.memory.removed, self.memory.weights)

@@ -126,6 +126,9 @@ def test_a_matrix_is_kept_as_its_triangle() -> None:
     assert part.nbytes == 4 * P * (P + 1)
     torch.testing.assert_close(part.matrix, one(4, 3).rows.T @ one(4, 3).rows)
     torch.testing.assert_close(part.joined(part).matrix, 2 * part.matrix)
+    omega = torch.zeros(P, dtype=torch.float64)
+    again = Materialised.restore(part.facts(), part.tensors(), omega)
+    assert torch.equal(again.matrix, part.matrix) and part.tensors()["packed"].nbytes == part.nbytes
     heavy = RemovedPoints.of([one(4, 30)], 1.0)
     assert heavy.lighter(P).nbytes == part.nbytes and heavy.lighter(10 * P) is heavy
 

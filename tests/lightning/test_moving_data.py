@@ -456,3 +456,32 @@ def test_a_request_is_read_as_its_loader_would_read_it(batch_size: int | None) -
         for read, loaded in zip(batches, removals.predict_dataloader(), strict=True):
             for one, other in zip(read, loaded, strict=True):
                 torch.testing.assert_close(one, other, rtol=0.0, atol=0.0)
+
+
+class Once(Table):
+    """Rows that are as they were trained at the first reading alone."""
+
+    def __init__(self) -> None:
+        super().__init__(*original())
+        self.read: list[int] = []
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        again = index in self.read
+        self.read.append(index)
+        return self.x[index] + float(again), self.y[index]
+
+
+def test_a_request_in_one_batch_is_of_what_was_read_first(case: Case, reference: Case) -> None:
+    """What was compared with the memory is what is forgotten, not what the data set says later."""
+    data = Once()
+    assert case.forget(data, [7, 2, 19]).indices == (7, 2, 19)
+    assert data.read == [7, 2, 19]
+    reference.forget(without(), [7, 2, 19])
+    assert torch.equal(case.omega, reference.omega)
+
+
+def test_requests_one_after_the_other_are_compared_as_each_is_read(case: Case) -> None:
+    before = case.weights
+    with pytest.raises(RemovalError, match=r"\[7\] are not what the memory was built on"):
+        case.forget(Once(), [7, 2], batch_size=1)
+    assert torch.equal(case.weights, before)
