@@ -411,7 +411,8 @@ class MUterCallback(MemoryKeeper, AdversarialTraining):
         rescue = Rescue(trainer, model_path(self.folder))
         rescue.keep()
         watch.finish()
-        weights = self.point_weights = watch.point_weights
+        weights, contents = watch.point_weights, watch.contents
+        self.point_weights = weights
         horizon, flow = horizon_of(self.horizon, watch.flow, weights)
         settings = self.settings.trained(self._lambda, horizon)
         if self.newton_steps:
@@ -420,9 +421,9 @@ class MUterCallback(MemoryKeeper, AdversarialTraining):
             rescue.keep()
         with rescue.guarding("Stage I"):
             start = self.initial, flow
-            memory = after.stage_one(settings, weights, watch.digests, watch.key, *start)
+            memory = after.stage_one(settings, weights, contents.digests, contents.key, *start)
         known = self._id_texts, self.findings, self.rebase_policy
-        self.memory = after.finished(memory, *known, watch.blocks)
+        self.memory = after.finished(memory, *known, contents.blocks)
         create(self.memory, self.folder, rescue, self.overwrite)
         rescue.done()
         report(self.memory, after.cost, self.folder, self.findings)
