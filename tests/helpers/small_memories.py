@@ -21,14 +21,6 @@ def small_memory() -> UnlearningMemory:
         method="muter",
         threat=L2Ball(0.5, data_range=(0.0, float("inf"))),
         head="head",
-        parameters=None,
-        loss="cross_entropy",
-        response="constrained",
-        inverse="neumann",
-        neumann_order=3,
-        space="input",
-        damping=0.0,
-        solver="auto",
         weight_decay=0.01,
     )
     omega = torch.arange(3, dtype=torch.float64)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -29,6 +30,11 @@ def asked(**options: Any) -> Arguments:
 
 def test_the_defaults_are_the_signature_s() -> None:
     assert all(DEFAULTS[name] == value for name, value in FLAT_DEFAULTS.items())
+
+
+def test_settings_that_are_left_out_are_the_callback_s() -> None:
+    plain = Settings(method="muter", threat=L2Ball(0.5), head="head")
+    assert plain == replace(asked().settings, representation="dense")
 
 
 def test_every_setting_is_an_argument_s() -> None:
