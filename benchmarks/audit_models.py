@@ -45,14 +45,7 @@ def settings(method: str, eps: float = EPS) -> Settings:
         method=method,
         threat=L2Ball(eps),
         head="0",
-        parameters=None,
         loss="logistic",
-        response="constrained",
-        inverse="neumann",
-        neumann_order=3,
-        space="input",
-        damping=0.0,
-        solver="auto",
         weight_decay=1e-3,
     )
 

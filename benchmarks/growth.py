@@ -38,10 +38,14 @@ SIZES = {
     "parameters": [(1000, f, 10) for f in (32, 64, 128, 256)],
 }
 SETTINGS = Settings(
-    method="muter", threat=L2Ball(0.3), head="2", parameters=None, loss="cross_entropy",
-    response="constrained", inverse="neumann", neumann_order=3, space="input", damping=0.0,
-    solver="direct", weight_decay=DECAY, sketch=1, solver_tol=1e-6,
-)  # fmt: skip
+    method="muter",
+    threat=L2Ball(0.3),
+    head="2",
+    solver="direct",
+    weight_decay=DECAY,
+    sketch=1,
+    solver_tol=1e-6,
+)
 FIELDS = ("grows", "points", "features", "classes", "parameters", "kept", "seconds", "bytes")
 
 

@@ -30,10 +30,14 @@ from lightning_muter.unlearning.stage_one import build_memories
 
 CLASSES, FEATURES = 100, 24
 BASE = Settings(
-    method="muter", threat=L2Ball(0.2), head="0", parameters=None, loss="cross_entropy",
-    response="constrained", inverse="neumann", neumann_order=3, space="input", damping=0.0,
-    solver="direct", weight_decay=1e-3, representation="rows", solver_tol=1e-10,
-)  # fmt: skip
+    method="muter",
+    threat=L2Ball(0.2),
+    head="0",
+    solver="direct",
+    weight_decay=1e-3,
+    representation="rows",
+    solver_tol=1e-10,
+)
 
 
 def robust_objective(net: nn.Module, x: Tensor, y: Tensor, which: Tensor) -> RobustObjective:

@@ -153,10 +153,6 @@ class Study:
             loss="logistic",
             response=response,
             inverse=inverse,
-            neumann_order=3,
-            space="input",
-            damping=0.0,
-            solver="auto",
             weight_decay=self.net.decay,
         )
         digests = torch.zeros(len(self.x), 16, dtype=torch.uint8)

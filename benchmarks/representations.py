@@ -35,10 +35,13 @@ from lightning_muter.unlearning.steps import NewtonStep
 N, FEATURES, DECAY = 1000, 48, 1e-3
 PROBES = (1, 4, 16)
 PROBLEM = Settings(
-    method="muter", threat=L2Ball(0.3), head="2", parameters=None, loss="cross_entropy",
-    response="constrained", inverse="neumann", neumann_order=3, space="input", damping=0.0,
-    solver="direct", weight_decay=DECAY, solver_tol=1e-10,
-)  # fmt: skip
+    method="muter",
+    threat=L2Ball(0.3),
+    head="2",
+    solver="direct",
+    weight_decay=DECAY,
+    solver_tol=1e-10,
+)
 
 
 def problem(seed: int) -> tuple[nn.Sequential, Tensor, Tensor]:

@@ -28,14 +28,7 @@ def main() -> None:
         method="muter",
         threat=L2Ball(1.0),
         head="head",
-        parameters=None,
         loss="logistic",
-        response="constrained",
-        inverse="neumann",
-        neumann_order=3,
-        space="input",
-        damping=0.0,
-        solver="auto",
         weight_decay=1e-3,
     )
     weights = torch.rand(len(x), dtype=torch.float64)

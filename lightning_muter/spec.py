@@ -57,20 +57,20 @@ class Settings:
     ``horizon`` is the time of the gradient flow after which training stopped, Σ lr / n; None where
     it converged. ``representation`` is how D_i are summed: "dense", "sharded", "rows", or "auto"
     until the sizes are known. ``objective`` is what training minimised, None for adversarial
-    training.
+    training. What is left out is as the callback's arguments have it, but for "dense".
     """
 
     method: str
     threat: Threat
-    head: str | None
-    parameters: tuple[str, ...] | None
-    loss: str | LossFunction | TorchLoss | ModuleLoss
-    response: str
-    inverse: str
-    neumann_order: int
-    space: str
-    damping: float
-    solver: str
+    head: str | None = None
+    parameters: tuple[str, ...] | None = None
+    loss: str | LossFunction | TorchLoss | ModuleLoss = "cross_entropy"
+    response: str = "constrained"
+    inverse: str = "neumann"
+    neumann_order: int = 3
+    space: str = "input"
+    damping: float = 0.0
+    solver: str = "auto"
     weight_decay: float = 0.0
     sketch: int | str = 0
     horizon: float | None = None

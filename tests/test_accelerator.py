@@ -13,7 +13,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
-from cases import QUIET, Data, Net, memory_of
+from cases import QUIET, Data, Net, Traded, memory_of
 from linear_cases import L2, LINF, Linear, LinearData
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -70,13 +70,6 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-class Traded(Net):
-    """A training step with the objective's own loss."""
-
-    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
-        return TRADES(beta=4.0).loss(self, batch)
-
-
 def fitted(
     trainer_options: dict[str, Any],
     make: Callable[[], Any] = Net,
@@ -109,8 +102,9 @@ def close(found: Tensor, expected: Tensor, share: float = 1e-9) -> None:
 def test_memory_and_request_are_those_of_the_processor(case: str) -> None:
     steps: list[list[Tensor]] = []
     for options in (CPU, GPU):
-        module = Traded if case.startswith("TRADES") else Net
-        trainer, callback, model, data = fitted(options, module, **CASES[case])
+        own = CASES[case]
+        make = partial(Traded, own["objective"]) if "objective" in own else Net
+        trainer, callback, model, data = fitted(options, make, **own)
         memory = memory_of(callback)
         found = [memory.omega_star, products(memory)]
         result = trainer.unlearn(RemovalDataModule(data, GONE), corrector_steps=1, bound=True)

@@ -175,13 +175,6 @@ def problem(source: str, response: str, model: str) -> Problem:
         **{  # type: ignore[arg-type]
             "method": METHODS[source],
             "threat": case.threat,
-            "head": None,
-            "parameters": None,
-            "loss": "cross_entropy",
-            "response": "constrained",
-            "inverse": "neumann",
-            "neumann_order": 3,
-            "space": "input",
             "damping": DAMPING,
             "solver": "direct",
             "weight_decay": LAM,

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lightning_muter.adversary.attack_library import Attack
-from lightning_muter.arguments import optional, whole
+from lightning_muter.arguments import whole
 from lightning_muter.errors import ConfigurationError, MuterError, StateError
 from lightning_muter.lightning.adversarial_training import AdversarialTraining
 from lightning_muter.lightning.after_training import (
@@ -22,6 +22,7 @@ from lightning_muter.lightning.after_training import (
     refuse_spawned,
     report,
 )
+from lightning_muter.lightning.callback_arguments import Arguments
 from lightning_muter.lightning.fidelity.averaging import averaging_of, check_order, check_unmoved
 from lightning_muter.lightning.fidelity.decay import check_held, decay_and_penalty
 from lightning_muter.lightning.fidelity.flow import horizon_of
@@ -29,7 +30,12 @@ from lightning_muter.lightning.fidelity.frozen import check_finetuning
 from lightning_muter.lightning.fidelity.watch import TrainingWatch
 from lightning_muter.lightning.flavour import pl, refuse_other
 from lightning_muter.lightning.folder import check_free, create, folder_name, model_path, rewritten
-from lightning_muter.lightning.keeper import MemoryKeeper, forgotten, refuse_relearning
+from lightning_muter.lightning.keeper import (
+    MemoryKeeper,
+    check_resumed,
+    forgotten,
+    refuse_relearning,
+)
 from lightning_muter.lightning.kept_state import KeptState
 from lightning_muter.lightning.point_ids import Ids, ids_of
 from lightning_muter.lightning.process_group import process_group
@@ -37,15 +43,12 @@ from lightning_muter.lightning.rescue import Rescue
 from lightning_muter.lightning.unlearn import unlearn
 from lightning_muter.memory.memory import UnlearningMemory
 from lightning_muter.memory.rebase_policy import RebasePolicy
-from lightning_muter.models import BatchForm, LogitsForm
 from lightning_muter.models.batches import Where
 from lightning_muter.models.logits import Forward, Output
-from lightning_muter.models.names import listed
-from lightning_muter.objectives.module_loss import asked_loss, loss_in
+from lightning_muter.objectives.module_loss import loss_in
 from lightning_muter.objectives.resolve import AnyLoss
 from lightning_muter.objectives.trades import TRADES
-from lightning_muter.options import FLAT_DEFAULTS, Ascent, Options, flat
-from lightning_muter.spec import Settings
+from lightning_muter.options import Ascent, Options
 from lightning_muter.threats import Threat
 
 __all__ = ["MUterCallback"]
@@ -161,55 +164,12 @@ class MUterCallback(MemoryKeeper, AdversarialTraining):
         output: Output | None = None,
         forward: Forward | None = None,
     ) -> None:
-        given = {name: value for name, value in locals().items() if name in FLAT_DEFAULTS}
-        options = {
-            "attack": attack,
-            "response": response,
-            "solver": solver,
-            "representation": representation,
-        }
-        keywords = flat(given, FLAT_DEFAULTS, options)
-        ascent = {k: keywords.pop(k) for k in ("attack_steps", "attack_step_size", "random_start")}
-        self.weight_decay = optional("weight_decay", weight_decay)
-        fixed = None if horizon == "training" else optional("horizon", horizon, positive=True)
-        self.horizon: float | Literal["training"] | None = (
-            horizon if horizon == "training" else fixed
-        )
-        self.settings = Settings(
-            method=method,
-            threat=threat,
-            head=head,
-            parameters=listed(parameters),
-            loss=asked_loss(loss),
-            objective=objective,
-            batch=BatchForm.of(batch),
-            logits=LogitsForm(forward, output),
-            weight_decay=self.weight_decay or 0.0,
-            horizon=fixed,
-            **keywords,
-        )
-        library = None if isinstance(attack, Ascent) else attack
-        super().__init__(
-            threat,
-            library,
-            loss,
-            objective=objective,
-            batch=batch,
-            output=output,
-            forward=forward,
-            **ascent,
-        )
-        if horizon is not None and newton_steps:
-            raise ConfigurationError(
-                f"horizon={horizon!r} with newton_steps={newton_steps}: a model at its optimum has "
-                "none; give one of the two"
-            )
-        self.newton_steps = whole("newton_steps", newton_steps)
-        self.strict = strict
-        self.overwrite = overwrite
-        self.ids = ids
+        asked = Arguments.of(locals())
+        super().__init__(**asked.training)
+        self.settings, self.newton_steps = asked.settings, asked.newton_steps
+        self.weight_decay, self.horizon = asked.weight_decay, asked.horizon
+        self.strict, self.overwrite, self.ids = strict, overwrite, ids
         self.rebase_policy = RebasePolicy(rebase_every, rebase_after)
-        self._id_texts: list[str] | None = None
         self.memory_dir = self.folder = folder_name(memory_dir)
         self.batch_size = whole("batch_size", batch_size, 1)
         self.memory: UnlearningMemory | None = None
@@ -223,6 +183,7 @@ class MUterCallback(MemoryKeeper, AdversarialTraining):
         self._watch: TrainingWatch | None = None
         self._after: AfterTraining | None = None
         self._resumed: dict[str, Any] = {}
+        self._id_texts: list[str] | None = None
         self._lambda = 0.0
 
     # --- before training ------------------------------------------------------------------------
@@ -253,17 +214,6 @@ class MUterCallback(MemoryKeeper, AdversarialTraining):
         except ConfigurationError as error:
             self._refuse(error)
 
-    def _check_resumed(self, trainer: pl.Trainer) -> None:
-        """Refuse a checkpoint that was unlearned, or says nothing of when training started."""
-        refuse_relearning(self._resumed.get("forgotten", 0), self.overwrite)
-        if self.horizon is None or trainer.ckpt_path is None or "flow_time" in self._resumed:
-            return
-        raise ConfigurationError(
-            f"horizon={self.horizon!r} with a fit that is resumed from a checkpoint without this "
-            "callback's state: neither where training started nor how long it took is known; give "
-            "newton_steps=..., or train with the callback from the start"
-        )
-
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         points = points_of(trainer, self.settings.batch).settled()
         self.settings = replace(self.settings, batch=points.form)
@@ -278,7 +228,7 @@ class MUterCallback(MemoryKeeper, AdversarialTraining):
             self.weight_decay,
             self.newton_steps,
         )
-        self._check_resumed(trainer)
+        check_resumed(self, self._resumed, trainer.ckpt_path)
         self._after = AfterTraining(
             trainer,
             pl_module,
@@ -411,7 +361,8 @@ class MUterCallback(MemoryKeeper, AdversarialTraining):
         rescue = Rescue(trainer, model_path(self.folder))
         rescue.keep()
         watch.finish()
-        weights = self.point_weights = watch.point_weights
+        weights, contents = watch.point_weights, watch.contents
+        self.point_weights = weights
         horizon, flow = horizon_of(self.horizon, watch.flow, weights)
         settings = self.settings.trained(self._lambda, horizon)
         if self.newton_steps:
@@ -420,9 +371,9 @@ class MUterCallback(MemoryKeeper, AdversarialTraining):
             rescue.keep()
         with rescue.guarding("Stage I"):
             start = self.initial, flow
-            memory = after.stage_one(settings, weights, watch.digests, watch.key, *start)
+            memory = after.stage_one(settings, weights, contents.digests, contents.key, *start)
         known = self._id_texts, self.findings, self.rebase_policy
-        self.memory = after.finished(memory, *known, watch.blocks)
+        self.memory = after.finished(memory, *known, contents.blocks)
         create(self.memory, self.folder, rescue, self.overwrite)
         rescue.done()
         report(self.memory, after.cost, self.folder, self.findings)

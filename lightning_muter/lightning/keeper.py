@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -13,7 +14,7 @@ from lightning_muter.memory.memory import UnlearningMemory
 from lightning_muter.memory.rebase_policy import RebasePolicy
 from lightning_muter.spec import Settings
 
-__all__ = ["MemoryKeeper", "forgotten", "keeper_of", "refuse_relearning"]
+__all__ = ["MemoryKeeper", "check_resumed", "forgotten", "keeper_of", "refuse_relearning"]
 
 
 class MemoryKeeper(pl.Callback):
@@ -66,6 +67,27 @@ def refuse_relearning(gone: int, overwrite: bool) -> None:
             "points (RemovalDataModule(data, indices=[...]).remaining()) and a new MUterCallback, "
             "or give overwrite=True"
         )
+
+
+def check_resumed(keeper: MemoryKeeper, state: Mapping[str, Any], ckpt_path: Any) -> None:
+    """Refuse a checkpoint that was unlearned, or says nothing of when training started.
+
+    Args:
+        keeper: the callback.
+        state: what the checkpoint says of that callback, empty where it says nothing.
+        ckpt_path: of the checkpoint, None where training starts anew.
+
+    Raises:
+        ConfigurationError: with what the memory lacks.
+    """
+    refuse_relearning(state.get("forgotten", 0), keeper.overwrite)
+    if keeper.horizon is None or ckpt_path is None or "flow_time" in state:
+        return
+    raise ConfigurationError(
+        f"horizon={keeper.horizon!r} with a fit that is resumed from a checkpoint without this "
+        "callback's state: neither where training started nor how long it took is known; give "
+        "newton_steps=..., or train with the callback from the start"
+    )
 
 
 def keeper_of(trainer: pl.Trainer) -> MemoryKeeper | None:

@@ -6,19 +6,19 @@ import os
 import time
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import datetime, timezone
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lightning_muter.arguments import number, whole
 from lightning_muter.errors import ConfigurationError, StateError
+from lightning_muter.lightning.account import Found, ledger_entry, log_result, result_of
 from lightning_muter.lightning.borrowed import RandomState, borrowed, random_state_unless_done
 from lightning_muter.lightning.commit import Destination
 from lightning_muter.lightning.data import RemovalDataModule
+from lightning_muter.lightning.extras import Extras
 from lightning_muter.lightning.flavour import pl, rank_zero_info, refuse_other
 from lightning_muter.lightning.half_precision import check_provable, rounding_of
 from lightning_muter.lightning.keeper import MemoryKeeper, keeper_of
@@ -39,12 +39,11 @@ from lightning_muter.lightning.retrain import serve_without_memory
 from lightning_muter.memory.memory import UnlearningMemory
 from lightning_muter.models import measuring
 from lightning_muter.unlearning.bound import Bound, strong_convexity_bound
-from lightning_muter.unlearning.certificate import Certificate, Publication
+from lightning_muter.unlearning.certificate import Certificate
 from lightning_muter.unlearning.corrector import correct
 from lightning_muter.unlearning.methods import METHODS
-from lightning_muter.unlearning.objective import Evaluation
 from lightning_muter.unlearning.result import UnlearningResult
-from lightning_muter.unlearning.serving import Server, request_warnings, worst_status
+from lightning_muter.unlearning.serving import Server, request_warnings
 
 __all__ = ["current_memory", "module_of", "unlearn"]
 
@@ -67,7 +66,7 @@ def unlearn(
     Everything is checked before anything moves, the whole call is served in hand, and what it
     found is committed at its end, in one write: a call that fails changes nothing.
     """
-    extras = _Extras.of(noise_std, corrector_steps, bound, already, note)
+    extras = Extras.of(noise_std, corrector_steps, bound, already, note)
     extras = extras.proving(certificate, inner_gap)
     keeper = keeper_of(trainer)
     module = module_of(trainer, model)
@@ -84,7 +83,7 @@ def _serve(
     keeper: MemoryKeeper | None,
     destination: Destination,
     removals: Any,
-    extras: _Extras,
+    extras: Extras,
 ) -> UnlearningResult:
     start, group, bar = time.perf_counter(), destination.group, bar_of(trainer)
     random_state = RandomState.now(group.device)
@@ -125,7 +124,7 @@ def _serve(
         )
         for message in found.warnings:
             warnings.warn(message, stacklevel=3)
-    entry = _entry(server, found, extras)
+    entry = ledger_entry(server, found, extras)
     after = found.memory.annotated(entry).to(state.omega_star.device)
     committed = destination.commit(after, view)
     seconds = {
@@ -134,12 +133,12 @@ def _serve(
         "total": time.perf_counter() - start,
     }
     due = committed.memory.rebase_policy.due(committed.memory.ledger, datetime.now(timezone.utc))
-    result = replace(_result(server, found, float(update), seconds), rebase_due=due)
-    _log(trainer, result, len(committed.memory.ledger))
+    result = replace(result_of(server, found, float(update), seconds), rebase_due=due)
+    log_result(trainer, result, len(committed.memory.ledger))
     return result
 
 
-def _check(memory: UnlearningMemory, removals: Any, extras: _Extras, bar: Bar) -> Asked:
+def _check(memory: UnlearningMemory, removals: Any, extras: Extras, bar: Bar) -> Asked:
     """Refuse the whole call before its first request; what it asks for, as far as it is known."""
     extras.check(memory, removals)
     if named := listed_indices(removals):
@@ -154,86 +153,7 @@ def _check(memory: UnlearningMemory, removals: Any, extras: _Extras, bar: Bar) -
     return replace(asked, places=places)
 
 
-# --- arguments ----------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Extras:
-    """What the call does beyond its requests."""
-
-    noise_std: float
-    corrector_steps: int
-    bound: bool
-    skips: bool
-    note: str
-    certificate: Certificate | None = None
-    inner_gap: float | None = None
-
-    @classmethod
-    def of(
-        cls, noise_std: Any, corrector_steps: Any, bound: Any, already: Any, note: Any
-    ) -> _Extras:
-        steps = whole("corrector_steps", corrector_steps)
-        if not isinstance(bound, bool):
-            raise ConfigurationError(f"bound={bound!r} must be True or False")
-        if already not in ("error", "skip"):
-            raise ConfigurationError(f"already={already!r} must be 'error' or 'skip'")
-        if not isinstance(note, str):
-            raise ConfigurationError(f"note={note!r} must be a text for the ledger")
-        return cls(number("noise_std", noise_std), steps, bound, already == "skip", note)
-
-    def proving(self, certificate: Any, inner_gap: Any) -> _Extras:
-        """The same with what is to be proved of the model."""
-        if certificate is not None:
-            if not isinstance(certificate, Certificate):
-                raise ConfigurationError(
-                    f"certificate={certificate!r} must be a Certificate(epsilon, delta, radius)"
-                )
-            if self.noise_std or self.corrector_steps:
-                raise ConfigurationError(
-                    f"certificate with noise_std={self.noise_std} and corrector_steps="
-                    f"{self.corrector_steps}: it takes the passes that it needs and draws its own "
-                    "noise; leave them out"
-                )
-        if inner_gap is not None:
-            gap = number("inner_gap", inner_gap)
-            if not self.bound:
-                raise ConfigurationError(f"inner_gap={gap} is of the bound: give bound=True")
-            return replace(self, certificate=certificate, inner_gap=gap)
-        return replace(self, certificate=certificate)
-
-    def passed_over(self, memory: UnlearningMemory) -> Tensor | None:
-        """The points (n,) that are left out of the call, since an earlier one forgot them."""
-        return memory.removed if self.skips else None
-
-    @property
-    def reads_the_rest(self) -> bool:
-        return self.corrector_steps > 0 or self.bound or self.certificate is not None
-
-    def check(self, memory: UnlearningMemory, removals: Any) -> None:
-        """Refuse what the memory's method or the kind of request cannot give."""
-        settings = memory.settings
-        if self.reads_the_rest and not isinstance(removals, RemovalDataModule):
-            raise ConfigurationError(
-                "corrector_steps, bound and certificate need a RemovalDataModule"
-            )
-        if self.corrector_steps and settings.horizon is not None:
-            raise ConfigurationError(
-                f"corrector_steps={self.corrector_steps} with horizon={settings.horizon}: they "
-                "lead to the optimum, where a Retrain that stops early does not go; give one of "
-                "the two"
-            )
-        if self.certificate is not None and not METHODS[settings.method].has_memory:
-            raise ConfigurationError(
-                f"method={settings.method!r} keeps no curvature: no certificate can be given; use "
-                "method='muter'"
-            )
-        asked = self.noise_std > 0 or self.corrector_steps > 0
-        if asked and not METHODS[settings.method].has_memory:
-            raise ConfigurationError(
-                f"method={settings.method!r} takes no noise_std={self.noise_std} and no "
-                f"corrector_steps={self.corrector_steps}: leave them out"
-            )
+# --- the model and its memory -------------------------------------------------------------------
 
 
 def module_of(trainer: pl.Trainer, model: pl.LightningModule | None) -> pl.LightningModule:
@@ -274,23 +194,12 @@ def _check_keeper(keeper: MemoryKeeper, memory: UnlearningMemory) -> None:
 # --- after the requests -------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Found:
-    """The memory to commit, and what the passes over the remaining points say."""
-
-    memory: UnlearningMemory
-    evaluation: Evaluation | None  # at the memory's ω^u
-    warnings: tuple[str, ...]
-    bound: Bound = Bound(None, "no certificate")
-    publication: Publication | None = None
-
-
-def _correct(server: Server, asked: Asked, extras: _Extras, bar: Bar) -> _Found:
+def _correct(server: Server, asked: Asked, extras: Extras, bar: Bar) -> Found:
     """The memory after the requests and the corrector steps, the module where it was."""
     memory, view = server.memory, server.view
     said = [*memory.warnings, *request_warnings(server.outcomes)]
     if not extras.corrector_steps or asked.points is None or asked.places is None:
-        return _Found(memory, None, tuple(said))
+        return Found(memory, None, tuple(said))
     rest = RemainingPoints(memory, asked.points, asked.places, server.group, bar)
     objective = rest.objective(view)
     with measuring(view.module), view.at(memory.omega):
@@ -300,17 +209,17 @@ def _correct(server: Server, asked: Asked, extras: _Extras, bar: Bar) -> _Found:
             "no corrector step lowered the gradient of the remaining points, "
             f"{correction.before.residual:.3g}: ω^u is where the request left it"
         )
-    return _Found(correction.memory, correction.after, tuple(said))
+    return Found(correction.memory, correction.after, tuple(said))
 
 
 def _publish(
     server: Server,
-    found: _Found,
+    found: Found,
     asked: Asked,
-    extras: _Extras,
+    extras: Extras,
     publisher: Publisher | None,
     bar: Bar,
-) -> _Found:
+) -> Found:
     """The noise, from the global generator as a seed promises, and the bound of what goes out."""
     memory, evaluation, group = found.memory, found.evaluation, server.group
     if publisher is not None:
@@ -329,78 +238,3 @@ def _publish(
             evaluation = remaining.objective(server.view).gradient()
     bound = strong_convexity_bound(memory, evaluation, extras.inner_gap)
     return replace(found, memory=memory, bound=bound)
-
-
-def _entry(server: Server, found: _Found, extras: _Extras) -> dict[str, Any]:
-    """What the ledger says of a call's requests beside their own numbers."""
-    outcomes = server.outcomes
-    sums = sum((o.sums for o in outcomes[1:]), outcomes[0].sums)
-    return {
-        "stationary": sums.share(sums.stationary),
-        "active": sums.share(sums.active),
-        "noise_std": extras.noise_std,
-        "corrector_steps": extras.corrector_steps,
-        "bound": found.bound.value,
-        "certificate": found.bound.certificate,
-        "warnings": list(found.warnings),
-        "note": extras.note,
-        **_published(found, len(outcomes)),
-    }
-
-
-def _published(found: _Found, requests: int) -> dict[str, Any]:
-    """What the ledger says of a certified publication, the same on each of its requests."""
-    if found.publication is None:
-        return {}
-    return {"publication": found.publication.entry(len(found.memory.ledger) - requests + 1)}
-
-
-def _result(
-    server: Server, found: _Found, update: float, seconds: dict[str, float]
-) -> UnlearningResult:
-    outcomes = server.outcomes
-    sums = sum((o.sums for o in outcomes[1:]), outcomes[0].sums)
-    noises = [o.sketch_noise for o in outcomes if o.sketch_noise is not None]
-    return UnlearningResult(
-        method=found.memory.settings.method,
-        indices=tuple(server.served),
-        requests=len(outcomes),
-        update_norm=update,
-        residual=max(o.solution.residual for o in outcomes),
-        iterations=sum(o.solution.iterations for o in outcomes),
-        status=worst_status(outcomes, found.warnings),
-        stationary=sums.share(sums.stationary),
-        active=sums.share(sums.active),
-        seconds=seconds,
-        bound=found.bound.value,
-        certificate=found.bound.certificate,
-        warnings=found.warnings,
-        already=tuple(server.already),
-        residual_asked=outcomes[0].solution.tol,
-        sketch_noise=max(noises, default=None),
-        publication=found.publication,
-    )
-
-
-def _log(trainer: pl.Trainer, result: UnlearningResult, step: int) -> None:
-    """Tell the loggers; the request is done by then, so that their failure is none of its own."""
-    metrics = {
-        "unlearn/points": float(len(result.indices)),
-        "unlearn/update_norm": result.update_norm,
-        "unlearn/residual": result.residual,
-        "unlearn/stationary": result.stationary,
-        "unlearn/active": result.active,
-        "unlearn/seconds": result.seconds["total"],
-    }
-    if result.bound is not None:
-        metrics["unlearn/bound"] = result.bound
-    for logger in trainer.loggers:
-        try:
-            logger.log_metrics(metrics, step=step)
-            logger.save()
-        except Exception as error:  # any logger's own
-            warnings.warn(
-                f"the request was served and is committed, but {type(logger).__name__} could not "
-                f"log it: {error}",
-                stacklevel=3,
-            )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import platform
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -18,22 +17,18 @@ from lightning_muter.errors import MemoryFormatError, MuterError
 from lightning_muter.memory import blocks as point_blocks
 from lightning_muter.memory import ids as point_ids
 from lightning_muter.memory import points
+from lightning_muter.memory.content import content_of, fields_of, new_requests
 from lightning_muter.memory.folder import MemoryStore
-from lightning_muter.memory.kept_curvature import kept_curvature
 from lightning_muter.memory.kept_model import BASE, CURRENT, named
 from lightning_muter.memory.known_points import KnownPoints
 from lightning_muter.memory.model_check import check_architecture, check_parameters
 from lightning_muter.memory.rebase_policy import RebasePolicy
-from lightning_muter.memory.records import Content, Request
 from lightning_muter.memory.start import Start
 from lightning_muter.models import NOTHING, Beside, ModelView
 from lightning_muter.parallel import Group
-from lightning_muter.spec import Settings, agreed
+from lightning_muter.spec import Settings
 
 __all__ = ["UnlearningMemory"]
-
-#: ω^u without a publication's noise, among the tensors of the last request
-_PRIVATE = "private_omega"
 
 
 @dataclass(frozen=True, repr=False)
@@ -277,7 +272,7 @@ class UnlearningMemory:
             StateError: the folder holds a memory, or cannot be written.
         """
         kept = replace(self, pending=(), generation=0)
-        MemoryStore(directory).create(kept._content(), model, overwrite)
+        MemoryStore(directory).create(content_of(vars(kept)), model, overwrite)
         return kept
 
     def commit(self, store: MemoryStore) -> UnlearningMemory:
@@ -286,12 +281,7 @@ class UnlearningMemory:
         Raises:
             StateError: another process changed the folder meanwhile; nothing was changed.
         """
-        new = self.ledger[len(self.ledger) - len(self.pending) :]
-        requests = [
-            Request(entry, [removed.facts()], removed.tensors())
-            for entry, removed in zip(new, self.pending, strict=True)
-        ]
-        requests[-1:] = [self._with_private(one) for one in requests[-1:]]
+        requests = new_requests(self.ledger, self.pending, self.private)
         current = {name: getattr(self, name) for name in CURRENT}
         generation = store.commit(self.generation, current, requests)
         return replace(self, pending=(), generation=generation)
@@ -302,7 +292,7 @@ class UnlearningMemory:
         Raises:
             StateError: another process changed the folder meanwhile; nothing was changed.
         """
-        generation = store.replace(self.generation, self._content())
+        generation = store.replace(self.generation, content_of(vars(self)))
         return replace(self, pending=(), generation=generation)
 
     @classmethod
@@ -328,89 +318,10 @@ class UnlearningMemory:
         """`load` from a store at hand."""
         content = store.read(BASE, CURRENT)
         try:
-            return cls._of(content, settings)
+            return cls(**fields_of(content, settings))
         except MuterError:
             raise
         except (KeyError, TypeError, ValueError, IndexError, RuntimeError) as error:
             raise MemoryFormatError(
                 f"{store.folder} is damaged ({type(error).__name__}: {error}): restore a backup"
             ) from error
-
-    def _with_private(self, last: Request) -> Request:
-        """The last line of the ledger with ω^u as it was before a publication's noise."""
-        if self.private is None:
-            return last
-        return replace(last, tensors={**last.tensors, _PRIVATE: self.private})
-
-    def _content(self) -> Content:
-        """Everything, with the forgotten points' factors gone into the matrix."""
-        base = {
-            name: getattr(self, name)
-            for name in ("omega_star", "residual_gradient", "digests", "weights")
-        }
-        if self.curvature is not None:
-            base |= self.curvature.kept()
-        if self.ids is not None:
-            base["ids"] = self.ids
-        if self.blocks is not None:
-            base["blocks"] = self.blocks
-        if self.start is not None:
-            base |= self.start.tensors()
-        facts = {
-            "ids_key": self.ids_key.hex(),
-            "rebase": self.rebase_policy.to_dict(),
-            "settings": self.settings.to_dict(),
-            "flow": None if self.start is None else self.start.flow.to_dict(),
-            "fingerprint": self.fingerprint,
-            "summary": self.summary,
-            "warnings": list(self.warnings),
-            "parameters": [[name, list(shape)] for name, shape in self.parameters],
-            "versions": {"python": platform.python_version(), "torch": torch.__version__},
-        }
-        requests = [Request(entry, [], {}) for entry in self.ledger]
-        requests[-1:] = [self._with_private(one) for one in requests[-1:]]
-        return Content(
-            base=base,
-            current={name: getattr(self, name) for name in CURRENT},
-            requests=tuple(requests),
-            facts=facts,
-            key=self.key,
-            sizes={"p": self.p, "n": self.n, "k": point_blocks.count(self.n)},
-            memory_id=self.memory_id,
-            generation=self.generation,
-        )
-
-    @classmethod
-    def _of(cls, content: Content, settings: Settings | None) -> UnlearningMemory:
-        base, facts = content.base, content.facts
-        own = agreed(facts["settings"], settings)
-        removed = torch.zeros(content.sizes["n"], dtype=torch.bool)
-        for request in content.requests:
-            removed[request.entry.get("indices", [])] = True
-        start = Start.restore(base, facts["flow"])
-        last = content.requests[-1].tensors if content.requests else {}
-        return cls(
-            settings=own,
-            omega_star=base["omega_star"],
-            omega=content.current["omega"],
-            curvature=kept_curvature(content, own, torch.nonzero(removed).flatten().tolist()),
-            gradient=content.current["gradient"],
-            residual_gradient=base["residual_gradient"],
-            digests=base["digests"],
-            removed=removed,
-            weights=base["weights"],
-            key=content.key,
-            fingerprint=facts["fingerprint"],
-            start=start,
-            summary=facts["summary"],
-            ledger=tuple(request.entry for request in content.requests),
-            warnings=tuple(facts["warnings"]),
-            ids=base.get("ids"),
-            blocks=base.get("blocks"),
-            ids_key=bytes.fromhex(facts["ids_key"]),
-            rebase_policy=RebasePolicy(**facts["rebase"]),
-            parameters=tuple((name, tuple(shape)) for name, shape in facts["parameters"]),
-            memory_id=content.memory_id,
-            generation=content.generation,
-            private=last.get(_PRIVATE),
-        )

@@ -77,22 +77,62 @@ def rebase(
         group: the processes.
         steps: Newton steps at the most.
     """
-    settings = memory.settings
-    robust = settings.robust()
+    robust = memory.settings.robust()
     objective = RobustObjective(view, robust.problem(), remaining.batches, group, robust.empty_sum)
     view.set(memory.omega if memory.private is None else memory.private)
-    before = objective.gradient()
-    adversarial = METHODS[settings.method].points == "adversarial"
-    level = float(memory.summary["residual_gradient"]) if adversarial else 0.0
-    history: list[float] = []
-    proved = memory.private is not None  # within its certificate's radius of the optimum
-    if settings.horizon is None and before.residual > level and not proved:
-        tol = level / max(1.0, abs(before.value))
-        history = newton(objective, steps, settings.damping, tol)
-    initial = None if memory.start is None else memory.start.initial
-    flow = None
+    before, level = objective.gradient(), _level(memory)
+    taken = _settle(memory, objective, before, level, steps)
+    built = _built(memory, view, remaining, group)
+    residual = float(built.summary["residual_gradient"])
+    ledger, openings = committed(memory.ledger)
+    entry = {
+        "request": len(ledger) + 1,
+        "kind": "rebase",
+        "points": built.n,
+        "gradient_before": before.residual,
+        "gradient": residual,
+        "gradient_of_training": level,
+        "newton_steps": taken,
+    }
+    after = _in_place_of(memory, replace(built, ledger=(*ledger, entry)), remaining)
+    return Rebased(after, before, residual, level, taken, openings)
+
+
+def _level(memory: UnlearningMemory) -> float:
+    """The ‖∇F‖ that training left; 0 where it was not the robust objective's."""
+    if METHODS[memory.settings.method].points != "adversarial":
+        return 0.0
+    return float(memory.summary["residual_gradient"])
+
+
+def _settle(
+    memory: UnlearningMemory,
+    objective: RobustObjective,
+    before: Evaluation,
+    level: float,
+    steps: int,
+) -> int:
+    """Newton's steps to the level that training left, and how many they were.
+
+    There is none where a horizon ends training early, or where a certificate proved that ω^u is
+    within its radius of the optimum.
+    """
+    if memory.settings.horizon is not None or memory.private is not None:
+        return 0
+    if not before.residual > level:
+        return 0
+    tol = level / max(1.0, abs(before.value))
+    return len(newton(objective, steps, memory.settings.damping, tol))
+
+
+def _built(
+    memory: UnlearningMemory, view: ModelView, remaining: Remaining, group: Group
+) -> UnlearningMemory:
+    """Stage I of the remaining points where the module is, the horizon as long as a Retrain's."""
+    settings, initial, flow = memory.settings, None, None
     if memory.start is not None:
         left = float(remaining.weights.sum()) / float(memory.weights.sum())
+        initial = memory.start.initial
         flow = replace(memory.start.flow, average=memory.start.flow.of_remaining(left))
         settings = replace(settings, horizon=flow.average.mean)
     (built,) = build_memories(
@@ -106,23 +146,18 @@ def rebase(
         remaining.weights,
         flow,
     )
-    residual = float(built.summary["residual_gradient"])
-    ledger, openings = committed(memory.ledger)
-    entry = {
-        "request": len(ledger) + 1,
-        "kind": "rebase",
-        "points": built.n,
-        "gradient_before": before.residual,
-        "gradient": residual,
-        "gradient_of_training": level,
-        "newton_steps": len(history),
-    }
+    return built
+
+
+def _in_place_of(
+    memory: UnlearningMemory, built: UnlearningMemory, remaining: Remaining
+) -> UnlearningMemory:
+    """What was built, as the next generation of a memory."""
     gradient = built.residual_gradient
-    if initial is None:  # nothing reads it, and Newton's last step leans to who is forgotten
+    if memory.start is None:  # nothing reads it, and Newton's last step leans to who is forgotten
         gradient = torch.zeros_like(gradient)
     after = replace(
         built,
-        ledger=(*ledger, entry),
         residual_gradient=gradient,
         ids=remaining.ids,
         blocks=remaining.blocks,
@@ -132,9 +167,8 @@ def rebase(
         memory_id=memory.memory_id,
         generation=memory.generation,
     )
-    if memory.private is not None:  # what was published stays the model
-        after = after.published(memory.omega)
-    return Rebased(after, before, residual, level, len(history), openings)
+    # what was published stays the model
+    return after if memory.private is None else after.published(memory.omega)
 
 
 def committed(

@@ -88,13 +88,7 @@ def built(
         method=method,
         threat=THREATS[threat],
         head="2",
-        parameters=None,
         loss=value,  # type: ignore[arg-type]
-        response="constrained",
-        inverse="neumann",
-        neumann_order=3,
-        space="input",
-        damping=0.0,
         solver="direct",
         weight_decay=LAM,
         sketch=2,

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_muter import L2Ball, MUterCallback, Trainer, UnlearningMemory
+from lightning_muter import TRADES, L2Ball, MUterCallback, Trainer, UnlearningMemory
 
 QUIET: dict[str, Any] = {
     "accelerator": "cpu",
@@ -41,6 +41,17 @@ class Net(pl.LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.parameters(), lr=0.1, weight_decay=1e-2)
+
+
+class Traded(Net):
+    """A `Net` whose training step is TRADES' own loss."""
+
+    def __init__(self, objective: TRADES) -> None:
+        super().__init__()
+        self.objective = objective
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        return self.objective.loss(self, batch)
 
 
 class Data(pl.LightningDataModule):

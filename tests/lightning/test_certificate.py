@@ -224,24 +224,6 @@ def test_a_frozen_network_gets_a_number_and_its_features_a_certificate() -> None
     assert other.unlearn(RemovalDataModule(embedded, [1]), certificate=ONE).publication
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"certificate": (1.0, 1e-5, 1e-3)}, "Certificate"),
-        ({"certificate": ONE, "noise_std": 0.1}, "noise_std"),
-        ({"certificate": ONE, "corrector_steps": 1}, "corrector_steps"),
-        ({"inner_gap": 0.1}, "bound=True"),
-        ({"inner_gap": -1.0, "bound": True}, "inner_gap"),
-        ({"inner_gap": float("nan"), "bound": True}, "inner_gap"),
-    ],
-    ids=str,
-)
-def test_arguments_that_do_not_fit(options: dict[str, Any], message: str) -> None:
-    trainer, _, _, data = fit_linear()
-    with pytest.raises(ConfigurationError, match=message):
-        trainer.unlearn(RemovalDataModule(data, [1]), **options)
-
-
 def test_a_radius_that_is_not_reached_changes_nothing(tmp_path: Path) -> None:
     trainer, callback, model, data = fit_linear(memory_dir=str(tmp_path))
     before, memory = copy.deepcopy(model.state_dict()), callback.memory

@@ -9,7 +9,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
-from cases import QUIET, Data, Net, memory_of
+from cases import QUIET, Data, Net, Traded, memory_of
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -30,13 +30,11 @@ from lightning_muter.unlearning.points import unweighted
 BETA = 3.0
 
 
-class Own(Net):
+class Own(Traded):
     """A training step with the objective's own loss."""
 
-    objective = TRADES(beta=BETA)
-
-    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
-        return self.objective.loss(self, batch)
+    def __init__(self) -> None:
+        super().__init__(TRADES(beta=BETA))
 
 
 class Written(Net):

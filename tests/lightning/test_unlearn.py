@@ -132,14 +132,10 @@ def test_the_trainer_is_the_users_afterwards(fails: bool, tmp_path: Any) -> None
 
 @pytest.mark.parametrize(
     "options",
-    [
-        *({"noise_std": v} for v in (float("inf"), float("nan"), -1.0, True, "1", None, 1j)),
-        *({"corrector_steps": v} for v in (-1, 1.5, 1.0, True, "1", None)),
-        *({"bound": v} for v in (1, "yes", None)),
-    ],
+    [{"noise_std": -1.0}, {"corrector_steps": 1.5}, {"bound": "yes"}, {"inner_gap": 0.1}],
     ids=str,
 )
-def test_arguments_that_are_no_numbers_change_nothing(case: Case, options: dict[str, Any]) -> None:
+def test_arguments_that_are_none_change_nothing(case: Case, options: dict[str, Any]) -> None:
     before = case.state()
     with pytest.raises(ConfigurationError, match=next(iter(options))):
         case.unlearn(RemovalDataModule(case.data, [3]), **options)

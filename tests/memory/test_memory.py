@@ -11,80 +11,12 @@ from typing import Any
 
 import pytest
 import torch
+from small_memories import forgotten, same, small_memory
 
-from lightning_muter import L2Ball, MemoryFormatError, StateError, UnlearningMemory
-from lightning_muter.curvature.dense import DenseCurvature
-from lightning_muter.curvature.kept import OuterProducts
-from lightning_muter.curvature.removed import RemovedPoints
-from lightning_muter.linalg.lanczos import TimeAverage
+from lightning_muter import MemoryFormatError, StateError, UnlearningMemory
 from lightning_muter.memory import database, schema
+from lightning_muter.memory.content import content_of
 from lightning_muter.memory.folder import MemoryStore
-from lightning_muter.memory.start import Start, TrainingFlow
-from lightning_muter.spec import Settings
-
-
-def small_memory() -> UnlearningMemory:
-    settings = Settings(
-        method="muter",
-        threat=L2Ball(0.5, data_range=(0.0, float("inf"))),
-        head="head",
-        parameters=None,
-        loss="cross_entropy",
-        response="constrained",
-        inverse="neumann",
-        neumann_order=3,
-        space="input",
-        damping=0.0,
-        solver="auto",
-        weight_decay=0.01,
-    )
-    omega = torch.arange(3, dtype=torch.float64)
-    memory = UnlearningMemory(
-        settings=settings,
-        omega_star=omega,
-        omega=omega,
-        curvature=DenseCurvature(torch.eye(3, dtype=torch.float64)),
-        parameters=(("head.weight", (1, 2)), ("head.bias", (1,))),
-        gradient=torch.zeros(3, dtype=torch.float64),
-        residual_gradient=torch.ones(3, dtype=torch.float64),
-        digests=torch.arange(96, dtype=torch.uint8).reshape(6, 16),
-        removed=torch.zeros(6, dtype=torch.bool),
-        weights=torch.ones(6, dtype=torch.float64),
-        start=Start(
-            omega + 1, omega - 1, TrainingFlow(TimeAverage((0.5, 1.5), (0.25, 0.75)), "steps")
-        ),
-        key=b"k" * 16,
-        fingerprint="f" * 32,
-        summary={"n": 6, "residual": 0.25, "largest": float("nan")},
-        warnings=("the ascent did not settle",),
-    )
-    return memory
-
-
-def forgotten(memory: UnlearningMemory, indices: list[int]) -> UnlearningMemory:
-    assert memory.curvature is not None
-    rows = 0.1 * torch.tensor([[1.0, 2.0, 3.0]], dtype=torch.float64)
-    part = OuterProducts(rows, torch.ones(1, dtype=torch.bool))
-    removed = RemovedPoints.of([part], 0.01)
-    step = torch.full_like(memory.omega, 0.1)
-    curvature, entry = memory.curvature.without(removed), {"status": "converged", "m": 1}
-    return memory.forget(indices, curvature, removed, step, memory.omega + step, entry)
-
-
-def same(a: UnlearningMemory, b: UnlearningMemory) -> bool:
-    tensors = ("omega_star", "omega", "gradient", "residual_gradient", "digests", "removed")
-    plain = ("settings", "key", "fingerprint", "ledger", "warnings", "parameters", "memory_id")
-    assert a.curvature is not None and b.curvature is not None
-    assert a.start is not None and b.start is not None
-    return (
-        all(torch.equal(getattr(a, name), getattr(b, name)) for name in (*tensors, "weights"))
-        and torch.equal(a.curvature.matrix, b.curvature.matrix)
-        and torch.equal(a.start.initial, b.start.initial)
-        and torch.equal(a.start.retraced, b.start.retraced)
-        and a.start.flow == b.start.flow
-        and all(getattr(a, name) == getattr(b, name) for name in plain)
-        and (a.generation, json.dumps(a.summary)) == (b.generation, json.dumps(b.summary))
-    )
 
 
 def edits(value: Any) -> Iterator[Any]:
@@ -182,7 +114,7 @@ def test_altered_settings_give_no_raw_error(tmp_path: Path) -> None:
     """Even where somebody made every checksum fit what was altered."""
     memory = small_memory().save(tmp_path)
     store = MemoryStore(tmp_path, memory.memory_id)
-    content, tried = memory._content(), 0
+    content, tried = content_of(vars(memory)), 0
     for edited in mutations(content.facts["settings"]):
         generation = store.newest()[1]
         store.replace(generation, replace(content, facts={**content.facts, "settings": edited}))

@@ -119,12 +119,6 @@ def memory(net: nn.Module, x: Tensor, y: Tensor, threat: Threat, where: dict[str
         threat=threat,
         head=where.get("head"),
         parameters=where.get("parameters"),
-        loss="cross_entropy",
-        response="constrained",
-        inverse="neumann",
-        neumann_order=3,
-        space="input",
-        damping=0.0,
         solver="direct",
         weight_decay=0.05,
     )

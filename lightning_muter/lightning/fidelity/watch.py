@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,6 +12,8 @@ from torch.optim import Optimizer
 
 from lightning_muter.errors import ConfigurationError, MuterError
 from lightning_muter.lightning.data import TrainingPoints
+from lightning_muter.lightning.fidelity.accumulation import Accumulation
+from lightning_muter.lightning.fidelity.contents import contents_of
 from lightning_muter.lightning.fidelity.difference import Comparison, tolerances
 from lightning_muter.lightning.fidelity.flow import StepWatch, holds, pace_of
 from lightning_muter.lightning.fidelity.frozen import FrozenPart
@@ -23,9 +23,7 @@ from lightning_muter.lightning.fidelity.points import PointCount, sampling_of
 from lightning_muter.lightning.fidelity.pushed import PushedWeights, moved_between
 from lightning_muter.lightning.flavour import pl, rank_zero_info
 from lightning_muter.lightning.kept_state import untouched
-from lightning_muter.lightning.progress import bar_of, blocks
 from lightning_muter.linalg.lanczos import TimeAverage
-from lightning_muter.memory.blocks import BLOCK, block_digest, count
 from lightning_muter.memory.points import digests_of
 from lightning_muter.memory.start import TrainingFlow
 from lightning_muter.models import Beside, ModelView, evaluating
@@ -33,9 +31,6 @@ from lightning_muter.models.base import Seen
 from lightning_muter.objectives.targets import check_targets
 
 __all__ = ["TrainingWatch"]
-
-#: so many points are read again when training ends
-_PROBES = 8
 
 
 class TrainingWatch:
@@ -77,10 +72,10 @@ class TrainingWatch:
         self._said: set[str] = set()
         self._slack, vanished = tolerances(str(trainer.precision))
         self._context = trainer.precision_plugin.train_step_context
-        self.key: bytes = trainer.strategy.broadcast(os.urandom(16))
-        self.digests, self.blocks, received = self._read()
+        self._width: int | None = None
+        self.contents = contents_of(trainer, points, reduce, self._check_block)
         sampling = sampling_of(trainer.train_dataloader, len(points))  # type: ignore[arg-type]
-        self._count = PointCount(received, sampling, trainer.world_size, reduce)
+        self._count = PointCount(self.contents.received, sampling, trainer.world_size, reduce)
         self._frozen = FrozenPart(module, view.names)
         self._averaging = averaging
         self._steps = None
@@ -98,8 +93,7 @@ class TrainingWatch:
             vanished,
         )
         self._due, self._compared = True, False
-        self._window, self._points_of_batch, self._points_in_window = 0, 0, 0
-        self._divisor: int | None = None
+        self._accumulation = Accumulation(trainer, module, view.loss.summed)
         self._epochs, self._open = 0, False
         self._pushed = PushedWeights(self._parameters, moved_between(trainer, module))
 
@@ -115,44 +109,15 @@ class TrainingWatch:
 
     # --- before training ----------------------------------------------------------------------
 
-    def _read(self) -> tuple[Tensor, Tensor, list[bytes]]:
-        """Digests of all points as the data set holds them (n, 16), of blocks of them (k, 16).
+    def _check_block(self, x: Tensor, targets: Tensor, beside: Beside) -> None:
+        """Outputs and targets of some points, the inputs as the module receives them."""
+        if self._width is None:
+            self._width = self._outputs_a_point(x[:2], beside.part(slice(2)))
+        with self._topic("targets"):
+            check_targets(self._loss, targets, self._width)
 
-        Then those of the points as training gets them.
-        """
-        trainer, n = self._trainer, len(self._points)
-        held, received, together = torch.zeros(n, 16), torch.zeros(n, 16), torch.zeros(count(n), 16)
-        everyone = list(blocks(range(n), BLOCK))
-        mine = everyone[trainer.global_rank :: trainer.world_size]
-        looked_at = mine or everyone[:1]  # so that no process waits where another one refuses
-        width, total = None, sum(map(len, looked_at))
-        for block in bar_of(trainer)(looked_at, "reading the points", total, len):
-            x, targets, beside = self._points.finite(block)
-            some = slice(block.start, block.stop)
-            x_given, y_given, rows = trainer.precision_plugin.convert_input(
-                [x, targets, beside.rows]
-            )
-            as_given = replace(beside, rows=rows)
-            width = width or self._width(x_given[:2], as_given.part(slice(2)))
-            with self._topic("targets"):
-                check_targets(self._loss, targets, width)
-            held[some] = _rows(digests_of(self.key, x, targets, beside))
-            together[block.start // BLOCK] = _rows([block_digest(self.key, x, targets, beside)])[0]
-            received[some] = held[some]
-            before = (x, targets, *beside.tensors().values())
-            after = (x_given, y_given, *as_given.tensors().values())
-            if any(_narrower(b, a) for a, b in zip(before, after, strict=True)):
-                received[some] = _rows(digests_of(self.key, x_given, y_given, as_given))
-        if not mine:
-            held, received, together = (torch.zeros_like(t) for t in (held, received, together))
-        device = trainer.strategy.root_device
-        held, received, together = (
-            self._reduce(t.to(device)).cpu().to(torch.uint8) for t in (held, received, together)
-        )
-        return held, together, [bytes(row) for row in received.tolist()]
-
-    def _width(self, x: Tensor, beside: Beside) -> int:
-        """Outputs a point, which are the head's own."""
+    def _outputs_a_point(self, x: Tensor, beside: Beside) -> int:
+        """How many there are, which have to be the head's own."""
         module, device = self._module, self._parameters[0].device
         logits = self._logits.form.of(module, beside.to(device))
         with untouched(module), evaluating(module), torch.no_grad(), self._context():
@@ -172,12 +137,10 @@ class TrainingWatch:
         position = batch_idx + 1
         self._due |= position & (position - 1) == 0 or self._trainer.is_last_batch
         points = self._points.form.read(batch)
-        self._window += 1
-        self._points_of_batch = len(points[0])
-        self._points_in_window += len(points[0])
+        self._accumulation.begin(len(points[0]))
         self._open = True
         with self._topic("content"):
-            self._count.see(digests_of(self.key, *points))
+            self._count.see(digests_of(self.contents.key, *points))
 
     def perturbed(self, seen: Seen, targets: Tensor, beside: Beside) -> None:
         """The batch as the attack left it: what training_step is about to see of its inputs."""
@@ -200,30 +163,14 @@ class TrainingWatch:
                 self._pushed.backward_passed(optimizer)
                 self._compare()
             with self._topic("gradient"):
-                share = self._share()
+                share = self._accumulation.share()
             with self._topic("changed"):
                 self._check_unchanged()
             self._gradient.sum.stepped()
-            self._window, self._points_in_window = 0, 0
+            self._accumulation.stepped()
         if self._steps is not None:
             with self._topic("steps"):
                 self._steps.before_step(optimizer, share)
-
-    def _share(self) -> float:
-        """The step's gradient as a multiple of its points' mean gradient."""
-        each = self._points_in_window / max(self._window, 1) if self._loss.summed else 1.0
-        if self._module.automatic_optimization:
-            return each * self._window / self._trainer.accumulate_grad_batches
-        batches, divisor = max(self._window, 1), self._divisor or 1
-        ends_early = batches < divisor and not self._trainer.is_last_batch
-        if divisor > 1 and (ends_early or batches > divisor):
-            self._divisor = None
-            raise ConfigurationError(
-                f"training_step divides its loss by {divisor}, and a step was taken after "
-                f"{batches} batches: divide by the number of batches that a step sums, or not at "
-                "all"
-            )
-        return each * batches / divisor
 
     def ended(self) -> None:
         """A training batch has ended."""
@@ -287,11 +234,9 @@ class TrainingWatch:
         Raises:
             ConfigurationError: they differ.
         """
-        automatic = self._module.automatic_optimization
-        scale = float(self._trainer.accumulate_grad_batches) if automatic else 1.0
-        scale /= self._points_of_batch if self._loss.summed else 1
         scaler = getattr(self._trainer.precision_plugin, "scaler", None)
-        comparison = self._gradient.compare(scale / (scaler.get_scale() if scaler else 1.0))
+        scale = self._accumulation.scale / (scaler.get_scale() if scaler else 1.0)
+        comparison = self._gradient.compare(scale)
         if comparison is None:
             return
         self._due, self._compared = False, True
@@ -307,10 +252,7 @@ class TrainingWatch:
             return
         if self._penalty and comparison.agrees(self._penalty):
             return
-        divisor = round(1 / comparison.ratio) if comparison.ratio > 0 else 0
-        may_divide = not automatic and self._divisor in (None, divisor)
-        if may_divide and divisor > 1 and comparison.agrees_times(1 / divisor):
-            self._divisor = divisor  # the user's own accumulation: the step tells how many
+        if self._accumulation.divides(comparison):
             return
         raise ConfigurationError(comparison.explain())
 
@@ -359,23 +301,12 @@ class TrainingWatch:
             with self._topic("frozen"):
                 self._frozen.check_values()
         with self._topic("content"):
-            self._check_data()
+            self.contents.check_unchanged(self._points)
         missed = int((self._count.weights() == 0).sum())
         if missed:
             rank_zero_info(
                 f"{missed} of {len(self._points)} points of the training data set were never "
                 "trained on: they are no part of the memory, and there is nothing to forget of them"
-            )
-
-    def _check_data(self) -> None:
-        n = len(self._points)
-        probes = sorted({k * (n - 1) // max(_PROBES - 1, 1) for k in range(_PROBES)})
-        found = _rows(digests_of(self.key, *self._points.batch(probes))).to(torch.uint8)
-        changed = [i for i, a in zip(probes, found, strict=True) if not a.equal(self.digests[i])]
-        if changed:
-            raise ConfigurationError(
-                f"training points {changed} are not what they were when training began: the data "
-                "set changed, or transforms at random; give it fixed points"
             )
 
     def close(self) -> None:
@@ -401,15 +332,5 @@ class TrainingWatch:
         self._count.load_state_dict(state)
 
 
-def _rows(digests: list[bytes]) -> Tensor:
-    return torch.tensor([list(one) for one in digests], dtype=torch.float32)
-
-
 def _flat(parts: list[Tensor]) -> Tensor:
     return torch.cat([part.detach().reshape(-1).double() for part in parts])
-
-
-def _narrower(given: Tensor, held: Tensor) -> bool:
-    """Whether the precision that training runs in loses digits of the data set's."""
-    floating = given.is_floating_point() and held.is_floating_point()
-    return floating and torch.finfo(given.dtype).bits < torch.finfo(held.dtype).bits

@@ -26,7 +26,6 @@ from lightning_muter import (
     ConfigurationError,
     L2Ball,
     MUterCallback,
-    RemovalDataModule,
     Trainer,
 )
 
@@ -162,41 +161,6 @@ def test_points_of_equal_content_are_counted_together() -> None:
     assert float(train(loader=points).point_weights.sum()) == N
 
 
-def test_a_data_set_that_changes_while_training_is_refused() -> None:
-    points = loader()
-
-    class Change(pl.Callback):
-        def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-            points.dataset.tensors[0].add_(1.0)
-
-    with pytest.raises(ConfigurationError, match="not what they were when training began"):
-        train(loader=points, before=[Change()])
-
-
-def test_single_precision_data_in_a_double_precision_module() -> None:
-    x, y = Data().dataset.tensors
-    data = TensorDataset(x.float(), y)
-    pl.seed_everything(0, verbose=False)
-    model = Net()
-    callback = train(
-        model, DataLoader(data, batch_size=16), method="muter", newton_steps=15, weight_decay=0.1
-    )
-    exact = train(
-        loader=DataLoader(TensorDataset(x.float().double(), y), batch_size=16),
-        method="muter",
-        newton_steps=15,
-        weight_decay=0.1,
-    )
-    torch.testing.assert_close(callback.memory.curvature.matrix, exact.memory.curvature.matrix)
-    assert bool((callback.point_weights == 1).all())
-    trainer = model.trainer
-    result = trainer.unlearn(RemovalDataModule(data, [3, 5]), bound=True)
-    assert result.status == "converged" and result.bound is not None
-    later = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False)
-    doubles = TensorDataset(x.float().double(), y)  # the same values
-    later.unlearn(RemovalDataModule(doubles, [7]), model=model, memory=callback.memory)
-
-
 def test_a_resumed_run_knows_what_was_seen_before(tmp_path: Any) -> None:
     first = range(20)
     model = Net()
@@ -238,15 +202,6 @@ def test_random_shares_of_each_epoch_are_even() -> None:
     options = {"max_epochs": 25, "limit_train_batches": 2, "precision": "64-true"}
     callback = train(loader=points, trainer=options)
     assert bool((callback.point_weights == 1).all())
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@pytest.mark.parametrize("where", [0, 5, 23, 38])
-def test_a_point_that_is_no_number_is_named_wherever_it_lies(where: int, value: float) -> None:
-    data = Data()
-    data.dataset.tensors[0][where, 2] = value
-    with pytest.raises(ConfigurationError, match=rf"points \[{where}\] have NaN or infinite"):
-        train(loader=data)
 
 
 @pytest.mark.filterwarnings("ignore:.*IterableDataset.*")
