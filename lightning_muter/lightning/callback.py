@@ -248,6 +248,7 @@ class MUterCallback(MemoryKeeper, AdversarialTraining):
             penalty=penalty,
             flow=self._resumed if self.horizon == "training" else None,
             averaging=averaging_of(trainer, self),
+            newton=self.newton_steps > 0,
             reduce=process_group(trainer).sum,
             refuse=self._refuse,
         )

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_muter.errors import ConfigurationError
+from lightning_muter.lightning.fidelity.after_step import AfterStep
 from lightning_muter.lightning.flavour import pl
 
 __all__ = ["PushedWeights", "moved_between"]
@@ -29,6 +30,7 @@ class PushedWeights:
 
     def __init__(self, parameters: list[nn.Parameter], moved_between: bool) -> None:
         self._parameters, self._moved_between = parameters, moved_between
+        self._after = AfterStep()
         self._start: Tensor | None = None
         self._backward: Tensor | None = None
         self._stepped: Tensor | None = None
@@ -47,11 +49,10 @@ class PushedWeights:
             return
         self._backward = self._now()
 
-        def stepped(*_: Any) -> None:
+        def stepped() -> None:
             self._stepped = self._now()
-            handle.remove()
 
-        handle = optimizer.register_step_post_hook(stepped)
+        self._after.arm(optimizer, stepped)
 
     def check(self) -> None:
         """The batch is over, and whatever follows it.
@@ -59,6 +60,7 @@ class PushedWeights:
         Raises:
             ConfigurationError: the weights were moved for the backward pass, and moved back.
         """
+        self._after.disarm()
         start, backward, stepped = self._start, self._backward, self._stepped
         self._start = self._backward = self._stepped = None
         if start is None or backward is None:
@@ -75,6 +77,10 @@ class PushedWeights:
                 "perturbation is no function of one point, and the objective no sum over points; "
                 "train without it"
             )
+
+    def close(self) -> None:
+        """Leave the optimizer as it was."""
+        self._after.disarm()
 
     def _now(self) -> Tensor:
         return torch.cat([p.detach().reshape(-1).clone() for p in self._parameters])

@@ -20,6 +20,7 @@ from lightning_muter.lightning.fidelity.frozen import FrozenPart
 from lightning_muter.lightning.fidelity.gradient import GradientWatch
 from lightning_muter.lightning.fidelity.outputs import head_outputs
 from lightning_muter.lightning.fidelity.points import PointCount, sampling_of
+from lightning_muter.lightning.fidelity.projected import ProjectedWeights
 from lightning_muter.lightning.fidelity.pushed import PushedWeights, moved_between
 from lightning_muter.lightning.flavour import pl, rank_zero_info
 from lightning_muter.lightning.kept_state import untouched
@@ -46,6 +47,7 @@ class TrainingWatch:
         flow: what a checkpoint says of the steps before, or None where no step needs to follow a
             gradient flow.
         averaging: the callback that puts averaged weights into the module when training ends.
+        newton: whether Newton's steps follow training.
         reduce: sums a tensor over processes.
         refuse: is given what is found.
     """
@@ -60,6 +62,7 @@ class TrainingWatch:
         penalty: float,
         flow: Mapping[str, Any] | None,
         averaging: pl.Callback | None,
+        newton: bool,
         reduce: Callable[[Tensor], Tensor],
         refuse: Callable[[MuterError], None],
     ) -> None:
@@ -96,6 +99,7 @@ class TrainingWatch:
         self._accumulation = Accumulation(trainer, module, view.loss.summed)
         self._epochs, self._open = 0, False
         self._pushed = PushedWeights(self._parameters, moved_between(trainer, module))
+        self._projected = ProjectedWeights(self._parameters) if newton else None
 
     @contextmanager
     def _topic(self, topic: str) -> Iterator[None]:
@@ -159,6 +163,8 @@ class TrainingWatch:
         """An optimizer is about to step with the gradients that are there, before clipping."""
         share = 0.0
         if holds(optimizer, self._parameters):
+            if self._projected is not None:
+                self._projected.before_step(optimizer, self._due)
             with self._topic("gradient"):
                 self._pushed.backward_passed(optimizer)
                 self._compare()
@@ -271,6 +277,9 @@ class TrainingWatch:
     def _counted(self) -> None:
         """The counts of an epoch are complete."""
         self._open = False
+        if self._projected is not None:
+            with self._topic("projected"):
+                self._projected.check()
         with self._topic("counts"):
             self._count.end_epoch()
         if self._epochs == 0:
@@ -310,8 +319,11 @@ class TrainingWatch:
             )
 
     def close(self) -> None:
-        """Leave the module as it was."""
+        """Leave module and optimizers as they were."""
         self._gradient.sum.close()
+        self._pushed.close()
+        if self._projected is not None:
+            self._projected.close()
 
     @property
     def point_weights(self) -> Tensor:
