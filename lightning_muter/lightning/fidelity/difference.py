@@ -119,6 +119,12 @@ class Comparison:
         aligned = float(F.cosine_similarity(a, b, dim=0)) > 1 - max(1e-4, self.slack)
         return float(a @ b / (b @ b)) if aligned else None
 
+    @property
+    def silenced(self) -> int:
+        """How many of training's gradients are exactly 0 where the package's own are not."""
+        large = self.own.abs() > self.slack * self.own.abs().max()
+        return int(((self.found == 0) & large).sum()) if bool(self.found.any()) else 0
+
 
 def tolerances(precision: str) -> tuple[float, float]:
     """The relative difference that rounding may make, and the share that has vanished in it."""

@@ -14,7 +14,7 @@ from lightning_muter.errors import ConfigurationError, MuterError
 from lightning_muter.lightning.data import TrainingPoints
 from lightning_muter.lightning.fidelity.accumulation import Accumulation
 from lightning_muter.lightning.fidelity.contents import contents_of
-from lightning_muter.lightning.fidelity.difference import Comparison, tolerances
+from lightning_muter.lightning.fidelity.difference import tolerances
 from lightning_muter.lightning.fidelity.flow import StepWatch, holds, pace_of
 from lightning_muter.lightning.fidelity.frozen import FrozenPart
 from lightning_muter.lightning.fidelity.gradient import GradientWatch
@@ -22,6 +22,7 @@ from lightning_muter.lightning.fidelity.outputs import head_outputs
 from lightning_muter.lightning.fidelity.points import PointCount, sampling_of
 from lightning_muter.lightning.fidelity.projected import ProjectedWeights
 from lightning_muter.lightning.fidelity.pushed import PushedWeights, moved_between
+from lightning_muter.lightning.fidelity.stepped import StepGradients
 from lightning_muter.lightning.flavour import pl, rank_zero_info
 from lightning_muter.lightning.kept_state import untouched
 from lightning_muter.linalg.lanczos import TimeAverage
@@ -99,6 +100,15 @@ class TrainingWatch:
         self._accumulation = Accumulation(trainer, module, view.loss.summed)
         self._epochs, self._open = 0, False
         self._pushed = PushedWeights(self._parameters, moved_between(trainer, module))
+        self._taken = StepGradients(
+            trainer,
+            module,
+            self._parameters,
+            self._gradient.sum,
+            reduce,
+            self._slack,
+            self._steps is not None,
+        )
         self._projected = ProjectedWeights(self._parameters) if newton else None
 
     @contextmanager
@@ -171,7 +181,7 @@ class TrainingWatch:
             with self._topic("gradient"):
                 share = self._accumulation.share()
             with self._topic("changed"):
-                self._check_unchanged()
+                self._taken.before_step(optimizer)
             self._gradient.sum.stepped()
             self._accumulation.stepped()
         if self._steps is not None:
@@ -182,47 +192,14 @@ class TrainingWatch:
         """A training batch has ended."""
         if self._gradient.sum.heard:
             self._count.trained()
+        with self._topic("changed"):
+            self._taken.settle()
         if self._gradient.armed:
             with self._topic("gradient"):
                 self._compare_unstepped()
         if self._steps is not None:
             with self._topic("steps"):
                 self._steps.settle()
-
-    def _check_unchanged(self) -> None:
-        """Refuse gradients that are not backward's own where that leads elsewhere.
-
-        Clipping and noise lead to the same optimum by another path; a penalty to another optimum.
-
-        Raises:
-            ConfigurationError: something between backward and the step changed them.
-        """
-        heard = self._gradient.sum
-        sums = [heard.since_step]
-        if not self._module.automatic_optimization:
-            sums.append(heard.batch)  # the module may have dropped what came before
-        scaler = getattr(self._trainer.precision_plugin, "scaler", None)
-        shares = self._trainer.world_size * (scaler.get_scale() if scaler else 1.0)
-        found = _flat([torch.zeros_like(p) if p.grad is None else p.grad for p in self._parameters])
-        omega = tuple(p.detach().reshape(-1).double() for p in self._parameters)
-        pairs = [
-            Comparison(found, self._reduce(s) / shares, omega, 1, self._slack, 0.0) for s in sums
-        ]
-        finite = all(bool(torch.isfinite(c.found + c.own).all()) for c in pairs)
-        if not finite or any(c.agrees() for c in pairs):
-            return
-        if self._steps is not None:
-            raise ConfigurationError(
-                "horizon='training', but the gradients were changed between backward and the step "
-                f"(ratio of lengths {pairs[0].ratio:.4g}, cosine {pairs[0].cosine:.4f}), as by "
-                "clipping in a hook of the module: leave it out, or give newton_steps=..., or a "
-                "number for horizon="
-            )
-        if pairs[0].penalty is not None:
-            raise ConfigurationError(
-                f"{pairs[0].penalty:.4g} times the weights is added to their gradients between "
-                "backward and the step: leave it to the optimizer's weight_decay"
-            )
 
     def _compare_unstepped(self) -> None:
         if self._pushed.moved():
@@ -322,6 +299,7 @@ class TrainingWatch:
         """Leave module and optimizers as they were."""
         self._gradient.sum.close()
         self._pushed.close()
+        self._taken.close()
         if self._projected is not None:
             self._projected.close()
 

@@ -321,6 +321,56 @@ def test_a_penalty_by_the_gradients_is_refused() -> None:
             train(Decays(), **options)
 
 
+def test_what_a_hook_adds_right_before_the_step_is_seen_after_it() -> None:
+    class Decays(Sgd):
+        def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+            weight = self.classifier.weight
+            weight.grad.add_(weight.detach(), alpha=0.05)
+
+    class Noise(Sgd):
+        def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+            self.classifier.weight.grad.add_(1e-3 * torch.randn_like(self.classifier.weight))
+
+    for options in ({}, {"newton_steps": 3}):
+        with pytest.raises(ConfigurationError, match="0.05 times the weights is added"):
+            train(Decays(), **options)
+        assert train(Noise(), **options).findings == []
+
+
+@pytest.mark.parametrize("hook", ["on_after_backward", "on_before_optimizer_step"])
+def test_weights_whose_gradients_are_set_to_zero_are_no_part_of_the_optimum(hook: str) -> None:
+    class Frozen(Sgd):
+        pass
+
+    def silence(self: Frozen, *_: Any) -> None:
+        self.classifier.weight.grad[1] = 0
+
+    setattr(Frozen, hook, silence)
+    for options in ({}, {"newton_steps": 3}):
+        with pytest.raises(ConfigurationError, match="6 of 21 gradients .* set to zero"):
+            train(Frozen(), **options)
+    with pytest.warns(UserWarning, match="set to zero"):
+        assert train(Frozen(), strict=False).findings
+
+
+def test_an_optimizer_may_add_its_own_decay_in_place() -> None:
+    class InPlace(torch.optim.SGD):
+        def step(self, closure: Any = None) -> Any:
+            loss = closure()
+            for group in self.param_groups:
+                for p in group["params"]:
+                    if p.grad is not None:
+                        p.grad.add_(p.detach(), alpha=group["weight_decay"])
+                        p.data.sub_(p.grad, alpha=group["lr"])
+            return loss
+
+    class Old(Net):
+        def configure_optimizers(self) -> Any:
+            return InPlace(self.parameters(), lr=0.1, weight_decay=1e-2)
+
+    assert train(Old(), trainer={"max_epochs": 2}).findings == []
+
+
 def test_a_batch_that_is_skipped_is_not_trained_on() -> None:
     class Skips(Sgd):
         def training_step(self, batch: list[Tensor], batch_idx: int) -> Any:
