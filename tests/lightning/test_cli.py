@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import pickle
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +97,19 @@ ERRORS = {
         ["forget"],
         "'forget' is no verb: give one of fit, validate, test, predict, "
         "unlearn, rebase, build_memory, evaluate, plot, tables, export, presets, report, verify (",
+    ),
+    "two presets": (["fit", *CONFIG, "-c", "muter_l2", HEAD, "-c", "newton", HEAD], "one preset"),
+    "openings in no folder": (
+        ["rebase", *CONFIG, "--memory", "m", "--openings", "nowhere/openings.json"],
+        "--openings with a file in a folder that exists",
+    ),
+    "openings of an earlier rebase": (
+        ["rebase", *CONFIG, "--memory", "m", "--openings", str(ROOT / "mkdocs.yml")],
+        "mkdocs.yml exists",
+    ),
+    "openings in the folder that they are to be kept out of": (
+        ["rebase", *CONFIG, "--memory", ".", "--openings", "openings.json"],
+        "outside the memory's folder",
     ),
     "no run": (["plot", "nowhere"], "there is no table"),
     "no folder": (["verify"], "required: memory"),
@@ -189,6 +203,7 @@ def test_fit_then_unlearn(
     rebased = UnlearningMemory.load("runs/memory")
     assert all("indices" not in entry for entry in rebased.ledger)
     openings = json.loads(Path("openings.json").read_text())
+    assert stat.S_IMODE(Path("openings.json").stat().st_mode) == 0o600  # salts are secrets
     assert [one["indices"] for one in openings][:3] == [[3, 17], [5], [6]]
     assert len(openings[3]["indices"]) == 2
     run(["unlearn", *CONFIG, *removal, "--indices", "7"])
