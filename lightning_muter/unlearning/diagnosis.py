@@ -89,8 +89,8 @@ def _stationary(e: MemoryEvidence) -> str | None:
         return None
     return (
         f"only {e.stationary:.0%} of the training points' perturbations are stationary: the memory "
-        "is of an adversary that was not found, not of the robust objective; use a wider "
-        "smoothing or bandwidth, a smaller eps, or smooth activations"
+        "is of an adversary that was not found, not of the robust objective; use a smaller eps, "
+        "smooth activations, or a wider smoothing or bandwidth of a LinfBall"
     )
 
 
@@ -165,8 +165,8 @@ def request_warnings(
         named = ", ".join(map(str, emptied[:_NAMED])) + (", ..." if emptied[_NAMED:] else "")
         found.append(
             f"no point is left of class {named}: its output falls for as long as weight decay "
-            "lets it, which one quadratic model does not follow; use corrector_steps=3 or more, or "
-            "train again"
+            "lets it, which one quadratic model does not follow; use corrector_steps=3 or more "
+            "(which a memory with a horizon does not take), or train again"
         )
     if solution.status.remedy and solution.status is not Status.MINIMUM_NORM:
         found.append(
@@ -181,13 +181,14 @@ def request_warnings(
     if update > UPDATE_LIMIT * size:
         found.append(
             f"the update is {update:.3g} long beside ‖ω*‖ = {size:.3g}: one quadratic model does "
-            "not reach so far; use corrector_steps, or train again"
+            "not reach so far; use corrector_steps (which a memory with a horizon does not take), "
+            "or train again"
         )
     if stationary < STATIONARY_LIMIT:
         found.append(
             f"only {stationary:.0%} of the removed points' perturbations are stationary: what was "
-            "subtracted is not their share of the robust objective; use a wider smoothing or "
-            "bandwidth, or a smaller eps"
+            "subtracted is not their share of the robust objective; use a smaller eps, or a wider "
+            "smoothing or bandwidth of a LinfBall"
         )
     if tied > TIED_LIMIT:
         found.append(

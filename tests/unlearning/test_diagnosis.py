@@ -122,10 +122,12 @@ def test_a_request_says_what_its_own_numbers_are() -> None:
     assert sentences(Status.MINIMUM_NORM, 0.5, 1.0) == ()
     assert "saddle" in sentences(Status.INDEFINITE, 0.5, 1.0)[0]
     assert "no solution" in sentences(Status.INCONSISTENT, 0.5, 1.0)[0]
-    assert "limit" in sentences(Status.MAX_ITERATIONS, 0.5, 1.0)[0]
-    assert "corrector_steps" in sentences(Status.CONVERGED, 1.5, 1.0)[0]
+    assert "solver_tol" in sentences(Status.MAX_ITERATIONS, 0.5, 1.0)[0]
+    (far,) = sentences(Status.CONVERGED, 1.5, 1.0)
+    assert "corrector_steps (which a memory with a horizon does not take)" in far
     assert "newton_steps" in sentences(Status.CONVERGED, 0.5, 1.0, 0.4)[0]
-    assert "20%" in sentences(Status.CONVERGED, 0.5, 0.2)[0]
+    (moving,) = sentences(Status.CONVERGED, 0.5, 0.2)
+    assert "20%" in moving and "of a LinfBall" in moving  # an L2Ball has no smoothing
     solution = Solution(torch.zeros(1), 0.0, 0, Status.CONVERGED)
     (said,) = request_warnings(solution, 0.5, 1.0, 1.0, 0.0, emptied=range(3, 10))
     assert "class 3, 4, 5, 6, 7, ...:" in said and "corrector_steps" in said
