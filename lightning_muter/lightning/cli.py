@@ -141,6 +141,8 @@ class CLITrainer(Trainer):
             certificate: publish the model with a proof that it cannot be told from a Retrain's:
                 epsilon, delta and radius.
         """
+        if [indices, ids, points].count(None) != 2:
+            raise ConfigurationError("give one of --indices, --ids and --points")
         target = None if output is None else Path(output)
         check_target(target)
         checkpoint = _load(model, memory, ckpt_path)
@@ -148,10 +150,8 @@ class CLITrainer(Trainer):
         if points is None:
             some = [indices] if isinstance(indices, int) else indices
             removals = RemovalDataModule(datamodule, some, batch_size, ids)
-        elif indices is None and ids is None:
-            removals = points_in(Path(points), batch_size)
         else:
-            raise ConfigurationError("give one of --indices, --ids and --points")
+            removals = points_in(Path(points), batch_size)
         result = super().unlearn(
             removals,
             model=model,

@@ -36,7 +36,7 @@ class MemoryEvidence:
         stationary: share of the maximisers that were stationary.
         usable: share of the points whose K had a response.
         constrained: whether the constraint is differentiated.
-        distance: length of a Newton step from ω*.
+        distance: length of a Newton step from ω*; None where the curvature is indefinite.
         size: ‖ω*‖.
         decrement: ∇Fᵀ M⁻¹ ∇F relative to F.
         solution: of that Newton step.
@@ -95,8 +95,15 @@ def _stationary(e: MemoryEvidence) -> str | None:
 
 
 def _usable(e: MemoryEvidence) -> str | None:
-    if not e.constrained or e.usable >= STATIONARY_LIMIT:
+    if e.usable >= STATIONARY_LIMIT:
         return None
+    if not e.constrained:
+        return (
+            f"only {e.usable:.0%} of the training points have an unconstrained response (a series "
+            "that converges, or an inverse of ∂δδ l): at the others the formula has no meaning, "
+            "and a step may end farther from a Retrain than doing nothing; use "
+            "response='constrained'"
+        )
     return (
         f"only {e.usable:.0%} of the training points are at a strict inner maximum: the others "
         "keep their direct curvature alone; use a smaller eps or smooth activations"
@@ -115,8 +122,14 @@ def _tied(e: MemoryEvidence) -> str | None:
 
 def _optimum(e: MemoryEvidence) -> str | None:
     """Is ω* near the optimum that a request steps from?"""
-    if not e.assumes_optimum or e.distance is None or e.decrement is None or e.solution is None:
+    if not e.assumes_optimum:
         return None
+    if e.distance is None or e.decrement is None or e.solution is None:
+        return (
+            "the curvature is indefinite: a step leads to a saddle of the quadratic model, and may "
+            "end farther from a Retrain than doing nothing; use response='constrained', more "
+            "newton_steps or damping"
+        )
     far = not e.distance <= DISTANCE_LIMIT * e.size
     falling = not e.decrement <= DECREMENT_LIMIT
     if e.solution.status is Status.INCONSISTENT:

@@ -98,6 +98,7 @@ ERRORS = {
         "'forget' is no verb: give one of fit, validate, test, predict, "
         "unlearn, rebase, build_memory, evaluate, plot, tables, export, presets, report, verify (",
     ),
+    "nobody to forget": (["unlearn", *CONFIG, "--memory", "m"], "--points"),
     "two presets": (["fit", *CONFIG, "-c", "muter_l2", HEAD, "-c", "newton", HEAD], "one preset"),
     "openings in no folder": (
         ["rebase", *CONFIG, "--memory", "m", "--openings", "nowhere/openings.json"],
