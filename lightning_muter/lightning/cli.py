@@ -10,13 +10,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import torch
 from jsonargparse import ActionConfigFile  # type: ignore[attr-defined]
 from torch.utils.data import DataLoader
 
 from lightning_muter.errors import ConfigurationError, MuterError
 from lightning_muter.evaluation.commands import COMMANDS
 from lightning_muter.lightning.adversarial_training import AdversarialTraining
+from lightning_muter.lightning.build import read_checkpoint
 from lightning_muter.lightning.callback import MUterCallback
 from lightning_muter.lightning.data import RemovalDataModule
 from lightning_muter.lightning.flavour import NAME, pl
@@ -232,7 +232,7 @@ def _load(model: pl.LightningModule, memory: str, ckpt_path: str | None) -> dict
     source = folder / model_file.NAME if ckpt_path is None else Path(ckpt_path)
     if not source.is_file():
         raise ConfigurationError(f"there is no checkpoint {source}: say --ckpt_path")
-    checkpoint: dict[str, Any] = torch.load(source, map_location="cpu", weights_only=True)
+    checkpoint = read_checkpoint(source)
     try:
         model.load_state_dict(checkpoint["state_dict"], assign=True)  # in training's precision
     except RuntimeError as error:

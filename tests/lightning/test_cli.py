@@ -135,6 +135,17 @@ def test_errors_are_one_paragraph(
     assert "usage" not in said[0]
 
 
+def test_a_checkpoint_of_objects_is_refused_in_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(ROOT))
+    monkeypatch.chdir(tmp_path)
+    torch.save({"state_dict": {}, "made_by": Path("x")}, "odd.ckpt")
+    asked = ["--memory", "m", "--indices", "1", "--ckpt_path", "odd.ckpt"]
+    with pytest.raises(ConfigurationError, match="weights_only"):
+        run(["unlearn", *CONFIG, *asked])
+
+
 @pytest.mark.parametrize("verb", ["fit", "unlearn", "validate", "test", "predict"])
 def test_help(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
