@@ -163,9 +163,9 @@ class MemoryStore(FolderAccess):
                 leftovers.forget_older(self.folder, meta)
         if left:
             warnings.warn(
-                f"{model_file.NAME} leaves out {', '.join(left)}: objects that are not read without "
-                "running what a file names, which a memory's folder never has done; load its "
-                "weights into a module that is made as this one was",
+                f"{model_file.NAME} leaves out {', '.join(left)}: objects that are not read "
+                "without running what a file names, which is never done with a memory's folder; "
+                "load its weights into a module that is made as this one was",
                 stacklevel=2,
             )
 
