@@ -51,9 +51,11 @@ class Options(ABC):
 class Ascent(Options):
     """The threat's own projected gradient ascent as the training attack.
 
+    A value for ``MUterCallback(attack=...)``, which checks it.
+
     Attributes:
-        steps: how many steps.
-        step_size: their length, in the units of ``eps``; None for 2.5 · eps / steps.
+        steps: how many steps, at least 1.
+        step_size: their length, above 0, in the units of ``eps``; None for 2.5 · eps / steps.
         random_start: start at a random allowed perturbation, else at the point itself.
 
     Example:
@@ -75,7 +77,9 @@ class Ascent(Options):
 
 @dataclass(frozen=True, kw_only=True)
 class ConstrainedResponse(Options):
-    """How a maximiser moves with the parameters, the constraint differentiated. Source: ours.
+    """How a maximiser moves with the parameters, the constraint differentiated.
+
+    A value for ``MUterCallback(response=...)``, which checks it. Source: ours (docs/theory.md).
 
     Attributes:
         sketch: seeded probes a point where all of ∂φ/∂x is too dear; "auto" for a number by the
@@ -96,9 +100,11 @@ class ConstrainedResponse(Options):
 class UnconstrainedResponse(Options):
     """How a maximiser moves where no constraint is active: the paper's eq. (4), (15) and (16).
 
+    A value for ``MUterCallback(response=...)``, which checks it.
+
     Attributes:
-        inverse: "neumann" for the series, "exact" for the pseudo-inverse.
-        order: where the series is clipped.
+        inverse: of ∂δδ l: "neumann" for its series, "exact" for the pseudo-inverse.
+        order: k, at least 0: the series has the terms (I - ∂δδ l)^j of j = 0 to k.
         space: "input", or "features" for perturbations of the head's input.
         sketch: as in `ConstrainedResponse`.
 
@@ -124,10 +130,19 @@ class UnconstrainedResponse(Options):
 
 @dataclass(frozen=True, kw_only=True)
 class DirectSolver(Options):
-    """A factorisation of the downdated matrix at each request.
+    """Systems by a factorisation of the matrix that is made once and kept.
+
+    What requests took out since is left to conjugate gradients with that factor as their
+    preconditioner, to a relative residual of 1e-12. Rows have no matrix and are solved by products.
+    A value for ``MUterCallback(solver=...)``; the default takes it up to 20,000 parameters. Source:
+    ours (docs/theory.md).
 
     Attributes:
-        damping: added to its diagonal before the solve.
+        damping: at least 0, added to the diagonal of M, a sum over points, before the solve.
+
+    Example:
+        >>> DirectSolver(damping=1e-6).keywords()
+        {'solver': 'direct', 'damping': 1e-06}
     """
 
     damping: float = 0.0
@@ -138,10 +153,18 @@ class DirectSolver(Options):
 
 @dataclass(frozen=True, kw_only=True)
 class BlockSolver(Options):
-    """Theorem 2's block system, by products only; at most 1,000 iterations of each solver.
+    """Theorem 2's block system, by products only.
+
+    To a relative residual of 1e-10 where the model is of float64, else 1e-6, in at most 1,000
+    iterations of conjugate gradients and as many of minimum residuals. Not with a horizon. A value
+    for ``MUterCallback(solver=...)``. Source: the paper, Theorem 2.
 
     Attributes:
-        damping: added to M's diagonal before the solve.
+        damping: at least 0, added to the diagonal of M, a sum over points, before the solve.
+
+    Example:
+        >>> BlockSolver().keywords()
+        {'solver': 'schur', 'damping': 0.0}
     """
 
     damping: float = 0.0
@@ -154,9 +177,14 @@ class BlockSolver(Options):
 class Rows(Options):
     """The curvature of a linear head as a few vectors a point, for heads of any size.
 
+    A value for ``MUterCallback(representation=...)``, which checks it. Source: ours
+    (docs/theory.md, Rows).
+
     Attributes:
-        dtype: of the rows: "float64", or "float32" for half the memory.
-        tol: relative residual at which a solve stops; None for 1e-8, or 1e-5 in float32.
+        dtype: of the rows: "float64", or "float32" for half the memory; systems are refined in
+            float64 in either case.
+        tol: relative residual between 0 and 1 at which a solve stops; None for 1e-8, or 1e-5 in
+            float32.
 
     Example:
         >>> Rows(dtype="float32").keywords()["row_dtype"]

@@ -119,7 +119,20 @@ class Attack:
         return self
 
     def __call__(self, module: nn.Module, x: Tensor, targets: Tensor) -> Tensor:
-        """Adversarial inputs on the module's own scale, as x (n, C, H, W)."""
+        """Adversarial inputs on the module's own scale.
+
+        Args:
+            module: maps x to logits (n, classes).
+            x: inputs (n, C, H, W), on the scale that the module receives.
+            targets: classes (n,).
+
+        Returns:
+            As x, of its dtype and on its device.
+
+        Raises:
+            ConfigurationError: inputs that are no images, or not in [0, 1] by ``mean`` and ``std``;
+                ``init_args`` that the attack does not take.
+        """
         if x.ndim != 4:
             raise ConfigurationError(
                 f"{self.class_path} needs images (n, C, H, W), got {tuple(x.shape)}; use the "

@@ -29,12 +29,17 @@ DATA_VARIABLE = "MUTER_DATA"
 def evaluate(args: Sequence[str]) -> None:
     """Run a declared experiment, or what is missing of it."""
     parser = CommandParser(
-        prog="lightning-muter evaluate", description="Run a declared experiment; resumes."
+        prog="lightning-muter evaluate",
+        description="Run a declared experiment, or what is missing of it.",
     )
     parser.add_argument("-c", "--config", action=ActionConfigFile, help="the experiment's YAML")
     parser.add_class_arguments(Experiment, as_group=False)
-    parser.add_argument("--output", type=str, required=True, help="a folder of its own")
-    parser.add_argument("--data", type=str | None, default=None, help="the folder of data files")
+    parser.add_argument(
+        "--output", type=str, required=True, help="the run's folder: its table, its heads"
+    )
+    parser.add_argument(
+        "--data", type=str | None, default=None, help="where the experiment's data files are"
+    )
     parser.add_argument(
         "--logger",
         type=pl.loggers.Logger | None,
@@ -70,7 +75,7 @@ def plot(args: Sequence[str]) -> None:
         prog="lightning-muter plot", description="Draw the plots of a run beside its table."
     )
     parser.add_argument("results", type=str, help="a run's folder, or its results.csv")
-    parser.add_argument("--title", type=str, default="")
+    parser.add_argument("--title", type=str, default="", help="what stands above the plots")
     given: Any = parser.parse_args(list(args))
     path = Path(given.results)
     path = path / "results.csv" if path.is_dir() else path
@@ -93,7 +98,7 @@ def tables(args: Sequence[str]) -> None:
     parser = CommandParser(
         prog="lightning-muter tables", description="Regenerate tables of markdown files."
     )
-    parser.add_argument("files", type=str, nargs="+")
+    parser.add_argument("files", type=str, nargs="+", help="markdown files with tables in them")
     parser.add_argument("--check", action="store_true", help="change nothing; fail if not current")
     given: Any = parser.parse_args(list(args))
     stale = update_tables(given.files, given.check)

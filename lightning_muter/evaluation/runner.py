@@ -56,6 +56,8 @@ _DOUBTS = (
     "the update is .* long.*",
     "only .* perturbations are stationary.*",
     "only .* strict inner maximum.*",
+    "only .* unconstrained response.*",
+    "the curvature is indefinite.*",
     "retrace_error is.*",
     "the curvature is singular.*",
 )

@@ -51,8 +51,8 @@ class AdversarialTraining(pl.Callback):
         threat: the constraint set.
         attack: an `Attack`, or None for the threat's own projected gradient ascent.
         loss: what the attack ascends; the name of an attribute of the module takes its loss object.
-        attack_steps: steps of the threat's own ascent.
-        attack_step_size: its step; None for 2.5 · eps / attack_steps.
+        attack_steps: steps of the threat's own ascent, at least 1.
+        attack_step_size: its step, in the units of ``eps``; None for 2.5 · eps / attack_steps.
         random_start: start at a random allowed perturbation.
         objective: `TRADES`: the attack moves the outputs away from those of the clean point,
             training batches are [input, target, perturbed input], and accuracies are of attacks
@@ -63,6 +63,11 @@ class AdversarialTraining(pl.Callback):
             a function of it; None to find them.
         forward: a method's name or a function (module, x) -> logits, where calling the module with
             x alone gives none.
+
+    Raises:
+        ConfigurationError: an argument is outside what it says here; while a trainer runs, inputs
+            outside the threat's range, NaN among them, outputs or targets that the loss does not
+            fit, or an attack that leaves the threat's set.
     """
 
     def __init__(
@@ -108,7 +113,16 @@ class AdversarialTraining(pl.Callback):
     def perturb(
         self, module: nn.Module, x: Tensor, targets: Tensor, beside: Beside = NOTHING
     ) -> Tensor:
-        """Adversarial inputs (n, ...); module mode, gradients and RNG are left as they were."""
+        """Adversarial inputs (n, ...), of x's dtype and on its device.
+
+        Module mode, gradients and random states are left as they were.
+
+        Args:
+            module: whose loss is ascended.
+            x: inputs (n, ...), on the scale that the module receives.
+            targets: as the loss takes them, (n,) of classes.
+            beside: what forward takes of the points beside x.
+        """
         logits = self._logits.of(module, beside)
         return self._attacked(logits, self._objective_in(module), x, targets)
 

@@ -294,7 +294,7 @@ def _kept(memory: UnlearningMemory, cost: Cost | None, folder: str | None) -> st
 
 def _trust(memory: UnlearningMemory) -> str:
     summary = memory.summary
-    said = [f"{summary['stationary']:.0%} of the perturbations are maximisers"]
+    said = [f"{summary['stationary']:.0%} of the perturbations are stationary"]
     if "retrace_error" in summary:
         said.append(f"training's way is retraced to {summary['retrace_error']:.1%}")
     elif "distance_to_optimum" in summary:

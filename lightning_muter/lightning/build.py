@@ -42,7 +42,7 @@ from lightning_muter.objectives.targets import check_targets
 from lightning_muter.parallel import Group
 from lightning_muter.unlearning.cost import Cost
 
-__all__ = ["build_memory"]
+__all__ = ["build_memory", "read_checkpoint"]
 
 _SLACK = 1e-2  # outputs that are the head's own differ by rounding alone, in any precision
 _UNSEEN = (
@@ -292,6 +292,15 @@ def _checkpoint(trainer: pl.Trainer, ckpt_path: str | os.PathLike[str] | None) -
         path = Path(best)
     if not path.is_file():
         raise ConfigurationError(f"ckpt_path={str(ckpt_path)!r}: there is no file {path}")
+    return read_checkpoint(path)
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """A checkpoint, read without running what is in it.
+
+    Raises:
+        ConfigurationError: it has no state_dict, or holds objects that are not loaded unasked.
+    """
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
         if not isinstance(found["state_dict"], dict):

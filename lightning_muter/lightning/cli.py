@@ -10,18 +10,20 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import torch
 from jsonargparse import ActionConfigFile  # type: ignore[attr-defined]
 from torch.utils.data import DataLoader
 
 from lightning_muter.errors import ConfigurationError, MuterError
 from lightning_muter.evaluation.commands import COMMANDS
 from lightning_muter.lightning.adversarial_training import AdversarialTraining
+from lightning_muter.lightning.build import read_checkpoint
+from lightning_muter.lightning.callback import MUterCallback
 from lightning_muter.lightning.data import RemovalDataModule
 from lightning_muter.lightning.flavour import NAME, pl
 from lightning_muter.lightning.keeper import keeper_of
 from lightning_muter.lightning.memory_commands import (
     MEMORY_COMMANDS,
+    check_openings,
     check_target,
     write_checkpoint,
 )
@@ -30,6 +32,7 @@ from lightning_muter.lightning.presets import with_presets
 from lightning_muter.lightning.removals import points_in
 from lightning_muter.lightning.trainer import Trainer
 from lightning_muter.memory import model_file
+from lightning_muter.memory.files import private
 from lightning_muter.memory.folder import MemoryStore
 from lightning_muter.memory.kept_model import bring_model_up_to_date
 from lightning_muter.memory.memory import UnlearningMemory
@@ -138,6 +141,8 @@ class CLITrainer(Trainer):
             certificate: publish the model with a proof that it cannot be told from a Retrain's:
                 epsilon, delta and radius.
         """
+        if [indices, ids, points].count(None) != 2:
+            raise ConfigurationError("give one of --indices, --ids and --points")
         target = None if output is None else Path(output)
         check_target(target)
         checkpoint = _load(model, memory, ckpt_path)
@@ -145,10 +150,8 @@ class CLITrainer(Trainer):
         if points is None:
             some = [indices] if isinstance(indices, int) else indices
             removals = RemovalDataModule(datamodule, some, batch_size, ids)
-        elif indices is None and ids is None:
-            removals = points_in(Path(points), batch_size)
         else:
-            raise ConfigurationError("give one of --indices, --ids and --points")
+            removals = points_in(Path(points), batch_size)
         result = super().unlearn(
             removals,
             model=model,
@@ -206,15 +209,17 @@ class CLITrainer(Trainer):
             newton_steps: the most that are taken to the optimum of the remaining points.
             ckpt_path: checkpoint of the unlearned model; the memory's own ``model.ckpt`` by
                 default.
-            openings: a JSON file, outside the folder, for what proves which points the ledger's
-                commitments are of; it is not written by default, and cannot be computed later.
+            openings: a new JSON file, outside the folder and readable by its owner alone, for
+                what proves which points the ledger's commitments are of; it is not written by
+                default, and cannot be computed later.
         """
         target = None if openings is None else Path(openings)
-        check_target(target)
+        check_openings(target, memory)
         _load(model, memory, ckpt_path)
         result = super().rebase(datamodule, model, memory, newton_steps)
         if self.is_global_zero and target is not None:
-            target.write_text(json.dumps([asdict(one) for one in result.openings], indent=2))
+            with private(target) as file:
+                file.write(json.dumps([asdict(one) for one in result.openings], indent=2).encode())
             print(f"saved: {target}")
         return result
 
@@ -227,7 +232,7 @@ def _load(model: pl.LightningModule, memory: str, ckpt_path: str | None) -> dict
     source = folder / model_file.NAME if ckpt_path is None else Path(ckpt_path)
     if not source.is_file():
         raise ConfigurationError(f"there is no checkpoint {source}: say --ckpt_path")
-    checkpoint: dict[str, Any] = torch.load(source, map_location="cpu", weights_only=True)
+    checkpoint = read_checkpoint(source)
     try:
         model.load_state_dict(checkpoint["state_dict"], assign=True)  # in training's precision
     except RuntimeError as error:
@@ -294,6 +299,22 @@ class MUterCLI(LightningCLI):
             if isinstance(error, MuterError) or "does not validate" not in str(error).lower():
                 raise
             raise ConfigurationError(paragraph(error)) from error
+
+    def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
+        """Build the trainer; its callbacks are at most one of ours.
+
+        Raises:
+            ConfigurationError: the config and its presets name two.
+        """
+        try:
+            return super().instantiate_trainer(**kwargs)
+        except RuntimeError as error:  # Lightning's own, of callbacks that share a state
+            if MUterCallback.__name__ not in str(error):
+                raise
+            raise ConfigurationError(
+                "the config has more than one MUterCallback, and a trainer builds one memory: "
+                "give one preset, or the callback in a config of your own and no preset"
+            ) from error
 
     def _parse_ckpt_path(self) -> None:
         """Leave the config as it is: a checkpoint's word imports no class and sets no argument.

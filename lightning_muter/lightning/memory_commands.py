@@ -18,11 +18,15 @@ from lightning_muter.memory.folder import MemoryStore
 from lightning_muter.memory.kept_model import bring_model_up_to_date, verified
 from lightning_muter.memory.report import write_report
 
-__all__ = ["MEMORY_COMMANDS", "check_target", "write_checkpoint"]
+__all__ = ["MEMORY_COMMANDS", "check_openings", "check_target", "write_checkpoint"]
 
 
-def check_target(target: Path | None) -> None:
-    """Refuse a place that cannot be written, before the points are forgotten.
+def check_target(target: Path | None, option: str = "--output") -> None:
+    """Refuse a place that cannot be written, before anything else is done.
+
+    Args:
+        target: the file; None where none is asked for.
+        option: what names it.
 
     Raises:
         ConfigurationError: with the place.
@@ -32,8 +36,33 @@ def check_target(target: Path | None) -> None:
     folder = target.parent
     if target.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
         raise ConfigurationError(
-            f"nothing can be saved as {target}: say --output with a file in a folder that "
+            f"nothing can be saved as {target}: say {option} with a file in a folder that "
             "exists and can be written"
+        )
+
+
+def check_openings(target: Path | None, folder: str) -> None:
+    """Refuse a place where openings would be lost, or found by whoever reads the memory.
+
+    Args:
+        target: the file; None where none is asked for.
+        folder: the memory's.
+
+    Raises:
+        ConfigurationError: with the place.
+    """
+    if target is None:
+        return
+    check_target(target, "--openings")
+    if target.exists():
+        raise ConfigurationError(
+            f"{target} exists, and the openings of an earlier rebase cannot be computed again: say "
+            "--openings with a new file"
+        )
+    if target.resolve().is_relative_to(Path(folder).resolve()):
+        raise ConfigurationError(
+            f"{target} lies in the folder whose commitments it opens: say --openings with a file "
+            "outside the memory's folder"
         )
 
 

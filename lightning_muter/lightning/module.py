@@ -33,11 +33,13 @@ class UnlearningModule(pl.LightningModule):
         memory: the memory to start from.
         callback: the callback that keeps the memory, or None for one read from a folder.
         memory_dir: the folder that is kept current, or None.
-        noise_std: σ of Gaussian noise on ω^u.
+        noise_std: σ of Gaussian noise on each parameter of ω^u.
 
     Raises:
         ConfigurationError: ``noise_std`` is no finite number >= 0.
         RemovalError: in the loop, a batch of points that cannot be forgotten.
+        StateError: in the loop, a method that keeps no curvature, or a model that is not the
+            memory's.
     """
 
     def __init__(
@@ -56,7 +58,7 @@ class UnlearningModule(pl.LightningModule):
         self._noise_std = number("noise_std", noise_std)
 
     def predict_step(self, batch: Any, batch_idx: int) -> dict[str, float]:
-        """One request; returns its residual and update norm."""
+        """One request, of one batch: "residual" of its system, "update_norm" of all parameters."""
         if not METHODS[self.memory.settings.method].has_memory:
             raise StateError(
                 f"method={self.memory.settings.method!r} keeps no curvature to serve a request "

@@ -29,7 +29,7 @@ def described() -> dict[str, str]:
 
     Example:
         >>> described()["retrain"]
-        'the yardstick: a request trains again on what remains'
+        'the yardstick: a request trains again, in the process that trained'
     """
     return {
         name: path.read_text(encoding="utf-8").splitlines()[0].removeprefix("# ")

@@ -41,7 +41,8 @@ def serve_without_memory(
     method = memory.settings.method
     if asked.points is None or keeper is None:
         raise ConfigurationError(
-            f"method={method!r} needs a RemovalDataModule and the trainer's own MUterCallback"
+            f"method={method!r} needs a RemovalDataModule and the MUterCallback that saw the fit: "
+            "unlearn in the process that trained, or build the memory with method='muter'"
         )
     start = time.perf_counter()
     module = view.module
@@ -117,7 +118,10 @@ def _retrain(
     if not isinstance(module, pl.LightningModule):
         raise ConfigurationError(f"a {type(module).__name__} cannot be trained again")
     if keeper.initial is None:
-        raise StateError("the callback has not seen a fit: there is no initial ω to retrain from")
+        raise StateError(
+            "the callback has not seen a fit: there is no initial ω to retrain from; unlearn in "
+            "the process that trained, or build the memory with method='muter'"
+        )
     again = copy.copy(keeper)
     again.memory, again.memory_dir, again.ids = None, None, None
     view.set(keeper.initial)

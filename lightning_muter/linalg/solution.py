@@ -60,7 +60,8 @@ class Status(str, Enum):
     MAX_ITERATIONS = (
         "max_iterations",
         "the solver stopped at its limit, or at its numbers' rounding, before the residual that "
-        "was asked: use solver='direct', damping, a larger limit or tolerance, or rows in float64",
+        "was asked: use solver='direct' with representation='dense', damping, or, of rows, a "
+        "larger solver_tol or row_dtype='float64'",
     )
 
     def __str__(self) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -22,6 +23,7 @@ from lightning_muter.memory import (
 )
 from lightning_muter.memory.access import FolderAccess
 from lightning_muter.memory.faults import damage, other_memory, write_errors
+from lightning_muter.memory.plain_checkpoint import plain
 from lightning_muter.memory.records import (
     START,
     Content,
@@ -129,7 +131,8 @@ class MemoryStore(FolderAccess):
 
         Args:
             content: all of it.
-            model: the checkpoint of its model, for model.ckpt.
+            model: the checkpoint of its model, for model.ckpt; what is not read back without
+                unpickling is left out, with a warning that names it.
             overwrite: take the place of a memory that is there, which stays whole and readable
                 until the new one is complete.
 
@@ -137,6 +140,7 @@ class MemoryStore(FolderAccess):
             StateError: the folder holds a memory, or it cannot be written.
         """
         rows = chained(content.requests, START, 0)
+        kept, left = (None, ()) if model is None else plain(model)
         with write_errors(self.folder):
             files.make_folder(self.folder)
             with self._as_writer():
@@ -147,8 +151,8 @@ class MemoryStore(FolderAccess):
                     )
                 with self._new_base(content) as base:
                     meta = Meta.of(content, base, rows)
-                    if model is not None:
-                        model_file.prepare(self.folder, meta.memory_id, meta.generation, model)
+                    if kept is not None:
+                        model_file.prepare(self.folder, meta.memory_id, meta.generation, kept)
                         meta = replace(meta, model_generation=meta.generation)
                     if self._readable():
                         with connections.transaction(self._database) as connection:
@@ -157,6 +161,13 @@ class MemoryStore(FolderAccess):
                         database.build(self.folder, meta, rows)
                 self._memory_id = meta.memory_id
                 leftovers.forget_older(self.folder, meta)
+        if left:
+            warnings.warn(
+                f"{model_file.NAME} leaves out {', '.join(left)}: objects that are not read "
+                "without running what a file names, which is never done with a memory's folder; "
+                "load its weights into a module that is made as this one was",
+                stacklevel=2,
+            )
 
     def commit(self, expected: int, current: dict[str, Tensor], requests: Sequence[Request]) -> int:
         """Append requests and replace the current tensors, in one step; the new generation.

@@ -21,6 +21,7 @@ from lightning_muter.objectives.output_curvature import (
     OutputCurvature,
     restored_output,
 )
+from lightning_muter.objectives.torch_losses import TorchLoss
 
 __all__ = ["TRADES", "BoundTRADES", "PairedOutput"]
 
@@ -54,17 +55,31 @@ class TRADES:
         object.__setattr__(self, "beta", number("beta", self.beta, positive=True))
 
     def loss(
-        self, module: nn.Module, batch: Sequence[Any], loss: PointLoss | None = None
+        self, module: nn.Module, batch: Sequence[Any], loss: nn.Module | None = None
     ) -> Tensor:
         """The mean of O over a batch [x, target, x_adversarial], for ``training_step``.
 
         Args:
             module: maps x (n, ...) to logits (n, C).
-            batch: as the callback hands it over.
-            loss: of the clean point; the cross-entropy by default.
+            batch: as the callback hands it over: inputs (n, ...), targets (n,), inputs (n, ...).
+            loss: of the clean point, as the callback has it: a loss module of torch,
+                ``nn.CrossEntropyLoss(label_smoothing=0.1)``; the cross-entropy by default.
+
+        Returns:
+            A number (), in the dtype of the logits and on their device; computed in float64.
+
+        Raises:
+            ConfigurationError: a batch without the perturbed inputs, another loss, or logits of
+                fewer than two classes.
         """
+        if len(batch) < 3:
+            raise ConfigurationError(
+                f"{self}.loss got a batch of {len(batch)} entries and needs [input, target, "
+                "perturbed input], which MUterCallback(objective=...) makes of a training batch; "
+                "in validation and test log the loss at the clean input"
+            )
         outputs = module(batch[0]), module(batch[2])
-        each = BoundTRADES(self.beta, loss or LOSSES["cross_entropy"]).outer(outputs, batch[1])
+        each = self.of(_clean_loss(loss)).outer(outputs, batch[1])
         return each.mean().to(outputs[0].dtype)
 
     def hand_over(self, batch: Any, perturbed: Tensor) -> None:
@@ -220,6 +235,17 @@ class PairedOutput:
             if name.startswith("clean_")
         }
         return cls(beta, restored_output(clean), tensors["p"], tensors["shares"], tensors["f"])
+
+
+def _clean_loss(loss: nn.Module | None) -> PointLoss:
+    if loss is None:
+        return LOSSES["cross_entropy"]
+    if not isinstance(loss, nn.Module):
+        raise ConfigurationError(
+            f"loss={loss!r} must be a loss module of torch, as nn.CrossEntropyLoss("
+            "label_smoothing=0.1), or None for the cross-entropy"
+        )
+    return TorchLoss.of(loss).point_loss
 
 
 def _divergence(clean: Tensor, perturbed: Tensor) -> Tensor:

@@ -84,6 +84,10 @@ class Threat(ABC):
             of their losses at this temperature; None for the hard maximum. A loss that is even in
             the residual, as in ridge regression, has a kink where the two tie, and a trained
             model sits on many of them: it is stationary at a temperature only.
+
+    Raises:
+        ConfigurationError: an ``eps``, ``std`` or ``temperature`` that is not positive, a range
+            whose low end is not below its high one, or a ``mean`` without a ``std``.
     """
 
     #: what attack libraries call the geometry

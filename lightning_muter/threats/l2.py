@@ -19,6 +19,8 @@ __all__ = ["L2Ball"]
 class L2Ball(Threat):
     """All perturbations of Euclidean norm at most ``eps`` over the flattened input.
 
+    The arguments are those of `Threat`; ``eps`` is one number.
+
     Source: ours; K = μI - ∂δδ on the tangent space of the sphere, μ = ‖g_F‖/‖δ_F‖.
 
     Example:

@@ -20,13 +20,17 @@ __all__ = ["LinfBall"]
 class LinfBall(Threat):
     """All perturbations of absolute value at most ``eps`` in every coordinate.
 
-    ``eps`` is one number, or one a channel.
+    The arguments are those of `Threat`, ``eps`` one number or one a channel, and two of its own.
 
     The sign response is smoothed: δ_j = ε g_j / sqrt(g_j² + τ²), the exact maximiser of
-    l(x + δ) + τ Σ_j sqrt(ε² - δ_j²), with τ_i = ``smoothing`` · rms(g_i), or the absolute
-    ``bandwidth`` for one fixed smoothed objective.
+    l(x + δ) + τ Σ_j sqrt(ε² - δ_j²), with g_i the gradient of point i's loss in its input.
 
     Source: ours; K = Λ - ∂δδ, Λ_jj = (g_j² + τ²)^(3/2) / (ε τ²).
+
+    Attributes:
+        smoothing: τ_i as a share of the root mean square of g_i, above 0.
+        bandwidth: τ itself, above 0, in the units of g (loss over ``eps``), for one fixed smoothed
+            objective, in the place of ``smoothing``; None for none.
 
     Example:
         >>> import torch

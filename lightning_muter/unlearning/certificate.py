@@ -42,10 +42,13 @@ class Certificate:
     proves, and N(0, σ²I) is added. The radius has to be chosen before looking at the bound: one
     that is set by the data would tell of the data.
 
+    A value for ``trainer.unlearn(certificate=...)``. Source: ours (docs/certificates.md), on the
+    analytic Gaussian mechanism of Balle and Wang, 2018.
+
     Attributes:
-        epsilon: ε > 0.
-        delta: δ in (0, 1).
-        radius: ρ > 0, in the units of the parameters.
+        epsilon: ε > 0, a logarithm of probabilities' ratio.
+        delta: δ in (0, 1), a probability.
+        radius: ρ > 0, a Euclidean distance of parameters.
 
     Raises:
         ConfigurationError: a number outside of these.
@@ -76,7 +79,7 @@ class Certificate:
 
     @property
     def sigma(self) -> float:
-        """The smallest standard deviation of the noise that gives (ε, δ)."""
+        """The smallest standard deviation of the noise in every parameter that gives (ε, δ)."""
         return self.radius / self.mu
 
 

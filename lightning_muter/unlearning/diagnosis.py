@@ -36,7 +36,7 @@ class MemoryEvidence:
         stationary: share of the maximisers that were stationary.
         usable: share of the points whose K had a response.
         constrained: whether the constraint is differentiated.
-        distance: length of a Newton step from ω*.
+        distance: length of a Newton step from ω*; None where the curvature is indefinite.
         size: ‖ω*‖.
         decrement: ∇Fᵀ M⁻¹ ∇F relative to F.
         solution: of that Newton step.
@@ -89,14 +89,21 @@ def _stationary(e: MemoryEvidence) -> str | None:
         return None
     return (
         f"only {e.stationary:.0%} of the training points' perturbations are stationary: the memory "
-        "is of an adversary that was not found, not of the robust objective; use a wider "
-        "smoothing or bandwidth, a smaller eps, or smooth activations"
+        "is of an adversary that was not found, not of the robust objective; use a smaller eps, "
+        "smooth activations, or a wider smoothing or bandwidth of a LinfBall"
     )
 
 
 def _usable(e: MemoryEvidence) -> str | None:
-    if not e.constrained or e.usable >= STATIONARY_LIMIT:
+    if e.usable >= STATIONARY_LIMIT:
         return None
+    if not e.constrained:
+        return (
+            f"only {e.usable:.0%} of the training points have an unconstrained response (a series "
+            "that converges, or an inverse of ∂δδ l): at the others the formula has no meaning, "
+            "and a step may end farther from a Retrain than doing nothing; use "
+            "response='constrained'"
+        )
     return (
         f"only {e.usable:.0%} of the training points are at a strict inner maximum: the others "
         "keep their direct curvature alone; use a smaller eps or smooth activations"
@@ -115,8 +122,14 @@ def _tied(e: MemoryEvidence) -> str | None:
 
 def _optimum(e: MemoryEvidence) -> str | None:
     """Is ω* near the optimum that a request steps from?"""
-    if not e.assumes_optimum or e.distance is None or e.decrement is None or e.solution is None:
+    if not e.assumes_optimum:
         return None
+    if e.distance is None or e.decrement is None or e.solution is None:
+        return (
+            "the curvature is indefinite: a step leads to a saddle of the quadratic model, and may "
+            "end farther from a Retrain than doing nothing; use response='constrained', more "
+            "newton_steps or damping"
+        )
     far = not e.distance <= DISTANCE_LIMIT * e.size
     falling = not e.decrement <= DECREMENT_LIMIT
     if e.solution.status is Status.INCONSISTENT:
@@ -165,8 +178,8 @@ def request_warnings(
         named = ", ".join(map(str, emptied[:_NAMED])) + (", ..." if emptied[_NAMED:] else "")
         found.append(
             f"no point is left of class {named}: its output falls for as long as weight decay "
-            "lets it, which one quadratic model does not follow; use corrector_steps=3 or more, or "
-            "train again"
+            "lets it, which one quadratic model does not follow; use corrector_steps=3 or more "
+            "(which a memory with a horizon does not take), or train again"
         )
     if solution.status.remedy and solution.status is not Status.MINIMUM_NORM:
         found.append(
@@ -181,13 +194,14 @@ def request_warnings(
     if update > UPDATE_LIMIT * size:
         found.append(
             f"the update is {update:.3g} long beside ‖ω*‖ = {size:.3g}: one quadratic model does "
-            "not reach so far; use corrector_steps, or train again"
+            "not reach so far; use corrector_steps (which a memory with a horizon does not take), "
+            "or train again"
         )
     if stationary < STATIONARY_LIMIT:
         found.append(
             f"only {stationary:.0%} of the removed points' perturbations are stationary: what was "
-            "subtracted is not their share of the robust objective; use a wider smoothing or "
-            "bandwidth, or a smaller eps"
+            "subtracted is not their share of the robust objective; use a smaller eps, or a wider "
+            "smoothing or bandwidth of a LinfBall"
         )
     if tied > TIED_LIMIT:
         found.append(

@@ -84,7 +84,8 @@ def influence_on_losses(
         point's own share of the weight decay.
 
     Raises:
-        StateError: the memory keeps no curvature.
+        ConfigurationError: points that are none, or targets that the loss has no meaning for.
+        StateError: the memory keeps no curvature, or the model is not the memory's.
         SolverError: its system has no solution that means anything, as an indefinite one.
     """
     way, decay = Way.of(memory), memory.settings.weight_decay
@@ -106,7 +107,8 @@ class TopInfluences:
     """The training points that mattered most to one test point.
 
     Attributes:
-        robust: positions of those whose removal would raise its robust loss most.
+        robust: positions, in the batch that was given, of those whose removal would raise its
+            robust loss most.
         gains: by how much, one each, to first order.
         fragile: positions of those whose removal would lower it most.
         losses: by how much (negative), one each.
@@ -127,6 +129,8 @@ def top_influences(
 ) -> TopInfluences:
     """Which training points made a test point robust, and which made it fragile.
 
+    The largest and the smallest numbers of `influence_on_losses`, whose source is this function's.
+
     Args:
         memory: the memory at ω*.
         module: the model; measured at ω* and left as it was.
@@ -135,8 +139,9 @@ def top_influences(
         count: how many of each, at the most; only points of that sign are named.
 
     Raises:
-        ConfigurationError: not one test point, or no number of points.
-        StateError: the memory keeps no curvature.
+        ConfigurationError: not one test point, no number of points, or as in
+            `influence_on_losses`.
+        StateError: the memory keeps no curvature, or the model is not the memory's.
         SolverError: its system has no solution that means anything.
     """
     if len(test_point[0]) != 1 or (integer(count) or 0) < 1:

@@ -35,7 +35,11 @@ METHODS: dict[str, Method] = {
     "retrain": Method("none", "none", False),
     "none": Method("none", "none", False),
 }
-"""The methods of the comparison: name -> which points, which curvature, downdated or not."""
+"""The methods of the comparison: name -> which points, which curvature, downdated or not.
+
+A row of one's own can be added before a `MUterCallback` names it. Source: the paper, and the
+baselines that it compares with (docs/methods.md).
+"""
 
 
 def resolve_method(name: str) -> Method:

@@ -174,12 +174,11 @@ def represented(
         needed = int((1 + _WORKING) * rows_bytes)
         fits = free is None or needed <= free
     if not fits:
-        smaller = "row_dtype='float32'" if isinstance(rows, Footprint) else f"rows ({rows})"
         raise ConfigurationError(
             f"p = {view.p:,} trained parameters and {points:,} points take {estimates}; "
             f"representation={wanted!r} needs {said_size(needed)} with what a request holds "
-            f"beside it, and {said_size(free or 0)} are free on {device}: choose {smaller}, a "
-            "smaller head or fewer parameters, or a machine with more memory"
+            f"beside it, and {said_size(free or 0)} are free on {device}: choose "
+            f"{_smaller(settings, wanted, rows)}"
         )
     memory = rows_bytes if wanted == "rows" and rows_bytes is not None else dense_bytes
     return Representation(
@@ -189,3 +188,13 @@ def represented(
         why=f"the memory is kept as {wanted}: it takes {estimates}",
         footprint=rows if isinstance(rows, Footprint) else None,
     )
+
+
+def _smaller(settings: Settings, wanted: str, rows: Footprint | str) -> str:
+    """What takes less room than what was wanted, for a person."""
+    others = "a smaller head or fewer parameters, or a machine with more memory"
+    if isinstance(rows, str):
+        return f"{others} ({rows})"
+    if wanted != "rows":
+        return f"representation='rows', {others}"
+    return others if settings.row_dtype == "float32" else f"row_dtype='float32', {others}"

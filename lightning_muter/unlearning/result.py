@@ -37,8 +37,9 @@ class RebaseResult:
         gradient_of_training: what training had left, of all points.
         newton_steps: how many were taken.
         seconds: wall time of the call.
-        openings: for each request before it, what proves which points its commitment is of; file
-            them where they belong, or lose them: the folder does not keep them.
+        openings: for each request since the memory was built or last rebased, what proves which
+            points its commitment is of; file them where they belong, or lose them: the folder does
+            not keep them.
         warnings: what is in doubt of the new memory, one sentence each.
     """
 
@@ -89,9 +90,11 @@ class UnlearningResult:
         iterations: solver iterations, summed, Lanczos steps among them; 0 for a direct solve.
         status: the worst `Status` of the requests: "converged", "minimum_norm", "doubtful", ...
         stationary: share of the removed points whose δ* was stationary.
-        active: share of the removed points whose constraint was active.
-        seconds: wall time of each stage: "maximise_and_solve", "write".
-        bound: an upper bound of the distance to a Retrain at its optimum, or None.
+        active: share of the removed points whose constraint was active; of an L∞ ball the mean
+            share of their coordinates.
+        seconds: wall time: "maximise_and_solve" of the requests, "write" of the commit, and "total"
+            of the call.
+        bound: an upper bound of the distance ‖ω^u - ω‖ to a Retrain at its optimum, or None.
         certificate: "no certificate", or what ``bound`` rests on.
         warnings: what is in doubt, one sentence each with its remedy: of the memory, then of the
             requests. With any, ``status`` is "doubtful" or worse.

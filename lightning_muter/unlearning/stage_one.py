@@ -229,7 +229,8 @@ def summarise(
         retrace_error = float(torch.linalg.vector_norm(offset + start.retraced) / way)
         summary |= {"horizon": settings.horizon, "retrace_error": retrace_error}
     distance = decrement = solution = None
-    if summary["smallest_eigenvalue"] > -1e-9 * summary["largest_eigenvalue"]:
+    smallest = summary["smallest_eigenvalue"] + settings.damping
+    if smallest > -1e-9 * summary["largest_eigenvalue"]:
         solution = curvature.damped(settings.damping).estimate(evaluation.gradient)
         distance = float(torch.linalg.vector_norm(solution.value))
         decrement = float(evaluation.gradient @ solution.value) / max(evaluation.value, 1e-300)

@@ -30,7 +30,7 @@ def test_three_lines_after_fit_and_one_after_unlearn(
         in kept
     )
     assert f"in {folder}, with the current model" in kept
-    assert "nothing speaks against it; 100% of the perturbations are maximisers" in trust
+    assert "nothing speaks against it; 100% of the perturbations are stationary" in trust
     assert f"the optimum is {memory.summary['distance_to_optimum']:.2g} away" in trust
     assert re.match(r"A request: about [\d.]+ s and 0.0 MB more for one point, with no", price)
     result = trainer.unlearn(RemovalDataModule(data, [3]))

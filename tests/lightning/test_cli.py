@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import pickle
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +98,20 @@ ERRORS = {
         "'forget' is no verb: give one of fit, validate, test, predict, "
         "unlearn, rebase, build_memory, evaluate, plot, tables, export, presets, report, verify (",
     ),
+    "nobody to forget": (["unlearn", *CONFIG, "--memory", "m"], "--points"),
+    "two presets": (["fit", *CONFIG, "-c", "muter_l2", HEAD, "-c", "newton", HEAD], "one preset"),
+    "openings in no folder": (
+        ["rebase", *CONFIG, "--memory", "m", "--openings", "nowhere/openings.json"],
+        "--openings with a file in a folder that exists",
+    ),
+    "openings of an earlier rebase": (
+        ["rebase", *CONFIG, "--memory", "m", "--openings", str(ROOT / "mkdocs.yml")],
+        "mkdocs.yml exists",
+    ),
+    "openings in the folder that they are to be kept out of": (
+        ["rebase", *CONFIG, "--memory", ".", "--openings", "openings.json"],
+        "outside the memory's folder",
+    ),
     "no run": (["plot", "nowhere"], "there is no table"),
     "no folder": (["verify"], "required: memory"),
 }
@@ -118,6 +133,17 @@ def test_errors_are_one_paragraph(
     said = [line for line in capsys.readouterr().err.splitlines() if "lightning-muter" in line]
     assert len(said) == 1 and expected in said[0] and len(said[0]) < 900
     assert "usage" not in said[0]
+
+
+def test_a_checkpoint_of_objects_is_refused_in_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(ROOT))
+    monkeypatch.chdir(tmp_path)
+    torch.save({"state_dict": {}, "made_by": Path("x")}, "odd.ckpt")
+    asked = ["--memory", "m", "--indices", "1", "--ckpt_path", "odd.ckpt"]
+    with pytest.raises(ConfigurationError, match="weights_only"):
+        run(["unlearn", *CONFIG, *asked])
 
 
 @pytest.mark.parametrize("verb", ["fit", "unlearn", "validate", "test", "predict"])
@@ -189,6 +215,7 @@ def test_fit_then_unlearn(
     rebased = UnlearningMemory.load("runs/memory")
     assert all("indices" not in entry for entry in rebased.ledger)
     openings = json.loads(Path("openings.json").read_text())
+    assert stat.S_IMODE(Path("openings.json").stat().st_mode) == 0o600  # salts are secrets
     assert [one["indices"] for one in openings][:3] == [[3, 17], [5], [6]]
     assert len(openings[3]["indices"]) == 2
     run(["unlearn", *CONFIG, *removal, "--indices", "7"])

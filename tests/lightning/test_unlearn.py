@@ -7,6 +7,7 @@ import random
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -469,3 +470,28 @@ def test_retrain_trains_as_training_did(options: dict[str, Any]) -> None:
     trainer.unlearn(RemovalDataModule(Whole(), indices=[3, 17]))
     _, expected = trained(Whole(keep=[i for i in range(41) if i not in (3, 17)]), "none")
     torch.testing.assert_close(memory_of(callback).omega, memory_of(expected).omega)
+
+
+class Made(Net):
+    """A module whose arguments are objects, as configs of other tools make them."""
+
+    def __init__(self, criterion: torch.nn.Module, cache: Path) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+
+
+def test_the_folders_model_follows_a_module_whose_arguments_are_objects(tmp_path: Path) -> None:
+    folder, data = tmp_path / "memory", Data()
+    pl.seed_everything(0, verbose=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Lightning's own advice on modules among them
+        model = Made(torch.nn.CrossEntropyLoss(), tmp_path)
+    callback = MUterCallback(
+        L2Ball(0.5), head="classifier", newton_steps=15, memory_dir=str(folder)
+    )
+    with pytest.warns(UserWarning, match=r"leaves out hyper_parameters\.c"):
+        Trainer(max_epochs=1, callbacks=[callback], **QUIET).fit(model, data)
+    Trainer(**QUIET).unlearn(RemovalDataModule(data, [3]), model=model, memory=str(folder))
+    kept = torch.load(folder / "model.ckpt", weights_only=True)["state_dict"]
+    for name, value in UnlearningMemory.load(folder).state().items():
+        torch.testing.assert_close(kept[name], value.to(kept[name]))

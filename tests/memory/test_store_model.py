@@ -149,3 +149,24 @@ def test_a_model_that_is_no_model_of_the_memory(tmp_path: Path) -> None:
         store.repair_model(parameters(1))
     path.write_bytes(intact)
     assert store.repair_model(parameters(1))
+
+
+def test_what_the_restricted_unpickler_does_not_load_is_left_out_and_named(tmp_path: Path) -> None:
+    store = MemoryStore(tmp_path)
+    given = cases.model(0)
+    given |= {
+        "hyper_parameters": {"rate": 0.1, "net": torch.nn.Linear(1, 1), "folder": Path("runs")},
+        "made_by": Path("script.py"),
+    }
+    given["state_dict"] |= {"head._extra_state": Path("extra")}
+    left = {"made_by", "hyper_parameters.net", "hyper_parameters.folder"}
+    with pytest.warns(UserWarning, match="leaves out") as caught:
+        store.create(cases.content(), given)
+    names = str(caught[0].message).partition("leaves out ")[2].partition(":")[0].split(", ")
+    assert set(names) == left | {"state_dict.head._extra_state"}
+    assert "made_by" in given and "net" in given["hyper_parameters"]
+    store.commit(0, cases.current(1), [cases.request(1)])
+    assert store.repair_model(parameters(1))
+    found = loaded(tmp_path)
+    assert found["hyper_parameters"] == {"rate": 0.1}
+    assert found["state_dict"]["head.weight"].tolist() == [1, 1, 1]

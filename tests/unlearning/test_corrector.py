@@ -21,7 +21,11 @@ from lightning_muter.unlearning import corrector as correction
         ({"space": "features", "response": "unconstrained"}, "robust objective"),
     ],
 )
-@pytest.mark.filterwarnings("ignore:the system of the remaining points ended indefinite")
+@pytest.mark.filterwarnings(
+    "ignore:the system of the remaining points ended indefinite",
+    "ignore:the curvature is indefinite",
+    "ignore:only .* unconstrained response",
+)
 def test_no_bound_without_its_conditions(options: dict[str, Any], reason: str) -> None:
     trainer, _, _, data = fit(newton_steps=2, **options)
     result = trainer.unlearn(RemovalDataModule(data, [1]), bound=True)

@@ -111,6 +111,43 @@ def test_training_that_stopped_early_without_a_horizon_is_said_in_every_result()
         assert result.to_dict()["warnings"] == list(result.warnings)
 
 
+@pytest.mark.parametrize("inverse", ["neumann", "exact"])
+def test_an_unconstrained_response_that_does_not_exist_is_in_doubt(inverse: str) -> None:
+    data = separable(1.0)
+    muter, result = run(
+        data, 0.5, 1e-2, 2, newton_steps=20, response="unconstrained", inverse=inverse
+    )
+    memory = memory_of(muter)
+    keep = [i for i in range(40) if i not in (0, 3)]
+    x, y = (t[keep] for t in data.tensors)
+
+    def left(omega: Tensor) -> float:
+        w = omega.clone().requires_grad_(True)
+        robust = reference.robust_logistic(w, x, y, 0.1, 1e-2)
+        return float(torch.autograd.grad(robust, w)[0].norm())
+
+    constrained, right = run(data, 0.5, 1e-2, 2, newton_steps=20)
+    assert right.status == "converged"
+    # as little of the gradient is left by neither of the paper's inverses
+    assert left(memory.omega) > 2 * left(memory_of(constrained).omega)
+    assert memory.summary["usable_response"] == 0 and result.status != "converged"
+    assert "unconstrained response" in " ".join(memory.warnings)
+
+
+def test_an_indefinite_memory_is_in_doubt_until_damping_mends_it() -> None:
+    def said(**options: Any) -> tuple[float, str]:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            _, callback, _, _ = fit(response="unconstrained", neumann_order=20, **options)
+        memory = memory_of(callback)
+        return memory.summary["smallest_eigenvalue"], " ".join(memory.warnings)
+
+    smallest, sentences = said()
+    assert smallest < 0 and "indefinite" in sentences
+    _, sentences = said(damping=1.5 * abs(smallest))
+    assert "indefinite" not in sentences
+
+
 def test_a_request_says_what_its_own_numbers_are() -> None:
     def sentences(
         status: Status, update: float, stationary: float, distance: float = 0.0
@@ -122,10 +159,12 @@ def test_a_request_says_what_its_own_numbers_are() -> None:
     assert sentences(Status.MINIMUM_NORM, 0.5, 1.0) == ()
     assert "saddle" in sentences(Status.INDEFINITE, 0.5, 1.0)[0]
     assert "no solution" in sentences(Status.INCONSISTENT, 0.5, 1.0)[0]
-    assert "limit" in sentences(Status.MAX_ITERATIONS, 0.5, 1.0)[0]
-    assert "corrector_steps" in sentences(Status.CONVERGED, 1.5, 1.0)[0]
+    assert "solver_tol" in sentences(Status.MAX_ITERATIONS, 0.5, 1.0)[0]
+    (far,) = sentences(Status.CONVERGED, 1.5, 1.0)
+    assert "corrector_steps (which a memory with a horizon does not take)" in far
     assert "newton_steps" in sentences(Status.CONVERGED, 0.5, 1.0, 0.4)[0]
-    assert "20%" in sentences(Status.CONVERGED, 0.5, 0.2)[0]
+    (moving,) = sentences(Status.CONVERGED, 0.5, 0.2)
+    assert "20%" in moving and "of a LinfBall" in moving  # an L2Ball has no smoothing
     solution = Solution(torch.zeros(1), 0.0, 0, Status.CONVERGED)
     (said,) = request_warnings(solution, 0.5, 1.0, 1.0, 0.0, emptied=range(3, 10))
     assert "class 3, 4, 5, 6, 7, ...:" in said and "corrector_steps" in said

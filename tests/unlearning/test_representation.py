@@ -54,6 +54,25 @@ def test_the_number_is_the_same_on_every_machine(monkeypatch: pytest.MonkeyPatch
     assert chosen(90_000, 640, 100) == before
 
 
+@pytest.mark.parametrize(
+    ("asked", "way_out"),
+    [
+        ({"representation": "dense"}, "choose representation='rows', a smaller head"),
+        ({"representation": "rows"}, "choose row_dtype='float32', a smaller head"),
+        ({"representation": "rows", "row_dtype": "float32"}, "choose a smaller head"),
+        ({"representation": "dense", "sketch": 0}, "choose a smaller head.*rows need sketch=1"),
+    ],
+)
+def test_what_does_not_fit_is_told_what_would_be_smaller(
+    monkeypatch: pytest.MonkeyPatch, asked: dict[str, Any], way_out: str
+) -> None:
+    monkeypatch.setattr(representation, "free_bytes", lambda device: 10_000)
+    net = nn.Sequential(nn.Identity(), nn.Linear(640, 100))
+    given = replace(settings(), **{"sketch": 1, **asked})
+    with pytest.raises(ConfigurationError, match=way_out):
+        represented(given, given.view(net), INPUTS, 1000, torch.device("cpu"))
+
+
 def test_a_number_that_was_given_is_kept() -> None:
     net = nn.Sequential(nn.Identity(), nn.Linear(640, 100))
     for sketch in (0, 1, 30):
