@@ -84,7 +84,8 @@ class MUterCallback(MemoryKeeper, AdversarialTraining):
             `BlockSolver`.
         sketch: seeded probes a point for the inner response where all of ∂φ/∂x is too dear (a
             wide network's head); "auto" for as many as keep the rows of all points within 1 GiB,
-            one to sixteen; 0 for the exact response.
+            one to sixteen; 0 for the exact response. Without effect on a linear model and with a
+            threat's temperature, whose responses are exact.
         representation: how the curvature is kept: "dense" (p, p), "sharded" (the same matrix,
             its rows over the trainer's processes), "rows" (a few vectors a point, for a linear head
             of any size), or "auto", dense or rows by both sizes and the free memory; or a `Rows`.

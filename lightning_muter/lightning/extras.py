@@ -90,9 +90,9 @@ class Extras:
                 f"method={settings.method!r} keeps no curvature: no certificate can be given; use "
                 "method='muter'"
             )
-        asked = self.noise_std > 0 or self.corrector_steps > 0
+        asked = self.noise_std > 0 or self.corrector_steps > 0 or self.bound
         if asked and not METHODS[settings.method].has_memory:
             raise ConfigurationError(
-                f"method={settings.method!r} takes no noise_std={self.noise_std} and no "
-                f"corrector_steps={self.corrector_steps}: leave them out"
+                f"method={settings.method!r} takes no noise_std={self.noise_std}, no "
+                f"corrector_steps={self.corrector_steps} and no bound={self.bound}: leave them out"
             )

@@ -36,7 +36,8 @@ class UnlearningMemory:
     """ω* (p,), M_r (p, p), G_r (p,), the current ω^u, the ledger and the points' digests.
 
     Immutable: `forget` returns the memory after a request, so that a failure changes nothing.
-    ``curvature`` is None for the methods that keep none, ``start`` where there is no horizon.
+    ``curvature`` is M_r as a matrix or as rows, None for the methods that keep none, ``start`` is
+    None where there is no horizon.
     ``weights`` (n,) is how much each point counted in training, 0 for one that it never saw.
     ``pending`` is what requests took out of the curvature since the last write, ``parameters`` the
     names and shapes of ω. ``memory_id`` and ``generation`` say which memory of which folder it is.

@@ -52,7 +52,8 @@ def total_hessian(
         threat: the constraint set.
         head: dotted name of a linear layer.
         parameters: names of parameters instead of a head.
-        loss: a name or a callable (outputs, targets) -> (n,).
+        loss: a name, a loss module of torch, the name of an attribute of the module that is one, or
+            a callable (outputs, targets) -> (n,).
         objective: TRADES(beta=...), whose loss at the clean point ``loss`` then is; None for
             adversarial training.
         response: "constrained" (ours) or "unconstrained" (the paper's eq. 4).

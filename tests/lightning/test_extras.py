@@ -62,7 +62,12 @@ def test_what_the_memory_or_the_request_cannot_give() -> None:
     with pytest.raises(ConfigurationError, match="stops early"):
         extras(corrector_steps=1).check(early, removals)
     none = memory_of(fit(data, newton_steps=0, method="none")[1])
-    for options in ({"corrector_steps": 1}, {"noise_std": 0.1}, {"certificate": ONE}):
+    for options in (
+        {"corrector_steps": 1},
+        {"noise_std": 0.1},
+        {"certificate": ONE},
+        {"bound": True},
+    ):
         with pytest.raises(ConfigurationError, match="method='none'"):
             extras(**options).check(none, removals)
 
