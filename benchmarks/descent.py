@@ -1,10 +1,10 @@
 """Adversarial training of many small networks at once by gradient descent: nothing of the package.
 
-What small_networks.py trains to an optimum is trained here as users train: so many steps of heavy-ball
-gradient descent on all points, with a rate that falls to a hundredth, each at the perturbations
-that so many steps of ascent find from δ = 0. It asks for no value of F: where a network of kinks
-has several maximisers a point and the ascent's own jumps from one to another, F jumps and descent
-slides along the jump.
+What small_networks.py trains to an optimum is trained here as users train: so many steps of
+gradient descent with momentum on all points, with a rate that falls to a hundredth, each at the
+perturbations that so many steps of ascent find from δ = 0. No value of F is asked for: where a
+point has several maximisers and the ascent jumps from one to another as ω moves, F jumps too, and
+descent slides along the jump.
 """
 
 from __future__ import annotations

@@ -11,8 +11,8 @@ large is counted and left out of its line. The last row of a yardstick is Retrai
 place of a prediction. One JSON line a depth, seed, function and yardstick;
 influence_depth_table.py makes the table and the picture of them.
 
-``--check`` takes the gradient of single_network.py, in numpy, where the trainings ended, and compares
-the package's M with differences of gradients.
+``--check`` takes the gradient of single_network.py, in numpy, where the trainings ended, and
+compares the package's M with differences of gradients.
 """
 
 from __future__ import annotations

@@ -1,17 +1,17 @@
 """Influence across depth with ReLU: heads of one and two layers, and a network trained whole.
 
 The points, ball, decay and functions of influence_depth.py. A maximiser can sit on a kink of a ReLU
-network, a point has several of them, and F, found by an ascent, jumps where that finds another:
-L-BFGS does not come to a gradient of zero (``--check`` says how far). Trainings are therefore
-gradient descent of a fixed number of steps with a rate that falls (descent.py), all leave-outs of a
-study and the training without any left out at once: begun at ω*, and at the initial weights as the
-model was. What is predicted is the change of the robust loss of test points beside the training
-without any left out. How far a yardstick can be told is its own row: the same leave-outs from ω* at
-a third of the rate. One JSON line a depth, seed, function and yardstick; influence_depth_table.py
-makes the table and the picture of them. ``--activation tanh`` is the control.
+network, and a point can have several: F, found by an ascent, jumps where that finds another, and
+L-BFGS does not come to a gradient of zero. Trainings are therefore gradient descent of a fixed
+number of steps with a rate that falls (descent.py), all leave-outs of a study at once, beside the
+training that leaves none out: begun at ω*, and at the initial weights as the model was. What is
+predicted is how the robust loss of test points differs between the two. How well a yardstick can be
+told has a row of its own: the same leave-outs from ω* at a third of the rate. One JSON line a
+depth, seed, function and yardstick; ``influence_depth_table.py --record influence_relu`` makes the
+table and the picture of them. ``--activation tanh`` is the control.
 
-``--check`` compares gradients of descent.py with differences of F in numpy, and the package's M with
-differences of gradients, on points that are on no kink.
+``--check`` compares gradients of descent.py with differences of F in numpy, and the package's M
+with differences of gradients, on points that are on no kink.
 """
 
 from __future__ import annotations
