@@ -18,6 +18,8 @@ from torch import Tensor
 MOMENTUM = 0.9
 #: of the rate, at the end of a training
 LEAST = 1e-2
+#: steps of ascent between two looks at which points are done, and what the map moves those by
+ROUND, DONE = 3, 1e-10
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,45 @@ class Perturbed:
     moved: Tensor
 
 
+@dataclass
+class _Ascent:
+    """Points on their way: u and W₁ W₁ᵀ u, what the map makes of them, and the level."""
+
+    base: Tensor
+    side: Tensor
+    u: Tensor
+    seen: Tensor
+    image: Tensor
+    beyond: Tensor
+    level: Tensor
+    share: Tensor
+
+    def rows(self, chosen: Tensor) -> _Ascent:
+        """Some points of each problem, by their numbers (k, m)."""
+        return _Ascent(*(_rows(own, chosen) for own in vars(self).values()))
+
+    def put(self, chosen: Tensor, some: _Ascent) -> None:
+        """Take these points' new places."""
+        for name, own in vars(self).items():
+            if name not in ("base", "side"):
+                wide = _wide(chosen, own)
+                setattr(self, name, own.scatter(1, wide, getattr(some, name)))
+
+    @property
+    def left(self) -> Tensor:
+        """The square of how far the map moves δ (k, n)."""
+        way = (self.image - self.u) * (self.beyond - self.seen)
+        return way.sum(dim=2).clamp(min=0)
+
+
+def _wide(chosen: Tensor, values: Tensor) -> Tensor:
+    return chosen if values.ndim == 2 else chosen.unsqueeze(2).expand(-1, -1, values.shape[2])
+
+
+def _rows(values: Tensor, chosen: Tensor) -> Tensor:
+    return values.gather(1, _wide(chosen, values))
+
+
 def perturbed(net: Networks, layers: Layers, x: Tensor, side: Tensor, steps: int) -> Perturbed:
     """Ascent from δ = 0: the map ε ∇a / ‖∇a‖, part of the way where the level fell."""
     base, gram = first(layers, x)
@@ -44,29 +85,37 @@ def perturbed(net: Networks, layers: Layers, x: Tensor, side: Tensor, steps: int
         size = net.eps * (u * seen).sum(dim=2, keepdim=True).clamp(min=1e-300).rsqrt()
         return size * u, size * seen
 
-    def looked(seen: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def looked(base: Tensor, side: Tensor, seen: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         z, sent = net.up(layers, base + seen)
         slope = net.down(layers, sent, side)[0]
         return side * z, *on_sphere(slope, slope @ gram)
 
-    _, u, seen = looked(torch.zeros_like(base))
-    level, image, beyond = looked(seen)
-    share = torch.ones_like(level)
-    for _ in range(steps - 1):
-        part = share.unsqueeze(2)
-        there = on_sphere(u + part * (image - u), seen + part * (beyond - seen))
-        height, *after = looked(there[1])
-        risen = height >= level
+    def advance(at: _Ascent) -> None:
+        part = at.share.unsqueeze(2)
+        u, seen = on_sphere(at.u.lerp(at.image, part), at.seen.lerp(at.beyond, part))
+        height, image, beyond = looked(at.base, at.side, seen)
+        risen = height >= at.level
         chosen = risen.unsqueeze(2)
-        u, seen = (torch.where(chosen, a, b) for a, b in zip(there, (u, seen), strict=True))
-        image, beyond = (
-            torch.where(chosen, a, b) for a, b in zip(after, (image, beyond), strict=True)
-        )
-        level = torch.where(risen, height, level)
-        share = torch.where(risen, (2 * share).clamp(max=1), share / 2)
-    way = ((image - u) * (beyond - seen)).sum(dim=2)
-    moved = way.clamp(min=0).sqrt() / net.eps
-    return Perturbed(u, level, moved)
+        at.u, at.seen = torch.where(chosen, u, at.u), torch.where(chosen, seen, at.seen)
+        at.image = torch.where(chosen, image, at.image)
+        at.beyond = torch.where(chosen, beyond, at.beyond)
+        at.level = torch.where(risen, height, at.level)
+        at.share = torch.where(risen, (2 * at.share).clamp(max=1), at.share / 2)
+
+    _, u, seen = looked(base, side, torch.zeros_like(base))
+    level, image, beyond = looked(base, side, seen)
+    every = _Ascent(base, side, u, seen, image, beyond, level, torch.ones_like(level))
+    for k in range(0, steps - 1, ROUND):
+        open_ = every.left > (DONE * net.eps) ** 2
+        width = int(open_.sum(dim=1).max())
+        if width == 0:
+            break
+        chosen = open_.to(torch.uint8).argsort(dim=1, descending=True)[:, :width]
+        some = every.rows(chosen)
+        for _ in range(min(ROUND, steps - 1 - k)):
+            advance(some)
+        every.put(chosen, some)
+    return Perturbed(every.u, every.level, every.left.sqrt() / net.eps)
 
 
 def received(net: Networks, layers: Layers, x: Tensor, u: Tensor) -> Tensor:
