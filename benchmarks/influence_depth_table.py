@@ -76,7 +76,7 @@ RECORDS = {
         tuple(influence_relu.DEPTHS),
         influence_relu.YARDSTICKS,
         (*FUNCTIONS, influence_relu.AGAIN, ITSELF),
-        "relu_",
+        "relu2_",
     ),
 }
 
@@ -86,7 +86,7 @@ def cells(lines: Iterable[dict[str, Any]]) -> Iterable[Cell]:
     for line in lines:
         metric = f"{SHORT[line['depth']]}_{SHORT[line['yardstick']]}"
         if "activation" in line:
-            metric = f"{line['activation']}_{metric}"
+            metric = f"{line['activation']}{line['rounds']}_{metric}"
         n = line["n"]
         for removed, name in ((1, SINGLE), (n // 10, TENTH)):
             if name in line:

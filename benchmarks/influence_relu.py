@@ -1,17 +1,14 @@
 """Influence across depth with ReLU: heads of one and two layers, and a network trained whole.
 
 The points, ball, decay and functions of influence_depth.py. A maximiser can sit on a kink of a ReLU
-network, and a point can have several: F, found by an ascent, jumps where that finds another, and
-L-BFGS does not come to a gradient of zero. Trainings are therefore gradient descent of a fixed
+network, and a point can have several: F, found by an ascent, jumps where that finds another. Trainings are therefore gradient descent of a fixed
 number of steps with a rate that falls (descent.py), all leave-outs of a study at once, beside the
 training that leaves none out: begun at ω*, and at the initial weights as the model was. What is
 predicted is how the robust loss of test points differs between the two. How well a yardstick can be
 told has a row of its own: the same leave-outs from ω* at a third of the rate. One JSON line a
 depth, seed, function and yardstick; ``influence_depth_table.py --record influence_relu`` makes the
-table and the picture of them. ``--activation tanh`` is the control.
-
-``--check`` compares gradients of descent.py with differences of F in numpy, and the package's M
-with differences of gradients, on points that are on no kink.
+table and the picture of them. ``--activation tanh`` is the control, and
+check_influence_relu.py compares with differences.
 """
 
 from __future__ import annotations
@@ -22,7 +19,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-import single_network
 import torch
 from activations import ACTIVATIONS, Activation
 from common import arguments
@@ -54,8 +50,6 @@ YARDSTICKS = ("Retrain from ω*", "Retrain from the start")
 #: where training again from the start can end elsewhere
 SEVERAL = ("head of 2 layers", "network, whole")
 OURS = "ours (constrained response)"
-#: how often a training from the start goes from the first rate to the last
-ROUNDS = 2
 RATE, STEPS, ASCENT = 0.3, 800, 10
 #: of the adversary where a training's end is looked at
 CAREFUL = 400
@@ -69,9 +63,11 @@ class Trained(Model):
 
     Attributes:
         training: a round of it.
+        rounds: that made ω*.
     """
 
     training: Training
+    rounds: int
 
     def continued(self, weight: Tensor, rate: float) -> Tensor:
         """ω (k, p) after a round more from ω*."""
@@ -82,7 +78,7 @@ class Trained(Model):
     def again(self, weight: Tensor) -> Tensor:
         """ω (k, p) after a training as the model's own."""
         omega = self.start.expand(len(weight), -1)
-        for _ in range(ROUNDS):
+        for _ in range(self.rounds):
             omega = self.training.ended(self.net, omega, self.x, self.y, weight)
         return omega
 
@@ -137,6 +133,7 @@ def trained(
     seed: int,
     arrays: Sequence[Tensor],
     points: int,
+    rounds: int,
 ) -> Trained:
     """The frozen layers are trained on other points of the same two digits."""
     x, y, tx, ty = arrays
@@ -153,26 +150,35 @@ def trained(
         layers = tuple((w[0], b[0, 0]) for w, b in whole.layers(found)[:frozen])
         net = replace(net, frozen=layers)
     start = net.start(seed)
-    one = Trained(net, x[own], y[own], (tx[:60], ty[:60]), start, start, 0.0, training)
+    one = Trained(net, x[own], y[own], (tx[:60], ty[:60]), start, start, 0.0, training, rounds)
     every = torch.ones(1, points, dtype=torch.float64)
     omega = one.again(every)
     return replace(one, omega=omega[0], residual=float(one.gradient(omega, every)))
 
 
-def rows(name: str, activation: str, seed: int, one: Trained, singles: int, subsets: int) -> None:
+def rows(
+    name: str,
+    activation: str,
+    seed: int,
+    one: Trained,
+    removals: tuple[int, int],
+    yardsticks: Sequence[str],
+) -> None:
     """Print a line a function and yardstick."""
+    singles, subsets = removals
     part = weights(len(one.x), singles, subsets, seed)
     weight = torch.cat([torch.ones_like(part[:1]), part])
     predictions = {function: one.predicted(function) for function in FUNCTIONS}
     base = one.losses(one.omega.unsqueeze(0))
-    shared: dict[str, object] = {"depth": name, "activation": activation, "seed": seed}
+    shared: dict[str, object] = {"depth": name, "activation": activation, "rounds": one.rounds}
+    shared |= {"seed": seed}
     shared |= {"n": len(one.x), "p": len(one.omega), "singles": singles, "subsets": subsets}
     shared |= {"gradient at ω*": float(f"{one.residual:.1e}")} | one.maximisers()
     begun = time.process_time()
     again = _changes(one.losses(one.continued(weight, RATE / 3)))
     seconds = time.process_time() - begun
     near = np.zeros(0)
-    for yardstick in YARDSTICKS if name in SEVERAL else YARDSTICKS[:1]:
+    for yardstick in yardsticks if name in SEVERAL else yardsticks[:1]:
         begun = time.process_time()
         first = yardstick == YARDSTICKS[0]
         ends = one.continued(weight, RATE) if first else one.again(weight)
@@ -208,69 +214,6 @@ def _changes(losses: Tensor) -> np.ndarray:
     return found
 
 
-def check(name: str, activation: str, seed: int, one: Trained) -> None:
-    """Print how far gradients, and the package's M, are from differences.
-
-    Of points that are on no kink, and whose ascents, ours and numpy's, find no other maximiser
-    within the difference.
-    """
-    h, p, omega = 1e-5, len(one.omega), one.omega
-    sides = h * torch.eye(p, dtype=torch.float64)
-    around = torch.cat([omega + sides, omega - sides])
-    single = _single(one.net, activation)
-    theirs = np.stack([single.losses(o.numpy(), one.x.numpy(), one.y.numpy()) for o in around])
-    at = perturbed(one.net, one.net.layers(omega[None]), one.x, 1 - 2 * one.y, CAREFUL)
-    own = torch.cat(
-        [
-            perturbed(one.net, one.net.layers(some), one.x, 1 - 2 * one.y, CAREFUL).level
-            for some in around.split(32)
-        ]
-    )
-    least = received(one.net, one.net.layers(omega[None]), one.x, at.u)[0]
-    near = (at.moved[0] <= 1e-9) & (least > 1e-3)
-    losses = torch.cat([nn.functional.softplus(own), torch.tensor(theirs)])
-    still = losses.amax(dim=0) - losses.amin(dim=0) < 100 * h
-    away = near & still
-    some = replace(one, x=one.x[away], y=one.y[away])
-    n, every = len(some.x), torch.ones(1, len(some.x), dtype=torch.float64)
-    slopes = torch.cat(
-        [
-            gradients(some.net, o, some.x, some.y, every.expand(len(o), -1), CAREFUL)
-            for o in torch.cat([omega[None], around]).split(32)
-        ]
-    )
-    expected = (theirs[:p] - theirs[p:])[:, away.numpy()].sum(axis=1) / (2 * h)
-    expected += n * DECAY * omega.numpy()
-    m = n * (slopes[1 : 1 + p] - slopes[1 + p :]) / (2 * h)
-    curvature = some.memory(OURS).curvature
-    assert curvature is not None
-    found = torch.stack([curvature.matvec(e) for e in torch.eye(p).double()])
-    line = {
-        "depth": name,
-        "activation": activation,
-        "seed": seed,
-        "on no kink": int(near.sum()),
-        "compared": n,
-        "gradient": float(f"{np.abs(expected).max():.2e}"),
-        "gradient, largest difference": float(
-            f"{np.abs(n * slopes[0].numpy() - expected).max():.1e}"
-        ),
-        "M": float(f"{float(m.abs().max()):.3g}"),
-        "M, largest difference": float(f"{float((found - m).abs().max()):.1e}"),
-    }
-    print(json.dumps(line), flush=True)
-
-
-def _single(net: Networks, activation: str) -> single_network.Network:
-    frozen = tuple((w.numpy(), b.numpy()) for w, b in net.frozen)
-    single = single_network.Network(net.sizes, frozen, net.eps, net.decay)
-    return replace(single, value=_positive_part, slope=np.sign) if activation == "relu" else single
-
-
-def _positive_part(received: np.ndarray) -> np.ndarray:
-    return np.maximum(received, 0)
-
-
 def main() -> None:
     """Print one JSON line a depth, seed, function and yardstick."""
     parser = arguments(__doc__ or "")
@@ -280,16 +223,15 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--depths", nargs="+", default=list(DEPTHS))
     parser.add_argument("--activation", choices=list(ACTIVATIONS), default="relu")
-    parser.add_argument("--check", action="store_true", help="against differences")
+    parser.add_argument("--rounds", type=int, default=2, help="of the model's own training")
+    parser.add_argument("--near", action="store_true", help="from ω* alone")
     given = parser.parse_args()
-    arrays = data(given.data)
+    arrays, asked = data(given.data), YARDSTICKS[:1] if given.near else YARDSTICKS
     for seed in given.seeds:
         for name in given.depths:
-            one = trained(name, ACTIVATIONS[given.activation], seed, arrays, given.points)
-            if given.check:
-                check(name, given.activation, seed, one)
-            else:
-                rows(name, given.activation, seed, one, given.singles, given.subsets)
+            activation = ACTIVATIONS[given.activation]
+            one = trained(name, activation, seed, arrays, given.points, given.rounds)
+            rows(name, given.activation, seed, one, (given.singles, given.subsets), asked)
 
 
 if __name__ == "__main__":
