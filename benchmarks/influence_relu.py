@@ -1,14 +1,14 @@
 """Influence across depth with ReLU: heads of one and two layers, and a network trained whole.
 
 The points, ball, decay and functions of influence_depth.py. A maximiser can sit on a kink of a ReLU
-network, and a point can have several: F, found by an ascent, jumps where that finds another. Trainings are therefore gradient descent of a fixed
-number of steps with a rate that falls (descent.py), all leave-outs of a study at once, beside the
-training that leaves none out: begun at ω*, and at the initial weights as the model was. What is
-predicted is how the robust loss of test points differs between the two. How well a yardstick can be
-told has a row of its own: the same leave-outs from ω* at a third of the rate. One JSON line a
-depth, seed, function and yardstick; ``influence_depth_table.py --record influence_relu`` makes the
-table and the picture of them. ``--activation tanh`` is the control, and
-check_influence_relu.py compares with differences.
+network, and a point can have several: F, found by an ascent, jumps where that finds another.
+Trainings are therefore gradient descent of a fixed number of steps with a rate that falls
+(descent.py), all leave-outs of a study at once, beside the training that leaves none out: begun at
+ω*, and at the initial weights as the model was. What is predicted is how the robust loss of test
+points differs between the two. How well a yardstick can be told has a row of its own: the same
+leave-outs from ω* at a third of the rate. One JSON line a depth, seed, function and yardstick;
+``influence_depth_table.py --record influence_relu`` makes the table and the picture of them.
+``--activation tanh`` is the control, and check_influence_relu.py compares with differences.
 """
 
 from __future__ import annotations
