@@ -1,8 +1,8 @@
 """The trainings of influence_relu.py, and the package's M, against differences at ω*.
 
-Gradients of descent.py against differences of F in numpy, and M against differences of gradients: of
-the points that are on no kink and whose ascents, ours and numpy's, find no other maximiser within
-the difference. Then how far L-BFGS comes from ω*. One JSON line a depth.
+Gradients of descent.py against differences of F in numpy, and M against differences of gradients,
+of the points that are on no kink and whose ascents, ours and numpy's, find no other maximiser
+within the difference. Then how far L-BFGS comes from ω*. One JSON line a depth.
 """
 
 from __future__ import annotations
