@@ -1,7 +1,7 @@
 """Influence across depth: heads of one, two and three layers, and a network trained whole.
 
 MNIST 1 vs 7 at 7 × 7 pixels, tanh, L2 ball. All trainings are really run, to an optimum, by code
-that shares nothing with the package (tanh_networks.py, lbfgs.py; all leave-outs of a study at
+that shares nothing with the package (small_networks.py, lbfgs.py; all leave-outs of a study at
 once): without single points, and without random tenths; begun at ω* (the basin of the model that is
 asked about) and at the initial weights (what training again does). What is predicted is the change
 of the robust loss of test points. The proximal Bregman response function (PBRF) is the third
@@ -11,8 +11,8 @@ large is counted and left out of its line. The last row of a yardstick is Retrai
 place of a prediction. One JSON line a depth, seed, function and yardstick;
 influence_depth_table.py makes the table and the picture of them.
 
-``--check`` takes the gradient of tanh_network.py, in numpy, where the trainings ended, and compares
-the package's M with differences of gradients.
+``--check`` takes the gradient of single_network.py, in numpy, where the trainings ended, and
+compares the package's M with differences of gradients.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ import time
 from dataclasses import dataclass, replace
 
 import numpy as np
-import tanh_network
+import single_network
 import torch
 from common import arguments, mnist
 from influence import correlations, interval
 from lbfgs import Found, minimised
-from tanh_networks import Bregman, Networks, Objective
+from small_networks import Bregman, Networks, Objective
 from torch import Tensor, nn
 
 from lightning_muter import L2Ball, SolverError, UnlearningMemory, influence_on_losses
@@ -72,8 +72,8 @@ def data(folder: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 @dataclass(frozen=True)
-class Study:
-    """One depth and seed: the points, the network, its optimum.
+class Model:
+    """One depth and seed: the points, the network, its ω*, and what the package says of it.
 
     Attributes:
         net: the network.
@@ -93,49 +93,13 @@ class Study:
     omega: Tensor
     residual: float
 
-    def curvature(self, objective: type[Objective] | type[Bregman]) -> Tensor:
-        """A Hessian (p, p) at ω* by central differences of gradients, δ* found again at each."""
-        p, h = len(self.omega), 1e-4
-        sides = h * torch.eye(p, dtype=torch.float64)
-        weight = torch.ones(2 * p, len(self.x), dtype=torch.float64)
-        asked = self.objective(objective, weight)
-        around = torch.cat([self.omega + sides, self.omega - sides])
-        slopes = asked(around, torch.arange(2 * p), torch.zeros(2 * p, dtype=torch.float64))[1]
-        return (slopes[:p] - slopes[p:]) / (2 * h)
-
-    def objective(self, kind: type[Objective] | type[Bregman], weight: Tensor) -> Objective:
-        if issubclass(kind, Bregman):
-            return kind(self.net, self.x, self.y, weight, self.omega)
-        return kind(self.net, self.x, self.y, weight)
-
-    def yardstick(self, kind: str, weight: Tensor) -> Found:
-        """Where each leave-out ends (weight 0 of its points) by a yardstick."""
-        tol = AIM * len(self.x)
-        if kind == "Retrain from the start":
-            objective = self.objective(Objective, weight)
-            return settled(objective, self.start.expand(len(weight), -1), tol, None, STEPS)
-        which = Bregman if kind == "PBRF" else Objective
-        values, vectors = torch.linalg.eigh(_symmetric(self.curvature(which)))
-        floor = self.net.decay * len(self.x)
-        metric = (vectors / values.abs().clamp(min=0.5 * floor)) @ vectors.T
-        begun = self.omega.expand(len(weight), -1)
-        steps = FEW_STEPS if kind == "PBRF" else STEPS
-        return settled(self.objective(which, weight), begun, tol, metric, steps)
-
-    def losses(self, omega: Tensor) -> Tensor:
-        """Robust losses (k, t) of the test points at parameters (k, p)."""
-        x, y = self.test
-        none = x.new_zeros(len(omega), len(x), self.net.sizes[1])
-        u, _ = self.net.worst(omega, x, 1 - 2 * y, none)
-        return nn.functional.softplus((1 - 2 * y) * self.net.outputs(omega, x, u))
-
     def module(self) -> tuple[nn.Sequential, list[str]]:
         """The same network in torch, and its trained parameters' names."""
         parts: list[nn.Module] = []
         for weight, bias in self.net.layers(self.omega.unsqueeze(0)):
             layer = nn.Linear(weight.shape[2], weight.shape[1]).double()
             layer.weight.data, layer.bias.data = weight[0].clone(), bias[0, 0].clone()
-            parts += [layer, nn.Tanh()]
+            parts += [layer, self.net.activation.module()]
         module = nn.Sequential(*parts[:-1])
         first = 2 * len(self.net.frozen)
         names = [name for name, _ in module.named_parameters() if int(name.split(".")[0]) >= first]
@@ -176,6 +140,46 @@ class Study:
                 damping = floor - memory.curvature.extremes()[0]
                 memory = replace(memory, settings=replace(memory.settings, damping=damping))
                 return influence_on_losses(memory, module, train, test), damping / floor
+
+
+class Study(Model):
+    """A model at its optimum, and where trainings to an optimum end without some of its points."""
+
+    def curvature(self, objective: type[Objective] | type[Bregman]) -> Tensor:
+        """A Hessian (p, p) at ω* by central differences of gradients, δ* found again at each."""
+        p, h = len(self.omega), 1e-4
+        sides = h * torch.eye(p, dtype=torch.float64)
+        weight = torch.ones(2 * p, len(self.x), dtype=torch.float64)
+        asked = self.objective(objective, weight)
+        around = torch.cat([self.omega + sides, self.omega - sides])
+        slopes = asked(around, torch.arange(2 * p), torch.zeros(2 * p, dtype=torch.float64))[1]
+        return (slopes[:p] - slopes[p:]) / (2 * h)
+
+    def objective(self, kind: type[Objective] | type[Bregman], weight: Tensor) -> Objective:
+        if issubclass(kind, Bregman):
+            return kind(self.net, self.x, self.y, weight, self.omega)
+        return kind(self.net, self.x, self.y, weight)
+
+    def yardstick(self, kind: str, weight: Tensor) -> Found:
+        """Where each leave-out ends (weight 0 of its points) by a yardstick."""
+        tol = AIM * len(self.x)
+        if kind == "Retrain from the start":
+            objective = self.objective(Objective, weight)
+            return settled(objective, self.start.expand(len(weight), -1), tol, None, STEPS)
+        which = Bregman if kind == "PBRF" else Objective
+        values, vectors = torch.linalg.eigh(_symmetric(self.curvature(which)))
+        floor = self.net.decay * len(self.x)
+        metric = (vectors / values.abs().clamp(min=0.5 * floor)) @ vectors.T
+        begun = self.omega.expand(len(weight), -1)
+        steps = FEW_STEPS if kind == "PBRF" else STEPS
+        return settled(self.objective(which, weight), begun, tol, metric, steps)
+
+    def losses(self, omega: Tensor) -> Tensor:
+        """Robust losses (k, t) of the test points at parameters (k, p)."""
+        x, y = self.test
+        none = x.new_zeros(len(omega), len(x), self.net.sizes[1])
+        u, _ = self.net.worst(omega, x, 1 - 2 * y, none)
+        return nn.functional.softplus((1 - 2 * y) * self.net.outputs(omega, x, u))
 
 
 def settled(
@@ -305,7 +309,7 @@ def check(name: str, seed: int, one: Study, count: int = 3) -> None:
     print(json.dumps(line, ensure_ascii=False), flush=True)
     weight = weights(len(one.x), count, count, seed)
     frozen = tuple((w.numpy(), b.numpy()) for w, b in one.net.frozen)
-    single = tanh_network.Network(one.net.sizes, frozen, one.net.eps, one.net.decay)
+    single = single_network.Network(one.net.sizes, frozen, one.net.eps, one.net.decay)
     ends = one.yardstick("Retrain from ω*", weight)
     x, y, turned = one.x.numpy(), one.y.numpy(), torch.linalg.inv(_symmetric(expected))
     for row, omega in zip(weight.numpy() > 0, ends.omega, strict=True):

@@ -1,17 +1,19 @@
-"""The table and the picture of influence_depth.py's lines.
+"""The table and the picture of influence_depth.py's lines, and of influence_relu.py's.
 
-Writes influence_depth.jsonl, influence_depth.csv and influence_depth.png into ``--output``, and
-prints a markdown table: mean over seeds, and their range.
+Writes RECORD.jsonl, RECORD.csv and RECORD.png into ``--output``, and prints a markdown table: mean
+over seeds, and their range.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import influence_relu
 from influence_depth import DEPTHS, FUNCTIONS, ITSELF, YARDSTICKS
 
 from lightning_muter.evaluation.plots import pyplot
@@ -27,22 +29,64 @@ SHORT = {
     "Retrain from the start": "retrain_start",
     "PBRF": "pbrf",
 }
-ROWS = (*FUNCTIONS, ITSELF)
 SINGLE, TENTH = "leave one out, Pearson", "LDS"
-STYLES = (
-    ("#b2182b", "o", "-"),
-    ("#2166ac", "s", "--"),
-    ("#92c5de", "D", ":"),
-    ("#4d4d4d", "^", "-."),
-    ("#e08214", "v", "--"),
-    ("#c7c7c7", "x", "-"),
-)
+STYLES = {
+    **dict(
+        zip(
+            FUNCTIONS,
+            (
+                ("#b2182b", "o", "-"),
+                ("#2166ac", "s", "--"),
+                ("#92c5de", "D", ":"),
+                ("#4d4d4d", "^", "-."),
+                ("#e08214", "v", "--"),
+            ),
+            strict=True,
+        )
+    ),
+    influence_relu.AGAIN: ("#7fbf7b", "P", "-"),
+    ITSELF: ("#c7c7c7", "x", "-"),
+}
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a table has rows and columns of.
+
+    Attributes:
+        depths: what was trained.
+        yardsticks: a column each.
+        rows: functions, and what else stands in the place of a prediction.
+        prefix: of the CSV file's metrics.
+    """
+
+    depths: Sequence[str]
+    yardsticks: Sequence[str]
+    rows: Sequence[str]
+    prefix: str = ""
+
+    def metric(self, depth: str, yardstick: str) -> str:
+        """What the CSV file calls a column of a depth."""
+        return f"{self.prefix}{SHORT[depth]}_{SHORT[yardstick]}"
+
+
+RECORDS = {
+    "influence_depth": Record(tuple(DEPTHS), YARDSTICKS, (*FUNCTIONS, ITSELF)),
+    "influence_relu": Record(
+        tuple(influence_relu.DEPTHS),
+        influence_relu.YARDSTICKS,
+        (*FUNCTIONS, influence_relu.AGAIN, ITSELF),
+        "relu2_",
+    ),
+}
 
 
 def cells(lines: Iterable[dict[str, Any]]) -> Iterable[Cell]:
     """Leave one out at 1 point, LDS at a tenth of them."""
     for line in lines:
         metric = f"{SHORT[line['depth']]}_{SHORT[line['yardstick']]}"
+        if "activation" in line:
+            metric = f"{line['activation']}{line['rounds']}_{metric}"
         n = line["n"]
         for removed, name in ((1, SINGLE), (n // 10, TENTH)):
             if name in line:
@@ -60,36 +104,36 @@ def entry(table: Table, function: str, removed: int, metric: str) -> str:
     return f"{mean:.2f} ({min(found):.2f} to {max(found):.2f})"
 
 
-def markdown(table: Table) -> str:
+def markdown(table: Table, record: Record) -> str:
     """A row a depth and function, a column a yardstick: leave one out / LDS."""
     removals = table.removals()
-    rows = ["| what is trained | function | " + " | ".join(YARDSTICKS) + " |"]
-    rows.append("|---" * (2 + len(YARDSTICKS)) + "|")
-    for depth in DEPTHS:
-        for function in ROWS:
-            metrics = [f"{SHORT[depth]}_{SHORT[one]}" for one in YARDSTICKS]
+    rows = ["| what is trained | function | " + " | ".join(record.yardsticks) + " |"]
+    rows.append("|---" * (2 + len(record.yardsticks)) + "|")
+    for depth in record.depths:
+        for function in record.rows:
+            metrics = [record.metric(depth, one) for one in record.yardsticks]
             found = [[entry(table, function, m, metric) for m in removals] for metric in metrics]
             columns = " | ".join(" / ".join(both) for both in found)
             rows.append(f"| {depth} | {function} | {columns} |")
     return "\n".join(rows)
 
 
-def picture(table: Table, path: Path) -> None:
+def picture(table: Table, record: Record, path: Path) -> None:
     """A correlation against depth: a line a function, a column a yardstick."""
     plt = pyplot()
     removals = table.removals()
-    figure, axes = plt.subplots(
-        len(removals), len(YARDSTICKS), figsize=(10, 5.6), sharex=True, sharey=True, squeeze=False
-    )
-    names = [name.replace(" of ", "\nof ").replace(", ", ",\n") for name in DEPTHS]
+    shape = len(removals), len(record.yardsticks)
+    figure, axes = plt.subplots(*shape, figsize=(10, 5.6), sharex=True, sharey=True, squeeze=False)
+    names = [name.replace(" of ", "\nof ").replace(", ", ",\n") for name in record.depths]
     for line, removed in zip(axes, removals, strict=True):
-        for axis, yardstick in zip(line, YARDSTICKS, strict=True):
-            for function, (colour, marker, dash) in zip(ROWS, STYLES, strict=True):
-                curve(axis, table, (function, removed, yardstick), (colour, marker, dash))
+        for axis, yardstick in zip(line, record.yardsticks, strict=True):
+            metrics = [record.metric(depth, yardstick) for depth in record.depths]
+            for function in record.rows:
+                curve(axis, table, (function, removed), metrics)
             axis.set_xticks(range(len(names)), names, fontsize=7)
             axis.axhline(0, color="#cccccc", linewidth=0.8, zorder=0)
             axis.set_ylim(-0.3, 1.05)
-    for axis, yardstick in zip(axes[0], YARDSTICKS, strict=True):
+    for axis, yardstick in zip(axes[0], record.yardsticks, strict=True):
         axis.set_title(yardstick, fontsize=9)
     for line, label in zip(axes, ("leave one out (Pearson)", "a tenth (LDS)"), strict=True):
         line[0].set_ylabel(label, fontsize=8)
@@ -100,12 +144,11 @@ def picture(table: Table, path: Path) -> None:
     plt.close(figure)
 
 
-def curve(axis: Any, table: Table, key: tuple[str, int, str], style: tuple[str, str, str]) -> None:
-    """Means over seeds, with bars from the lowest to the highest."""
-    function, removed, yardstick = key
+def curve(axis: Any, table: Table, key: tuple[str, int], metrics: Sequence[str]) -> None:
+    """Means over seeds, with bars from the lowest to the highest, a metric a place."""
+    function, removed = key
     places, means, low, high = [], [], [], []
-    for place, depth in enumerate(DEPTHS):
-        metric = f"{SHORT[depth]}_{SHORT[yardstick]}"
+    for place, metric in enumerate(metrics):
         found = list(table.values(function, removed, metric).values())
         if found:
             mean = sum(found) / len(found)
@@ -113,7 +156,7 @@ def curve(axis: Any, table: Table, key: tuple[str, int, str], style: tuple[str, 
             means.append(mean)
             low.append(mean - min(found))
             high.append(max(found) - mean)
-    colour, marker, dash = style
+    colour, marker, dash = STYLES[function]
     axis.errorbar(
         places, means, yerr=[low, high], color=colour, marker=marker, linestyle=dash,
         label=function, markersize=4, linewidth=1.2, capsize=2,
@@ -123,22 +166,21 @@ def curve(axis: Any, table: Table, key: tuple[str, int, str], style: tuple[str, 
 def main() -> None:
     """Collect lines; without any files draw what is recorded."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("files", type=Path, nargs="*", help="output of influence_depth.py")
+    parser.add_argument("files", type=Path, nargs="*", help="output of the record's script")
+    parser.add_argument("--record", choices=list(RECORDS), default="influence_depth")
     parser.add_argument("--output", type=Path, default=Path("docs/results/audits"))
     given = parser.parse_args()
-    kept, table = (
-        given.output / "influence_depth.jsonl",
-        Table(given.output / "influence_depth.csv"),
-    )
+    record, stem = RECORDS[given.record], given.output / given.record
+    table = Table(stem.with_suffix(".csv"))
     if given.files:
         text = "".join(path.read_text() for path in given.files)
         lines = [json.loads(line) for line in text.splitlines()]
         table.path.unlink(missing_ok=True)
         table = Table(table.path)
         table.add(cells(lines))
-        kept.write_text(text)
-    print(markdown(table))
-    picture(table, given.output / "influence_depth.png")
+        stem.with_suffix(".jsonl").write_text(text)
+    print(markdown(table, record))
+    picture(table, record, stem.with_suffix(".png"))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from lightning_muter.linalg.solution import Solution, Status
 
-__all__ = ["MemoryEvidence", "memory_warnings", "request_warnings"]
+__all__ = ["MemoryEvidence", "influence_warnings", "memory_warnings", "request_warnings"]
 
 #: a quadratic model that retraces training worse than this share of its way is no model of it
 RETRACE_LIMIT = 0.3
@@ -208,5 +208,28 @@ def request_warnings(
             f"at {tied:.0%} of the removed points the adversary has two maxima that are too close "
             "to tell: training may have met the other one; give the threat a temperature, which "
             "mixes the two"
+        )
+    return tuple(found)
+
+
+def influence_warnings(of_memory: Sequence[str], stationary: float) -> tuple[str, ...]:
+    """What a person must know of influences: what the memory warns of, and of the points asked.
+
+    Args:
+        of_memory: the memory's own warnings.
+        stationary: share of the points' maximisers that were stationary.
+
+    Example:
+        >>> influence_warnings([], 0.9)
+        ()
+        >>> influence_warnings(["of the memory"], 0.1)[1].split(":")[0]
+        "only 10% of these points' perturbations are stationary"
+    """
+    found = list(of_memory)
+    if stationary < STATIONARY_LIMIT:
+        found.append(
+            f"only {stationary:.0%} of these points' perturbations are stationary: their gradients "
+            "are not those of their robust losses, and neither are influences from or on them; "
+            "leave such points out, or use a wider smoothing, a smaller eps, or smooth activations"
         )
     return tuple(found)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -17,6 +18,7 @@ from lightning_muter.linalg.cholesky import DenseSolver
 from lightning_muter.linalg.solution import Status
 from lightning_muter.memory.memory import UnlearningMemory
 from lightning_muter.models import measuring
+from lightning_muter.unlearning.diagnosis import influence_warnings
 from lightning_muter.unlearning.early_influence import Way
 from lightning_muter.unlearning.points import checked
 
@@ -189,14 +191,21 @@ def _measured(
     view, problem = memory.settings.view(module), memory.settings.problem()
     memory.check_architecture(view)
     points = checked(view, *memory.settings.batch.read(batch))
-    starts = range(0, len(points), _BLOCK)
+    starts, stationary = range(0, len(points), _BLOCK), len(points)
     for k in tqdm(starts, "maximisers", leave=False, disable=len(points) < _MANY):
         some, found = points.part(slice(k, k + _BLOCK)), []
         for omega in at:
             with measuring(module), view.at(omega):
-                chunks = problem.chunks(view, some)
-                found.append(torch.cat([c.linearisation.gradients() for c in chunks]).to(omega))
+                chunks = [
+                    (c.linearisation.gradients(), c.inner) for c in problem.chunks(view, some)
+                ]
+            found.append(torch.cat([gradients for gradients, _ in chunks]).to(omega))
+            if omega is memory.omega_star:
+                lost = [~inner.stationary for _, inner in chunks if inner is not None]
+                stationary -= sum(int(one.sum()) for one in lost)
         yield found
+    for sentence in influence_warnings(memory.warnings, stationary / len(points)):
+        warnings.warn(sentence, stacklevel=4)
 
 
 def _solved(memory: UnlearningMemory, rows: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 from typing import Any
 
@@ -11,14 +12,17 @@ import reference
 import torch
 from cases import fit, memory_of
 from linear_cases import L2, LAMBDA, LINF, LinearData, N, fit_linear
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from lightning_muter import (
     ConfigurationError,
+    L2Ball,
+    MUterCallback,
     RemovalDataModule,
     SolverError,
     StateError,
+    UnlearningMemory,
     adversarial_influence,
     influence_on_losses,
     top_influences,
@@ -27,6 +31,7 @@ from lightning_muter.curvature.dense import DenseCurvature
 from lightning_muter.curvature.point_rows import PointRows
 from lightning_muter.models import measuring
 from lightning_muter.unlearning.points import unweighted
+from lightning_muter.unlearning.stage_one import build_memories
 
 
 def robust_losses(omega: Tensor, x: Tensor, y: Tensor) -> Tensor:
@@ -200,3 +205,43 @@ def test_points_and_models_that_are_not_the_memorys_are_refused() -> None:
         model.backbone[0].weight.mul_(1.1)
     with pytest.raises(StateError, match="frozen weights are not the memory's"):
         adversarial_influence(memory, model, (x[:2], y[:2]))
+
+
+def kinked_memory() -> tuple[nn.Sequential, UnlearningMemory]:
+    """z = 0.3 x₂ - |x₁| of ReLU features, a head at no optimum, and points far from the kink."""
+    module = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1)).double()
+    with torch.no_grad():
+        module[0].weight.copy_(torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0]]))
+        module[0].bias.copy_(torch.tensor([0.0, 0.0, 9.0]))
+        module[2].weight.copy_(torch.tensor([[-1.0, -1.0, 0.3]]))
+        module[2].bias.fill_(-2.7)
+    x = torch.cat([torch.linspace(2, 4, 10), torch.linspace(-4, -2, 10)]).double()
+    x = torch.stack([x, x.roll(7)], dim=1)
+    options = {"head": "2", "loss": "logistic", "threat": L2Ball(0.5), "weight_decay": LAMBDA}
+    settings = MUterCallback(**options).settings
+    digests = torch.zeros(len(x), 16, dtype=torch.uint8)
+    batches = [unweighted(x, torch.arange(20) % 2)]
+    (memory,) = build_memories(module, [settings], batches, digests, bytes(16))
+    return module, memory
+
+
+def test_points_whose_adversary_sits_on_a_kink_are_not_told_as_good() -> None:
+    module, memory = kinked_memory()
+    memory = replace(memory, warnings=())
+    x = torch.tensor([[0.1, 0.0], [-0.2, 1.0], [0.05, 2.0], [3.0, 0.0]], dtype=torch.float64)
+    kinked, smooth = torch.zeros(4, dtype=torch.long), torch.ones(4, dtype=torch.long)
+    with pytest.warns(UserWarning, match="only 25% of these points' perturbations are stationary"):
+        adversarial_influence(memory, module, (x, kinked))
+    with pytest.warns(UserWarning, match="only 0% of these points"):
+        top_influences(memory, module, (x, smooth), (x[:1], kinked[:1]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        influence_on_losses(memory, module, (x, smooth), (x[3:], kinked[3:]))
+
+
+def test_what_a_memory_warns_of_its_influences_say_too() -> None:
+    module, memory = kinked_memory()
+    assert len(memory.warnings) == 1 and "stopped about" in memory.warnings[0]
+    x = torch.tensor([[3.0, 0.0]], dtype=torch.float64)
+    with pytest.warns(UserWarning, match="stopped about"):
+        adversarial_influence(memory, module, (x, torch.ones(1, dtype=torch.long)))

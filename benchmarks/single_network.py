@@ -1,13 +1,14 @@
-"""The gradient of one small tanh network's adversarial training, in numpy: nothing of the package.
+"""One small network's adversarial training and its gradient, in numpy: nothing of the package.
 
 F(ω) = Σ_i max_{‖δ‖ ≤ ε} softplus(side_i z(x_i + δ)) + (λ n / 2) ‖ω‖² over the trained layers'
 weights and biases. The worst perturbation is the fixed point δ = ε ∇a / ‖∇a‖ of the level a that
-the adversary raises. What tanh_networks.py, which trains many at once, is checked against.
+the adversary raises. What small_networks.py and descent.py, which train many at once, are checked
+against.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,19 +18,23 @@ Array = np.ndarray
 
 @dataclass(frozen=True)
 class Network:
-    """Layers of tanh, the last of one output; the first ``frozen`` are not trained.
+    """Layers, the last of one output; the first ``frozen`` are not trained.
 
     Attributes:
         sizes: units of the layers, the input's first.
         frozen: weights and biases of the frozen layers.
         eps: ε.
         decay: λ.
+        value: the activation.
+        slope: its slope by its value.
     """
 
     sizes: Sequence[int]
     frozen: tuple[tuple[Array, Array], ...]
     eps: float
     decay: float
+    value: Callable[[Array], Array] = np.tanh
+    slope: Callable[[Array], Array] = lambda value: 1 - value**2
 
     def layers(self, omega: Array) -> list[tuple[Array, Array]]:
         found, at = list(self.frozen), 0
@@ -45,7 +50,7 @@ class Network:
         """z (n,), and what each layer receives."""
         layers, seen = self.layers(omega), [x]
         for weight, bias in layers[:-1]:
-            seen.append(np.tanh(seen[-1] @ weight.T + bias))
+            seen.append(self.value(seen[-1] @ weight.T + bias))
         weight, bias = layers[-1]
         return (seen[-1] @ weight.T + bias)[:, 0], seen
 
@@ -55,7 +60,7 @@ class Network:
         down = slope[:, None]
         for k in range(len(layers) - 1, -1, -1):
             if k < len(layers) - 1:
-                down = down * (1 - seen[k + 1] ** 2)
+                down = down * self.slope(seen[k + 1])
             if k >= len(self.frozen):
                 parts += [down.sum(axis=0), (down.T @ seen[k]).ravel()]
             down = down @ layers[k][0]
@@ -78,6 +83,13 @@ class Network:
             if moved < 1e-10 * self.eps:
                 break
         return delta
+
+    def losses(self, omega: Array, x: Array, y: Array) -> Array:
+        """Robust losses (n,), the worst perturbations found from δ = 0."""
+        side = 1.0 - 2.0 * y
+        z, _ = self.outputs(omega, x + self.worst(omega, x, side))
+        found: Array = np.logaddexp(0, side * z)
+        return found
 
     def gradient(self, omega: Array, x: Array, y: Array) -> Array:
         """∇F (p,), the worst perturbations found from δ = 0."""

@@ -1,4 +1,4 @@
-"""Adversarial training of many small tanh networks at once, in float64: nothing of the package.
+"""Adversarial training of many small networks at once, in float64: nothing of the package.
 
 F_j(ω_j) = Σ_i w_ji max_{‖δ‖ ≤ ε} softplus(side_i z(ω_j, x_i + δ)) + (λ Σ_i w_ji / 2) ‖ω_j‖² for
 problems j that share their points and differ in the weights w of these, as leaving points out does.
@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from activations import ACTIVATIONS, Activation
 from torch import Tensor
 
 Layers = list[tuple[Tensor, Tensor]]
@@ -26,19 +27,21 @@ NEAR = 0.02
 
 @dataclass(frozen=True)
 class Networks:
-    """Layers of tanh, the last of one output; those of ``frozen`` come first and are not trained.
+    """Layers, the last of one output; those of ``frozen`` come first and are not trained.
 
     Attributes:
         sizes: units of the layers, the input's first.
         frozen: weights (rows, columns) and biases (rows,) of the frozen layers.
         eps: ε.
         decay: λ.
+        activation: of all layers but the last.
     """
 
     sizes: Sequence[int]
     frozen: tuple[tuple[Tensor, Tensor], ...]
     eps: float
     decay: float
+    activation: Activation = ACTIVATIONS["tanh"]
 
     def layers(self, omega: Tensor) -> Layers:
         """Weights (k, rows, columns) and biases (k, 1, rows) of parameters (k, p)."""
@@ -64,8 +67,8 @@ class Networks:
     def outputs(self, omega: Tensor, x: Tensor, u: Tensor) -> Tensor:
         """z (k, n) at x + W₁ᵀ u."""
         layers = self.layers(omega)
-        base, gram = _first(layers, x)
-        return _up(layers, base + u @ gram)[0]
+        base, gram = first(layers, x)
+        return self.up(layers, base + u @ gram)[0]
 
     def worst(
         self, omega: Tensor, x: Tensor, side: Tensor, start: Tensor, tol: Tensor | float = 1e-11
@@ -76,7 +79,7 @@ class Networks:
         back where an accelerated round climbed down.
         """
         layers = self.layers(omega)
-        base, gram = _first(layers, x)
+        base, gram = first(layers, x)
         side = side.expand(start.shape[:2])
         u, far, _ = self._step(layers, base, gram, side, start)
         careful = torch.zeros_like(far, dtype=torch.bool)
@@ -110,12 +113,27 @@ class Networks:
             parts += [weight.flatten(1), own.sum(dim=2)]
         return torch.cat(parts, dim=1)
 
+    def up(self, layers: Layers, received: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """z (k, n), and what each layer but the first sees (k, n, units)."""
+        seen = [self.activation.value(received)]
+        for weight, bias in layers[1:-1]:
+            seen.append(self.activation.value(torch.baddbmm(bias, seen[-1], weight.mT)))
+        weight, bias = layers[-1]
+        return torch.baddbmm(bias, seen[-1], weight.mT).squeeze(2), seen
+
+    def down(self, layers: Layers, seen: list[Tensor], slope: Tensor) -> list[Tensor]:
+        """Slopes of Σ slope_i z_i at what each layer's units receive, the last layer's too."""
+        found = [slope.unsqueeze(2)]
+        for (weight, _), value in zip(layers[:0:-1], seen[::-1], strict=True):
+            found.append((found[-1] @ weight) * self.activation.slope(value))
+        return found[::-1]
+
     def _step(
         self, layers: Layers, base: Tensor, gram: Tensor, side: Tensor, u: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The fixed point's map, how far it moves δ, over ε, and the level at u."""
-        z, seen = _up(layers, base + u @ gram)
-        slope = _down(layers, seen, side)[0]
+        z, seen = self.up(layers, base + u @ gram)
+        slope = self.down(layers, seen, side)[0]
         norm = (slope * (slope @ gram)).sum(dim=2, keepdim=True).clamp(min=1e-300).sqrt()
         after = self.eps * slope / norm
         step = after - u
@@ -143,7 +161,7 @@ class Networks:
         return after, far, (now < level - 1e-9 * level.abs().clamp(min=1.0)) | (far > first)
 
 
-def _first(layers: Layers, x: Tensor) -> tuple[Tensor, Tensor]:
+def first(layers: Layers, x: Tensor) -> tuple[Tensor, Tensor]:
     """What the first layer's units receive at δ = 0 (k, n, units), and W₁ W₁ᵀ (k, units, units)."""
     weight, bias = layers[0]
     if weight.stride(0) == 0:
@@ -152,23 +170,6 @@ def _first(layers: Layers, x: Tensor) -> tuple[Tensor, Tensor]:
             len(weight), -1, -1
         )
     return x @ weight.mT + bias, weight @ weight.mT
-
-
-def _up(layers: Layers, received: Tensor) -> tuple[Tensor, list[Tensor]]:
-    """z (k, n), and what each layer but the first sees (k, n, units)."""
-    seen = [received.tanh()]
-    for weight, bias in layers[1:-1]:
-        seen.append(torch.baddbmm(bias, seen[-1], weight.mT).tanh())
-    weight, bias = layers[-1]
-    return torch.baddbmm(bias, seen[-1], weight.mT).squeeze(2), seen
-
-
-def _down(layers: Layers, seen: list[Tensor], slope: Tensor) -> list[Tensor]:
-    """Slopes of Σ slope_i z_i at what each layer's units receive, the last layer's too."""
-    found = [slope.unsqueeze(2)]
-    for (weight, _), value in zip(layers[:0:-1], seen[::-1], strict=True):
-        found.append((found[-1] @ weight) * (1 - value * value))
-    return found[::-1]
 
 
 def _mixed(seen: list[tuple[Tensor, Tensor]], gram: Tensor) -> Tensor:
@@ -233,11 +234,11 @@ class Objective:
     def at(self, omega: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
         """The losses' sum and its gradient, perturbations held."""
         weight, layers, u = self.weight[rows], self.net.layers(omega), self.u[rows]
-        base, gram = _first(layers, self.x)
-        z, seen = _up(layers, base + u @ gram)
+        base, gram = first(layers, self.x)
+        z, seen = self.net.up(layers, base + u @ gram)
         level = self.side * z
         value = (weight * torch.nn.functional.softplus(level)).sum(dim=1)
-        down = _down(layers, seen, weight * self.side * level.sigmoid())
+        down = self.net.down(layers, seen, weight * self.side * level.sigmoid())
         return value, self.net.gradient(layers, self.x, u, seen, down)
 
 
@@ -264,8 +265,8 @@ class Bregman(Objective):
     def __call__(self, omega: Tensor, rows: Tensor, slope: Tensor) -> tuple[Tensor, Tensor]:
         value, gradient = super().__call__(omega, rows, slope)
         layers, weight = self.net.layers(omega), self.weight[rows] * self.held
-        z, seen = _up(layers, _first(layers, self.there)[0])
-        down, still = _down(layers, seen, weight), torch.zeros_like(self.u[rows])
+        z, seen = self.net.up(layers, first(layers, self.there)[0])
+        down, still = self.net.down(layers, seen, weight), torch.zeros_like(self.u[rows])
         value = value - (weight * z).sum(dim=1) - (self.push[rows] * omega).sum(dim=1)
         held = self.net.gradient(layers, self.there, still, seen, down)
         return value, gradient - held - self.push[rows]
