@@ -230,7 +230,7 @@ def influence_warnings(of_memory: Sequence[str], stationary: float) -> tuple[str
         found.append(
             f"only {stationary:.0%} of these points' perturbations are stationary: their gradients "
             "are not those of their robust losses, and neither are influences from or on them; "
-            "leave such points out, or use a smaller eps, smooth activations, or a wider smoothing or "
-            "bandwidth of a LinfBall"
+            "leave such points out, or use a smaller eps, smooth activations, or a wider "
+            "smoothing or bandwidth of a LinfBall"
         )
     return tuple(found)
